@@ -30,7 +30,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -289,25 +288,46 @@ def keep(cache: Cache, rows: torch.Tensor, *tensors: torch.Tensor) -> tuple[torc
 
 # ------------------------------------------------------------------------------------------- log-probs
 
-CHUNK = 1024  # completion tokens whose logits exist at once: 1024 x 49k float32 = 200 MB
+CHUNK = 128  # completion tokens whose logits exist at once: 128 x 49k float32 = 25 MB, the size of a CPU's cache
 
 
-def token_logprobs(head, hidden: torch.Tensor, ids: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-prob and entropy of each token. hidden [N, H], ids [N] -> [N], [N] (entropy carries no gradient)."""
+class TokenLogprobs(torch.autograd.Function):
+    """log softmax(h W^T / temperature) at the chosen token, and its entropy, without ever holding all logits.
 
-    def one_chunk(hidden, ids):
-        logits = head(hidden).float() / temperature  # [n, V]; the sampling temperature, so that both see one distribution
-        total = logits.logsumexp(-1)
-        with torch.no_grad():
-            entropy = total - (logits.softmax(-1) * logits).sum(-1)
-        return logits.gather(1, ids[:, None])[:, 0] - total, entropy
+    Forward keeps one number a token, log Z. Backward makes each chunk's probabilities p again from it and uses
+    d logp / d logits = onehot - p. That is one matrix product more, and saves N x V numbers and a dozen passes over them.
+    """
 
-    parts = list(zip(hidden.split(CHUNK), ids.split(CHUNK)))
-    if len(parts) == 1:
-        return one_chunk(*parts[0])
-    # More than one chunk: the backward pass makes each chunk's logits again instead of keeping them all.
-    done = [checkpoint(one_chunk, h, i, use_reentrant=False) for h, i in parts]
-    return torch.cat([logp for logp, _ in done]), torch.cat([entropy for _, entropy in done])
+    @staticmethod
+    def forward(ctx, hidden, weight, ids, temperature):
+        """hidden [N, H], weight [V, H], ids [N] -> logp [N], entropy [N] (entropy carries no gradient)."""
+        scaled = hidden / temperature
+        logp, entropy, total = (hidden.new_empty(len(ids), dtype=torch.float32) for _ in range(3))
+        for part in torch.arange(len(ids), device=ids.device).split(CHUNK):
+            at = slice(int(part[0]), int(part[-1]) + 1)
+            logits = F.linear(scaled[at], weight).float()  # [n, V]
+            total[at] = logits.logsumexp(-1)
+            logp[at] = logits.gather(1, ids[at, None])[:, 0] - total[at]
+            # entropy = log Z - sum p * logit
+            entropy[at] = total[at] - torch.linalg.vecdot((logits - total[at, None]).exp_(), logits)
+        ctx.save_for_backward(scaled, weight, ids, total)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        """grad [N] -> gradients of hidden [N, H] and weight [V, H]."""
+        scaled, weight, ids, total = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.empty_like(scaled), torch.zeros_like(weight)
+        for part in torch.arange(len(ids), device=ids.device).split(CHUNK):
+            at = slice(int(part[0]), int(part[-1]) + 1)
+            d = (F.linear(scaled[at], weight).float() - total[at, None]).exp_().mul_(-grad[at, None])  # -g p   [n, V]
+            d.scatter_add_(1, ids[at, None], grad[at, None])  # + g onehot
+            d = d.to(weight.dtype)
+            grad_hidden[at] = d @ weight
+            grad_weight.addmm_(d.T, scaled[at])
+        return grad_hidden / ctx.temperature, grad_weight, None, None
 
 
 def completion_logprobs(model, prompts: list[list[int]], completions: list[list[list[int]]], temperature: float):
@@ -333,7 +353,7 @@ def completion_logprobs(model, prompts: list[list[int]], completions: list[list[
     positions = seen.sum(1)[owner, None] + torch.arange(ids.shape[1], device=device)  # [B, T]
     visible = torch.cat([seen[owner], torch.ones_like(mask)], 1).long()  # [B, L + T]
     hidden = base(inputs, attention_mask=visible, position_ids=positions, past_key_values=cache, use_cache=True)[0]  # [B, T, H]
-    logp, entropy = token_logprobs(model.get_output_embeddings(), hidden[mask], ids[mask], temperature)  # [N], [N]
+    logp, entropy = TokenLogprobs.apply(hidden[mask], model.get_output_embeddings().weight, ids[mask], temperature)  # [N], [N]
     blank = torch.zeros(ids.shape, dtype=logp.dtype, device=device)
     return blank.masked_scatter(mask, logp), blank.masked_scatter(mask, entropy), mask
 

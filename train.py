@@ -1,0 +1,548 @@
+"""Reinforcement learning from rubric rewards: the wiring. One command, from prompts with rubrics to a better model.
+
+    data/*.jsonl -> Example -> grpo.sample -> Rollout x G -> method.score -> grpo.advantages -> grpo.update -> next step
+                    (prompt,    (a group       (text, ids,    (judge: a        (nan = could      (loss, backward,
+                     rubric)     a prompt)      log-probs)     verdict each)    not be scored)    optimiser)
+
+    python train.py                                        # SmolLM2-135M on the built-in prompts, two CPU cores, ~10 minutes
+    python train.py --method points --steps 20 --seed 1    # every field of Config below is a flag
+    python train.py --data FILE.jsonl --steps 3            # own prompts or HealthBench rows
+    python train.py --eval_only RUN/checkpoint             # only the held-out score
+    python train.py --resume RUN                           # go on where a run stopped
+
+A run's folder holds config.json, metrics.jsonl (a line a step), samples.jsonl (a line a rollout, with every verdict),
+report.png and checkpoint/ (loads with transformers). The sampling of step s is drawn from (seed, s) alone, so a
+resumed run needs no saved random state and is the same run.
+"""
+
+import argparse
+import ast
+import difflib
+import json
+import math
+import os
+import random
+import shutil
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from tqdm import tqdm
+
+import rar
+from judge import NoOfflineRule, OfflineJudge
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass
+class Config:
+    method: str = "explicit"
+    "reward: explicit (RaR, Eq. 1) or points (HealthBench: signed points over positive points)"
+    model: str = "smollm2"
+    "policy: smollm2 (embedded default), a folder, or a hub id"
+    data: str = ""
+    "training prompts, a JSONL file in our own or HealthBench's format; default: data/train.jsonl"
+    eval_data: str = ""
+    "held-out prompts; default: data/heldout.jsonl, or a tenth of --data (at most 24 prompts)"
+    judge: str = "offline"
+    "who gives the verdicts: offline (lexical, see judge.py)"
+    steps: int = 40
+    "updates of the policy"
+    prompts: int = 0
+    "use only this many of the training prompts, so that each comes back more often; 0 = all"
+    prompts_per_step: int = 4
+    "prompts in a step"
+    group_size: int = 8
+    "rollouts for each prompt (G)"
+    max_new_tokens: int = 64
+    "length limit of a completion"
+    temperature: float = 0.7
+    "of sampling and of scoring: a small model rambles at 1.0"
+    lr: float = 3e-5
+    "learning rate of AdamW, after a linear warm-up over a tenth of the steps"
+    beta: float = 0.0
+    "weight of the KL penalty towards the starting model; 0 = only measure it"
+    loss: str = "grpo"
+    "token weights: grpo (sequence mean), dr_grpo (constant), dapo (token mean)"
+    seed: int = 0
+    "of prompt order and sampling"
+    out: str = ""
+    "the run's folder; default: runs/<method>-seed<seed>-<time>"
+    resume: str = ""
+    "the folder of a run to go on with"
+    eval_only: str = ""
+    "a checkpoint folder (or smollm2): print its held-out score and stop"
+    eval_every: int = 10
+    "steps between held-out evaluations (there is always one before and one after)"
+    save_every: int = 20
+    "steps between checkpoints (there is always one at the end)"
+
+
+CHOICES = {"method": tuple(rar.AGGREGATIONS), "loss": ("grpo", "dr_grpo", "dapo"), "judge": ("offline",)}
+MINIMUM = {"steps": 1, "prompts_per_step": 1, "group_size": 2, "max_new_tokens": 1, "eval_every": 1, "save_every": 1, "prompts": 0}
+RESUMABLE = {"steps", "eval_every", "save_every", "resume"}  # may differ from the run that is resumed
+
+
+class UserError(Exception):
+    """Something the user can put right: printed as one line, exit status 2."""
+
+
+# ------------------------------------------------------------------------------------------- settings
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors that name the nearest right flag."""
+
+    def error(self, message: str):
+        if message.startswith("unrecognized arguments:"):
+            flag = message.split(":", 1)[1].split()[0].split("=")[0]
+            near = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.5)
+            message = f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else "; see --help")
+        raise UserError(message)
+
+
+def field_notes() -> dict[str, str]:
+    """The string under each field of Config, which Python itself throws away."""
+    tree = ast.parse(Path(__file__).read_text(encoding="utf8"))
+    body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Config").body
+    return {a.target.id: b.value.value for a, b in zip(body, body[1:]) if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)}
+
+
+def parse_config(argv: list[str]) -> tuple[Config, set[str]]:
+    """Flags from the fields of Config. Returns the config and the names that were given. Raises UserError."""
+    parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    notes = field_notes()
+    for f in fields(Config):
+        shown = f" [{f.default}]" if f.default != "" else ""
+        parser.add_argument(f"--{f.name}", type=f.type, default=argparse.SUPPRESS, choices=CHOICES.get(f.name), help=(notes[f.name] + shown).replace("%", "%%"))
+    given = vars(parser.parse_args(argv))
+    config = Config(**given)
+    for name, low in MINIMUM.items():
+        if getattr(config, name) < low:
+            raise UserError(f"--{name} {getattr(config, name)}: give at least {low}")
+    for name in ("temperature", "lr"):
+        if not (math.isfinite(getattr(config, name)) and getattr(config, name) > 0):
+            raise UserError(f"--{name} {getattr(config, name)}: give a number above 0")
+    if not (math.isfinite(config.beta) and config.beta >= 0):
+        raise UserError(f"--beta {config.beta}: give 0 or more")
+    return config, set(given)
+
+
+# ------------------------------------------------------------------------------------------- data
+
+
+def load_data(config: Config, tokenizer, context: int) -> tuple[list[rar.Example], list[rar.Example]]:
+    """Training and held-out examples with their prompt tokens in `.tokens`. Too long prompts are skipped and counted."""
+    import grpo
+
+    train = rar.read_examples(config.data or HERE / "data" / "train.jsonl")
+    if config.eval_data or not config.data:
+        heldout = rar.read_examples(config.eval_data or HERE / "data" / "heldout.jsonl")
+    else:
+        # No held-out file: keep back a tenth, chosen by a fixed shuffle, never trained on.
+        random.Random(0).shuffle(train)
+        size = min(24, max(1, len(train) // 10))
+        if len(train) < 2:
+            raise UserError(f"{config.data}: one row cannot be both trained on and held out; give --eval_data or more rows")
+        heldout, train = train[:size], train[size:]
+    kept = []
+    for name, examples in (("training", train), ("held-out", heldout)):
+        for example in examples:
+            example.tokens = grpo.encode(tokenizer, example.prompt)
+        short = [e for e in examples if len(e.tokens) + config.max_new_tokens <= context]
+        if len(short) < len(examples):
+            print(f"skipped {len(examples) - len(short)} of {len(examples)} {name} prompts: longer than the model's context of {context} tokens with --max_new_tokens {config.max_new_tokens}")
+        if not short:
+            raise UserError(f"no {name} prompt fits the model's context of {context} tokens; shorten them or lower --max_new_tokens")
+        kept.append(short)
+    train, heldout = kept
+    return train[: config.prompts or None], heldout
+
+
+def batch(examples: list[rar.Example], config: Config, step: int) -> list[rar.Example]:
+    """The prompts of a step: one shuffled pass over all after another, each pass shuffled by (seed, pass)."""
+    chosen = []
+    for position in range(step * config.prompts_per_step, (step + 1) * config.prompts_per_step):
+        lap, place = divmod(position, len(examples))
+        order = list(range(len(examples)))
+        random.Random(f"{config.seed}-{lap}").shuffle(order)
+        chosen.append(examples[order[place]])
+    return chosen
+
+
+# ------------------------------------------------------------------------------------------- acting and judging
+
+
+class Policy:
+    """Model, tokenizer and what sampling needs to know about them."""
+
+    def __init__(self, name: str):
+        import torch
+
+        import grpo
+
+        try:
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+            self.model, self.tokenizer = grpo.load_policy(name, self.device)
+        except FileNotFoundError as error:
+            raise UserError(str(error)) from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"--model {name}: cannot be loaded ({str(error).splitlines()[0]}); give smollm2, a folder or a hub id") from None
+        self.ends = grpo.end_tokens(self.model, self.tokenizer)
+        self.context = getattr(self.model.config, "max_position_embeddings", None) or 10**9
+
+    def rollouts(self, examples: list[rar.Example], group_size: int, max_new_tokens: int, temperature: float, seed: int, name: str):
+        """Groups of rollouts with their text, sampled together under a progress bar that counts tokens."""
+        import grpo
+
+        total = len(examples) * group_size * max_new_tokens
+        with tqdm(total=total, desc=name, unit="tok", leave=False, disable=None) as bar:
+            groups = grpo.sample(
+                self.model, [e.tokens for e in examples], group_size, max_new_tokens, temperature, self.ends, seed, progress=bar.update
+            )
+        for group in groups:
+            for rollout in group:
+                rollout.text = self.tokenizer.decode(rollout.ids, skip_special_tokens=True)
+        return list(zip(examples, groups))
+
+
+def evaluate(policy: Policy, judge, examples: list[rar.Example], max_new_tokens: int, batch_size: int = 32):
+    """Greedy answers to the held-out prompts and their HealthBench score (points met over positive points).
+
+    The score is the same for every training method, so methods can be compared. Returns (metrics, groups of one).
+    """
+    groups = []
+    for start in range(0, len(examples), batch_size):
+        groups += policy.rollouts(examples[start : start + batch_size], 1, max_new_tokens, 0.0, 0, "held-out")
+    rar.judge_groups(judge, groups)
+    scores, axes = [], {}
+    for example, [rollout] in groups:
+        verdicts = [v.score for v in rollout.verdicts]
+        rollout.reward = rar.points_reward(example.rubric, verdicts)
+        scores.append(rollout.reward)
+        for axis, score in rar.axis_scores(example.rubric, verdicts).items():
+            axes.setdefault(axis, []).append(score)
+    metrics = {"eval_score": mean(scores), "eval_ci": rar.bootstrap(scores)}
+    return metrics | {f"eval_axis/{axis}": mean(values) for axis, values in sorted(axes.items())}, groups
+
+
+def mean(values) -> float:
+    """Mean of the values that are not nan; nan of none."""
+    values = [v for v in values if not math.isnan(v)]
+    return statistics.fmean(values) if values else math.nan
+
+
+# ------------------------------------------------------------------------------------------- the run's folder
+
+
+class Run:
+    """Files of a run: config, metrics, samples, checkpoint. Each line is written and flushed whole."""
+
+    def __init__(self, folder: Path, config: Config):
+        self.folder, self.config = folder, config
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.write_json("config.json", asdict(config))
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from None
+
+    def write_json(self, name: str, value: dict) -> None:
+        """A small JSON file, replaced as a whole."""
+        side = self.folder / (name + ".tmp")
+        side.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf8")
+        os.replace(side, self.folder / name)
+
+    def append(self, name: str, rows: list[dict]) -> None:
+        """Lines of JSONL; nan becomes null, which every JSON reader knows."""
+        with open(self.folder / name, "a", encoding="utf8") as file:
+            file.write("".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows))
+
+    def metrics(self) -> list[dict]:
+        """All lines of metrics.jsonl so far."""
+        path = self.folder / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text(encoding="utf8").split("\n") if line] if path.exists() else []
+
+    def samples(self, step: int, split: str, groups: list) -> None:
+        """One line a rollout: what was said, what the judge found, what it was worth."""
+        rows = []
+        for example, rollouts in groups:
+            for r in rollouts:
+                verdicts = [{"title": c.title or c.text[:60], "score": v.score, "reason": v.reason} for c, v in zip(example.rubric, r.verdicts)]
+                rows.append({"step": step, "split": split, "id": example.id, "text": r.text, "finish": r.finish, "tokens": len(r.ids),
+                             "verdicts": verdicts, "reward": r.reward, "advantage": r.advantage})  # fmt: skip
+        self.append("samples.jsonl", rows)
+
+    def save(self, policy: Policy, optimizer, method, step: int) -> None:
+        """checkpoint/: written to one side, then renamed, so that a kill leaves the old one or the new one."""
+        import torch
+
+        side, final, old = (self.folder / name for name in ("checkpoint.tmp", "checkpoint", "checkpoint.old"))
+        for leftover in (side, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        policy.model.save_pretrained(side)
+        policy.tokenizer.save_pretrained(side)
+        torch.save({"step": step, "optimizer": optimizer.state_dict(), "method": method.state_dict()}, side / "trainer.pt")
+        if final.exists():
+            os.replace(final, old)
+        os.replace(side, final)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def truncate(self, step: int) -> None:
+        """Drops lines after `step`: a resumed run writes them again."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = self.folder / name
+            if path.exists():
+                kept = [line for line in path.read_text(encoding="utf8").split("\n") if line and json.loads(line)["step"] <= step]
+                path.write_text("".join(line + "\n" for line in kept), encoding="utf8")
+
+
+def finite(value):
+    """The same value with nan and infinity replaced by None, at any depth."""
+    if isinstance(value, float):
+        return round(value, 6) if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return value
+
+
+def report(run: Run) -> Path:
+    """report.png: reward, held-out score, length, KL over the steps, from metrics.jsonl alone."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = run.metrics()
+    steps = [r for r in rows if r.get("reward") is not None]
+    evals = [r for r in rows if r.get("eval_score") is not None]
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained")
+    x = [r["step"] for r in steps]
+
+    def line(axis, key, title, color):
+        points = [(r["step"], r[key]) for r in steps if r.get(key) is not None]
+        axis.plot(*zip(*points) if points else ([], []), color=color, alpha=0.35, marker=".", linewidth=1)
+        smooth = [(s, statistics.fmean(v for _, v in points[max(0, i - 4) : i + 1])) for i, (s, _) in enumerate(points)]
+        axis.plot(*zip(*smooth) if smooth else ([], []), color=color, linewidth=2, label="mean of the last five")
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.set_xlabel("step", fontsize=9)
+        axis.grid(alpha=0.25)
+
+    line(axes[0, 0], "reward", f"training reward ({run.config.method})", "tab:blue")
+    spread = [(r["reward"] - (r["reward_std"] or 0), r["reward"] + (r["reward_std"] or 0)) for r in steps]
+    axes[0, 0].fill_between(x, *zip(*spread) if spread else ([], []), color="tab:blue", alpha=0.12, label="± std within groups")
+    axes[0, 0].legend(fontsize=8, loc="lower right")
+    score = [r["eval_score"] for r in evals]
+    low = [s - (r["eval_ci"][0] if r["eval_ci"][0] is not None else s) for s, r in zip(score, evals)]
+    high = [(r["eval_ci"][1] if r["eval_ci"][1] is not None else s) - s for s, r in zip(score, evals)]
+    axes[0, 1].errorbar([r["step"] for r in evals], score, yerr=[low, high], color="tab:green", marker="o", capsize=3)
+    axes[0, 1].set_title("held-out score (points met / positive points), 95 % interval", fontsize=10, loc="left")
+    axes[0, 1].set_xlabel("step", fontsize=9)
+    axes[0, 1].grid(alpha=0.25)
+    line(axes[1, 0], "completion_tokens", "tokens of a completion", "tab:orange")
+    line(axes[1, 1], "kl", "KL to the starting model, a token", "tab:red")
+    figure.suptitle(f"{run.config.model}, {run.config.method}, seed {run.config.seed}, judge {run.config.judge}", fontsize=10)
+    path = run.folder / "report.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+# ------------------------------------------------------------------------------------------- the loop
+
+
+def one_step(policy: Policy, reference, optimizer, method, examples: list[rar.Example], config: Config, step: int) -> tuple[dict, list]:
+    """Roll out, judge, learn. Returns the step's metrics and its groups."""
+    import torch
+
+    import grpo
+
+    clock = [time.perf_counter()]
+    seed = random.Random(f"{config.seed}-{step}").getrandbits(62)
+    groups = policy.rollouts(examples, config.group_size, config.max_new_tokens, config.temperature, seed, "rollouts")
+    clock.append(time.perf_counter())
+    method.score(groups, progress=True)
+    clock.append(time.perf_counter())
+    rewards = torch.tensor([[r.reward for r in rollouts] for _, rollouts in groups])  # [P, G]
+    for (_, rollouts), row in zip(groups, grpo.advantages(rewards).tolist()):
+        for rollout, advantage in zip(rollouts, row):
+            rollout.advantage = advantage
+    for options in optimizer.param_groups:
+        options["lr"] = config.lr * min(1.0, (step + 1) / max(1, round(config.steps * 0.1)))
+    all_rollouts = [r for _, rollouts in groups for r in rollouts]
+    with tqdm(total=len(all_rollouts), desc="train", unit="row", leave=False, disable=None) as bar:
+        learned = grpo.update(
+            policy.model, optimizer, [rollouts for _, rollouts in groups], loss=config.loss, temperature=config.temperature,
+            max_new_tokens=config.max_new_tokens, beta=config.beta, reference=reference, progress=bar.update,
+        )  # fmt: skip
+    if learned["kl"] is None:
+        learned["kl"] = grpo.measure_kl(reference, [rollouts for _, rollouts in groups], config.temperature)
+    clock.append(time.perf_counter())
+    lengths = [len(r.ids) for r in all_rollouts]
+    verdicts = [v.score for r in all_rollouts for v in r.verdicts]
+    return {
+        "step": step + 1,
+        "reward": mean(r.reward for r in all_rollouts),
+        "reward_std": mean(statistics.pstdev(row) for row in ([x for x in g if not math.isnan(x)] for g in rewards.tolist()) if row),
+        "judge_missing": sum(v is None for v in verdicts) / len(verdicts),
+        "completion_tokens": statistics.fmean(lengths),
+        "truncated": mean(float(r.finish == "length") for r in all_rollouts),
+        "length_reward_corr": correlation(groups),
+        **learned,
+        "seconds_rollout": clock[1] - clock[0],
+        "seconds_judge": clock[2] - clock[1],
+        "seconds_train": clock[3] - clock[2],
+        "tokens_per_second": sum(lengths) / (clock[1] - clock[0]),
+        **method.after_step(groups),
+    }, groups
+
+
+def correlation(groups: list) -> float:
+    """Mean correlation of length with reward within the groups: high values mean that length is being paid for."""
+    values = []
+    for _, rollouts in groups:
+        pairs = [(float(len(r.ids)), r.reward) for r in rollouts if not math.isnan(r.reward)]
+        if len({a for a, _ in pairs}) > 1 and len({b for _, b in pairs}) > 1:
+            values.append(statistics.correlation(*zip(*pairs)))
+    return mean(values)
+
+
+def train(config: Config, given: set[str]) -> int:
+    """A whole run, new or resumed."""
+    import torch
+
+    import grpo
+
+    state, folder = None, Path(config.out or f"runs/{config.method}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if config.resume:
+        folder = Path(config.resume)
+        config = resumed_config(config, given, folder)
+        state = torch.load(folder / "checkpoint" / "trainer.pt", weights_only=True)
+    elif (folder / "config.json").exists():
+        raise UserError(f"{folder}: holds a run already; go on with --resume {folder}, or choose another --out")
+    started = time.time()
+    torch.manual_seed(config.seed)
+    policy = Policy(str(folder / "checkpoint") if state else config.model)
+    train_set, heldout = load_data(config, policy.tokenizer, policy.context)
+    judge = OfflineJudge()
+    method = rar.RubricReward(judge, config.method)
+    run = Run(folder, config)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    reference = grpo.freeze(policy.model if not state else Policy(config.model).model)
+    step = 0
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        method.load_state_dict(state["method"])
+        step = state["step"]
+        run.truncate(step)
+    else:
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            (folder / name).unlink(missing_ok=True)
+    train_set = [e for e in train_set if method.eligible(e)]
+    print(f"{len(train_set)} training and {len(heldout)} held-out prompts, {config.steps} steps of {config.prompts_per_step} x {config.group_size} rollouts, into {folder}/")
+    if config.data:
+        print("The offline judge is a stand-in: it compares words and counts form, it does not understand. Read its scores as a smoke test.")
+    if step == 0:
+        metrics, groups = evaluate(policy, judge, heldout, config.max_new_tokens)
+        run.append("metrics.jsonl", [{"step": 0} | metrics])
+        run.samples(0, "heldout", groups)
+        print(f"held-out score before training: {metrics['eval_score']:.3f}  (95 % interval {metrics['eval_ci'][0]:.3f} to {metrics['eval_ci'][1]:.3f})")
+    score = run.metrics()[0].get("eval_score")
+    with tqdm(total=config.steps, initial=step, desc="steps", unit="step", disable=None) as bar:
+        while step < config.steps:
+            metrics, groups = one_step(policy, reference, optimizer, method, batch(train_set, config, step), config, step)
+            step += 1
+            run.samples(step, "train", groups)
+            if step % config.eval_every == 0 or step == config.steps:
+                evaluated, answers = evaluate(policy, judge, heldout, config.max_new_tokens)
+                run.samples(step, "heldout", answers)
+                metrics |= evaluated
+                score = metrics["eval_score"]
+            run.append("metrics.jsonl", [metrics])
+            if step % config.save_every == 0 or step == config.steps:
+                run.save(policy, optimizer, method, step)
+            if "eval_score" in metrics:
+                report(run)
+            bar.update()
+            note = {"reward": f"{metrics['reward']:.3f}", "held-out": f"{score:.3f}", "s": f"{metrics['seconds_rollout']:.0f}+{metrics['seconds_judge']:.0f}+{metrics['seconds_train']:.0f}"}
+            bar.set_postfix(note)
+            if bar.disable:
+                print(f"step {step}/{config.steps}  " + "  ".join(f"{k} {v}" for k, v in note.items()), flush=True)
+    summary(run, heldout, time.time() - started)
+    return 0
+
+
+def resumed_config(config: Config, given: set[str], folder: Path) -> Config:
+    """The settings of the run in `folder`; only those in RESUMABLE may be given anew. Raises UserError."""
+    if not (folder / "config.json").is_file() or not (folder / "checkpoint" / "trainer.pt").is_file():
+        raise UserError(f"--resume {folder}: no run with a checkpoint there; start one with --out {folder}")
+    saved = json.loads((folder / "config.json").read_text(encoding="utf8"))
+    changed = [name for name in given - RESUMABLE if saved.get(name) != getattr(config, name)]
+    if changed:
+        said = ", ".join(f"--{name} {getattr(config, name)} (the run has {saved.get(name)})" for name in sorted(changed))
+        raise UserError(f"--resume {folder}: would mix two experiments: {said}; leave them out or start a new run")
+    known = {f.name for f in fields(Config)}
+    return Config(**{k: v for k, v in saved.items() if k in known} | {name: getattr(config, name) for name in given})
+
+
+# ------------------------------------------------------------------------------------------- the closing summary
+
+
+def summary(run: Run, heldout: list[rar.Example], seconds: float) -> None:
+    """Before and after on the held-out prompts: score with interval, criteria that changed most, one answer, the files."""
+    rows = [json.loads(line) for line in (run.folder / "samples.jsonl").read_text(encoding="utf8").split("\n") if line]
+    last = max(r["step"] for r in rows if r["split"] == "heldout")
+    before, after = ({r["id"]: r for r in rows if r["split"] == "heldout" and r["step"] == s} for s in (0, last))
+    gains = [(after[i]["reward"] or 0) - (before[i]["reward"] or 0) for i in before if before[i]["reward"] is not None and after[i]["reward"] is not None]
+    low, high = rar.bootstrap(gains)
+    old, new = (mean(r["reward"] for r in part.values() if r["reward"] is not None) for part in (before, after))
+    print(f"\nheld-out score  {old:.3f} -> {new:.3f}   gain {new - old:+.3f}, 95 % interval {low:+.3f} to {high:+.3f} ({len(gains)} prompts, paired bootstrap)")
+    rewards = [r["reward"] for r in run.metrics() if r.get("reward") is not None]
+    if len(rewards) >= 10:
+        print(f"training reward {statistics.fmean(rewards[:5]):.3f} -> {statistics.fmean(rewards[-5:]):.3f}   (mean of the first and of the last five steps)")
+    print("\ncriteria that changed most (share of held-out answers that are right in this respect):")
+    for title, (a, b, n) in changed_criteria(heldout, before, after)[:5]:
+        print(f"  {title:<22} {a:4.0%} -> {b:4.0%}   ({n} prompts)")
+    example = max(heldout, key=lambda e: (after[e.id]["reward"] or 0) - (before[e.id]["reward"] or 0))
+    print(f"\none answer, before and after\n  question: {example.question}")
+    for name, part in (("before", before), ("after", after)):
+        print(f"  {name:<8}: {part[example.id]['text'].strip()}   [{part[example.id]['reward']:.2f}]")
+    print(f"\n{seconds / 60:.1f} minutes. In {run.folder}/: report.png, metrics.jsonl, samples.jsonl, config.json, checkpoint/ (loads with transformers)")
+
+
+def changed_criteria(heldout: list[rar.Example], before: dict, after: dict) -> list[tuple[str, tuple[float, float, int]]]:
+    """Share of good verdicts before and after, by criterion title, largest change first. Titles of one prompt only are left out."""
+    table: dict[str, list[tuple[float, float]]] = {}
+    for example in heldout:
+        for c, old, new in zip(example.rubric, before[example.id]["verdicts"], after[example.id]["verdicts"]):
+            if old["score"] is not None and new["score"] is not None:
+                table.setdefault(c.title or c.axis, []).append((rar.good(c, old["score"]), rar.good(c, new["score"])))
+    rows = [(title, (mean(a for a, _ in v), mean(b for _, b in v), len(v))) for title, v in table.items() if len(v) > 1]
+    return sorted(rows, key=lambda row: -abs(row[1][1] - row[1][0]))
+
+
+def evaluate_only(config: Config) -> int:
+    """Prints the held-out score of a checkpoint as one JSON line."""
+    policy = Policy(config.eval_only)
+    _, heldout = load_data(config, policy.tokenizer, policy.context)
+    metrics, _ = evaluate(policy, OfflineJudge(), heldout, config.max_new_tokens)
+    print(json.dumps(finite({"model": config.eval_only, "n": len(heldout)} | metrics)))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0, or 2 with one line that says what is wrong, where, and what to do."""
+    try:
+        config, given = parse_config(sys.argv[1:] if argv is None else argv)
+        return evaluate_only(config) if config.eval_only else train(config, given)
+    except (UserError, rar.DataError, NoOfflineRule) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
