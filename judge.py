@@ -104,6 +104,7 @@ SYNONYMS = {
         ("doctor", "physician", "gp", "clinician"),
         ("emergency", "ambulance", "911", "112", "999"),
         ("medicine", "medication", "drug", "tablet", "pill"),
+        ("see", "seeing", "seen", "consult"),
     )
     for word in names
 }
@@ -193,7 +194,7 @@ FORMS: list[tuple[str, Callable[[str], tuple[bool, str]]]] = [
     (r"^addresses the reader directly", lambda t: (bool(re.search(r"\byou(r|rs|rself)?\b", t.lower())), "looks for 'you'")),
     (
         r"^gives an example .*introduced by words such as",
-        lambda t: (bool(re.search(r"\b(for example|for instance|such as|e\.g\.)", t.lower())), "looks for 'for example'"),
+        lambda t: (bool(re.search(r"\b(for example|for instance|such as|e\.g\.|(an|one|another) example (is|of|would))", t.lower())), "looks for 'for example'"),
     ),
 ]
 COUNT = re.compile(r"\b(at most|at least|exactly) (\d+|" + "|".join(NUMBERS) + r") (word|sentence|item|point)s?\b")

@@ -279,10 +279,13 @@ class Run:
         """checkpoint/: written to one side, then renamed, so that a kill leaves the old one or the new one."""
         import torch
 
+        import grpo
+
         side, final, old = (self.folder / name for name in ("checkpoint.tmp", "checkpoint", "checkpoint.old"))
         for leftover in (side, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        policy.model.save_pretrained(side)
+        with grpo.quiet():
+            policy.model.save_pretrained(side)
         policy.tokenizer.save_pretrained(side)
         torch.save({"step": step, "optimizer": optimizer.state_dict(), "method": method.state_dict()}, side / "trainer.pt")
         if final.exists():
@@ -291,11 +294,18 @@ class Run:
         shutil.rmtree(old, ignore_errors=True)
 
     def truncate(self, step: int) -> None:
-        """Drops lines after `step`: a resumed run writes them again."""
+        """Drops lines after `step` and a last line cut off by a kill: a resumed run writes them again."""
+
+        def wanted(line: str) -> bool:
+            try:
+                return json.loads(line)["step"] <= step
+            except ValueError:
+                return False
+
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.folder / name
             if path.exists():
-                kept = [line for line in path.read_text(encoding="utf8").split("\n") if line and json.loads(line)["step"] <= step]
+                kept = [line for line in path.read_text(encoding="utf8").split("\n") if line and wanted(line)]
                 path.write_text("".join(line + "\n" for line in kept), encoding="utf8")
 
 
@@ -446,19 +456,32 @@ def train(config: Config, given: set[str]) -> int:
     print(f"{len(train_set)} training and {len(heldout)} held-out prompts, {config.steps} steps of {config.prompts_per_step} x {config.group_size} rollouts, into {folder}/")
     if config.data:
         print("The offline judge is a stand-in: it compares words and counts form, it does not understand. Read its scores as a smoke test.")
+    try:
+        loop(run, policy, reference, optimizer, method, train_set, heldout, step)
+    except KeyboardInterrupt:
+        saved = (folder / "checkpoint").exists()
+        print(f"\nstopped; " + (f"go on with: python train.py --resume {folder}" if saved else "no checkpoint was written yet"))
+        return 130
+    summary(run, heldout, time.time() - started)
+    return 0
+
+
+def loop(run: Run, policy: Policy, reference, optimizer, method, train_set: list, heldout: list, step: int) -> None:
+    """Steps, evaluations, logs and checkpoints until config.steps."""
+    config = run.config
     if step == 0:
-        metrics, groups = evaluate(policy, judge, heldout, config.max_new_tokens)
+        metrics, groups = evaluate(policy, method.judge, heldout, config.max_new_tokens)
         run.append("metrics.jsonl", [{"step": 0} | metrics])
         run.samples(0, "heldout", groups)
         print(f"held-out score before training: {metrics['eval_score']:.3f}  (95 % interval {metrics['eval_ci'][0]:.3f} to {metrics['eval_ci'][1]:.3f})")
-    score = run.metrics()[0].get("eval_score")
+    score = [row["eval_score"] for row in run.metrics() if "eval_score" in row][-1]
     with tqdm(total=config.steps, initial=step, desc="steps", unit="step", disable=None) as bar:
         while step < config.steps:
             metrics, groups = one_step(policy, reference, optimizer, method, batch(train_set, config, step), config, step)
             step += 1
             run.samples(step, "train", groups)
             if step % config.eval_every == 0 or step == config.steps:
-                evaluated, answers = evaluate(policy, judge, heldout, config.max_new_tokens)
+                evaluated, answers = evaluate(policy, method.judge, heldout, config.max_new_tokens)
                 run.samples(step, "heldout", answers)
                 metrics |= evaluated
                 score = metrics["eval_score"]
@@ -467,13 +490,12 @@ def train(config: Config, given: set[str]) -> int:
                 run.save(policy, optimizer, method, step)
             if "eval_score" in metrics:
                 report(run)
-            bar.update()
-            note = {"reward": f"{metrics['reward']:.3f}", "held-out": f"{score:.3f}", "s": f"{metrics['seconds_rollout']:.0f}+{metrics['seconds_judge']:.0f}+{metrics['seconds_train']:.0f}"}
+            seconds = "+".join(f"{metrics[f'seconds_{part}']:.0f}" for part in ("rollout", "judge", "train"))
+            note = {"reward": f"{metrics['reward']:.3f}", "held-out": f"{score:.3f}", "seconds": seconds}
             bar.set_postfix(note)
+            bar.update()
             if bar.disable:
                 print(f"step {step}/{config.steps}  " + "  ".join(f"{k} {v}" for k, v in note.items()), flush=True)
-    summary(run, heldout, time.time() - started)
-    return 0
 
 
 def resumed_config(config: Config, given: set[str], folder: Path) -> Config:

@@ -1,0 +1,442 @@
+"""GRPO by closed form, by invariance, by gradient direction, and against a slow, obvious re-implementation."""
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import grpo
+from grpo import Rollout, advantages, completion_logprobs, policy_loss, sample, token_weights, update
+
+ENDS = {1}
+MANY = {1, *range(100, 125)}  # a random model ends about one token in ten then, so lengths differ
+
+
+def random_groups(prompts=3, size=4, longest=12, seed=0):
+    """Groups with random tokens, lengths and rewards, advantages set; every prompt has another length."""
+    rng = random.Random(seed)
+    groups = []
+    for p in range(prompts):
+        prompt = [rng.randrange(2, 250) for _ in range(3 + 4 * p)]
+        group = [Rollout(prompt, [rng.randrange(2, 250) for _ in range(rng.randint(1, longest))], [], "stop") for _ in range(size)]
+        for rollout, a in zip(group, advantages(torch.rand(1, size, generator=torch.Generator().manual_seed(seed + p)))[0].tolist()):
+            rollout.advantage = a
+            rollout.logp = [-1.0] * len(rollout.ids)
+        groups.append(group)
+    return groups
+
+
+def plain_logprobs(model, prompt, ids, temperature):
+    """The obvious way: the whole sequence, one row, no cache, no padding."""
+    logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].double() / temperature
+    return logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+
+
+# ------------------------------------------------------------------------------------------- log-probs
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_shared_prompts_give_the_log_probs_of_full_sequences(tiny_model, temperature):
+    groups = random_groups()
+    logp, entropy, mask = completion_logprobs(tiny_model, [g[0].prompt_ids for g in groups], [[r.ids for r in g] for g in groups], temperature)
+    rows = [r for g in groups for r in g]
+    assert mask.sum(1).tolist() == [len(r.ids) for r in rows]
+    for row, rollout in enumerate(rows):
+        want = plain_logprobs(tiny_model, rollout.prompt_ids, rollout.ids, temperature)
+        assert torch.allclose(logp[row, : len(rollout.ids)].double(), want, atol=2e-6)
+        assert (logp[row, len(rollout.ids) :] == 0).all()
+        logits = tiny_model(torch.tensor([rollout.prompt_ids + rollout.ids])).logits[0, len(rollout.prompt_ids) - 1 : -1] / temperature
+        exact = torch.distributions.Categorical(logits=logits).entropy()
+        assert torch.allclose(entropy[row, : len(rollout.ids)].double(), exact, atol=2e-6)
+
+
+def test_shared_prompts_give_the_gradient_of_full_sequences(tiny_model):
+    """The prompt's keys and values carry gradient too: every parameter agrees."""
+    groups = random_groups()
+    logp, _, mask = completion_logprobs(tiny_model, [g[0].prompt_ids for g in groups], [[r.ids for r in g] for g in groups], 0.8)
+    (logp * mask).sum().backward()
+    shared = {n: p.grad.clone() for n, p in tiny_model.named_parameters()}
+    tiny_model.zero_grad()
+    sum(plain_logprobs(tiny_model, r.prompt_ids, r.ids, 0.8).sum() for g in groups for r in g).backward()
+    for name, p in tiny_model.named_parameters():
+        assert torch.allclose(shared[name], p.grad, rtol=1e-4, atol=1e-5), name
+        assert p.grad.abs().max() > 0
+
+
+def test_a_prompt_of_one_token(tiny_model):
+    logp, _, _ = completion_logprobs(tiny_model, [[5]], [[[7, 8], [9]]], 1.0)
+    assert torch.allclose(logp[0].double(), plain_logprobs(tiny_model, [5], [7, 8], 1.0), atol=2e-6)
+
+
+def test_the_fused_log_prob_and_its_gradient(monkeypatch):
+    """Against autograd through plain log_softmax, with more tokens than one chunk."""
+    monkeypatch.setattr(grpo, "CHUNK", 4)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(11, 6, dtype=torch.float64, requires_grad=True), torch.randn(30, 6, dtype=torch.float64, requires_grad=True)
+    ids, pull = torch.randint(0, 30, (11,)), torch.randn(11, dtype=torch.float64)
+    logp, entropy = grpo.TokenLogprobs.apply(hidden, weight, ids, 0.7)
+    got = torch.autograd.grad((logp * pull).sum(), (hidden, weight))
+    plain = (hidden @ weight.T / 0.7).log_softmax(-1)
+    want = torch.autograd.grad((plain.gather(1, ids[:, None])[:, 0] * pull).sum(), (hidden, weight))
+    assert torch.allclose(logp.double(), plain.gather(1, ids[:, None])[:, 0], atol=1e-5)
+    assert torch.allclose(entropy.double(), -(plain.exp() * plain).sum(-1), atol=1e-5)
+    for a, b in zip(got, want):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_completions_that_end_in_the_pad_token_count_it(tiny_model):
+    """pad = eos in many models: the mask comes from lengths, so the end token stays in the loss and in attention."""
+    logp, _, mask = completion_logprobs(tiny_model, [[5, 6]], [[[7, 1], [7, 8, 9, 1]]], 1.0)
+    assert mask.tolist() == [[True, True, False, False], [True] * 4]
+    assert torch.allclose(logp[0, :2].double(), plain_logprobs(tiny_model, [5, 6], [7, 1], 1.0), atol=2e-6)
+    inner, _, _ = completion_logprobs(tiny_model, [[5, 1, 6]], [[[7, 1, 8]]], 1.0)  # end tokens in the middle stay visible
+    assert torch.allclose(inner[0].double(), plain_logprobs(tiny_model, [5, 1, 6], [7, 1, 8], 1.0), atol=2e-6)
+
+
+# ------------------------------------------------------------------------------------------- sampling
+
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [20]]
+
+
+def test_greedy_sampling_equals_transformers_generate(tiny_model):
+    groups = sample(tiny_model, PROMPTS, 1, 15, 0.0, ENDS)
+    for prompt, [rollout] in zip(PROMPTS, groups):
+        want = tiny_model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=15, do_sample=False)
+        assert rollout.ids == want[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_sampler_and_trainer_agree_on_every_log_prob(tiny_model, temperature):
+    """One number that catches a wrong temperature, mask, position or a lost end token."""
+    groups = sample(tiny_model, PROMPTS, 5, 40, temperature, MANY, seed=3)
+    assert {r.finish for g in groups for r in g} == {"stop", "length"}
+    for group in groups:
+        for rollout in group:
+            want = plain_logprobs(tiny_model, rollout.prompt_ids, rollout.ids, temperature)
+            assert torch.allclose(torch.tensor(rollout.logp, dtype=torch.float64), want, atol=2e-6)
+            ended = rollout.ids[-1] in MANY
+            assert (rollout.finish == "stop") == ended and not set(rollout.ids[:-1]) & MANY
+            assert ended or len(rollout.ids) == 40
+
+
+def test_same_seed_same_rollouts_and_rows_do_not_depend_on_their_neighbours(tiny_model):
+    ids = lambda groups: [[r.ids for r in g] for g in groups]
+    first = ids(sample(tiny_model, PROMPTS, 4, 12, 1.0, MANY, seed=1))
+    assert first == ids(sample(tiny_model, PROMPTS, 4, 12, 1.0, MANY, seed=1))
+    assert first != ids(sample(tiny_model, PROMPTS, 4, 12, 1.0, MANY, seed=2))
+    assert first[0] == ids(sample(tiny_model, PROMPTS[:1], 4, 12, 1.0, MANY, seed=1))[0]
+    assert first == ids(sample(tiny_model, PROMPTS, 4, 12, 1.0, MANY, seed=1, progress=lambda n: None))
+
+
+def test_the_draw_follows_the_distribution():
+    """Chi-square over 200,000 draws from a skewed distribution with an impossible token."""
+    logits = torch.tensor([2.0, 0.0, -1.0, -math.inf, 1.0, 0.5])
+    count = 200_000
+    uniform = torch.rand(count, generator=torch.Generator().manual_seed(0))
+    ids, logp = grpo.draw(logits.expand(count, -1), uniform, 0.8)
+    p = (logits / 0.8).softmax(-1)
+    seen = torch.bincount(ids, minlength=6).float()
+    assert seen[3] == 0
+    possible = p > 0
+    chi = ((seen - count * p)[possible] ** 2 / (count * p)[possible]).sum().item()
+    assert chi < 18.5  # 0.999 quantile at 4 degrees of freedom
+    assert torch.allclose(logp, p.log()[ids], atol=1e-6)
+    edge, _ = grpo.draw(logits.expand(2, -1), torch.tensor([0.0, 1 - 2**-24]), 1.0)
+    assert edge.tolist() == [0, 5]
+
+
+def test_progress_counts_running_rows(tiny_model):
+    seen = []
+    groups = sample(tiny_model, PROMPTS, 4, 30, 1.0, MANY, progress=seen.append)
+    assert sorted(seen, reverse=True) == seen and len(seen) == max(len(r.ids) for g in groups for r in g)
+
+
+# ------------------------------------------------------------------------------------------- advantages
+
+
+def test_advantages_by_hand_and_nan():
+    nan = math.nan
+    got = advantages(torch.tensor([[1.0, 2.0, 3.0, nan], [nan, nan, nan, 1.0], [nan] * 4, [0.1, 0.1, 0.1, 0.1]]))
+    z = math.sqrt(1.5)
+    assert torch.allclose(got, torch.tensor([[-z, 0, z, 0], [0.0] * 4, [0.0] * 4, [0.0] * 4]), atol=1e-6)
+    # a missing reward changes no other advantage
+    assert torch.equal(got[0, :3], advantages(torch.tensor([[1.0, 2.0, 3.0]]))[0])
+    assert not got.isnan().any()
+
+
+def test_advantages_do_not_depend_on_order_scale_or_shift():
+    rewards = torch.rand(5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(advantages(rewards)[:, order], advantages(rewards[:, order]), atol=1e-12)
+    assert torch.allclose(advantages(rewards), advantages(3 * rewards - 7), atol=1e-9)
+    assert torch.allclose(advantages(rewards, scale=False), rewards - rewards.mean(1, keepdim=True), atol=1e-12)
+    before = rewards.clone()
+    advantages(rewards)
+    assert torch.equal(before, rewards)
+
+
+def test_equal_rewards_that_round_are_a_dead_group():
+    """0.1 + 0.2 style rounding must not turn into advantages of size 1."""
+    rewards = torch.tensor([[0.3, 0.1 + 0.2, 0.3, 0.3, 0.3, 0.1 + 0.2]], dtype=torch.float64)
+    assert (advantages(rewards) == 0).all()
+
+
+# ------------------------------------------------------------------------------------------- loss
+
+
+def slow_loss(model, groups, loss, limit, temperature, old, beta, reference, low, high):
+    """The equations read aloud: one rollout at a time, one token at a time."""
+    rollouts = [r for g in groups for r in g]
+    total = 0.0
+    for r in rollouts:
+        if not r.advantage:
+            continue
+        now = plain_logprobs(model, r.prompt_ids, r.ids, temperature)
+        ref = plain_logprobs(reference, r.prompt_ids, r.ids, temperature).detach()
+        for t in range(len(r.ids)):
+            ratio = torch.exp(now[t] - old[id(r)][t])
+            clipped = min(max(ratio.item(), 1 - low), 1 + high)
+            term = -torch.min(ratio * r.advantage, torch.tensor(clipped, dtype=ratio.dtype) * r.advantage)
+            if ratio.item() == clipped:  # inside the range both are the same function of the policy
+                term = -ratio * r.advantage
+            d = ref[t] - now[t]
+            term = term + beta * (torch.exp(d) - d - 1)
+            if loss == "grpo":
+                total = total + term / (len(rollouts) * len(r.ids))
+            elif loss == "dr_grpo":
+                total = total + term / (len(rollouts) * limit)
+            else:
+                total = total + term / sum(len(x.ids) for x in rollouts)
+    return total
+
+
+@pytest.mark.parametrize("loss, beta, clip", list(itertools.product(("grpo", "dr_grpo", "dapo"), (0.0, 0.1), ((0.2, 0.2), (0.1, 0.4)))))
+def test_loss_and_gradient_equal_the_slow_reading(tiny, loss, beta, clip):
+    """Second epoch, so that ratios differ from 1 and some are clipped; token ids, lengths and advantages are random."""
+    model, reference = (AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64).eval() for _ in range(2))
+    groups = random_groups(seed=5)
+    groups[1][2].advantage = 0.0
+    rollouts = [r for g in groups for r in g]
+    noise = torch.Generator().manual_seed(1)
+    old = {id(r): plain_logprobs(model, r.prompt_ids, r.ids, 0.9).detach() + 0.3 * torch.randn(len(r.ids), generator=noise) for r in rollouts}
+    slow = slow_loss(model, groups, loss, 12, 0.9, old, beta, reference, *clip)
+    want = torch.autograd.grad(slow, list(model.parameters()))
+    model.zero_grad()
+    weight = dict(zip(map(id, rollouts), token_weights([len(r.ids) for r in rollouts], loss, 12)))
+    live = [[r for r in g if r.advantage] for g in groups]
+    fast = 0.0
+    for batch in grpo.micro_batches(live, 40):
+        part = grpo.Pass(batch, weight, "cpu")
+        logp, _, mask = part.logprobs(model, 0.9)
+        before = torch.zeros_like(logp).masked_scatter(mask, torch.cat([old[id(r)] for r in part.rows]).to(logp.dtype))
+        token_loss = policy_loss(logp, before, part.advantage, *clip)
+        if beta:
+            token_loss = token_loss + beta * grpo.kl_k3(logp, part.logprobs(reference, 0.9)[0].detach())
+        piece = (token_loss * mask * part.weight).sum()
+        piece.backward()
+        fast += piece.item()
+    assert fast == pytest.approx(slow.item(), abs=1e-5)
+    for (name, p), w in zip(model.named_parameters(), want):
+        assert torch.allclose(p.grad, w, atol=2e-5), name
+
+
+def test_three_normalisers_turn_the_sign():
+    """Lengths 10, 10, 10, 500 with advantages 1, 1, 1, -1: the table of the docstring, and each batch-wide."""
+    for loss, mean in (("grpo", 0.5), ("dapo", -470 / 530)):
+        weights = token_weights([10, 10, 10, 500], loss, 500)
+        assert sum(a * w * n for a, w, n in zip((1, 1, 1, -1), weights, (10, 10, 10, 500))) == pytest.approx(mean)
+        assert sum(w * n for w, n in zip(weights, (10, 10, 10, 500))) == pytest.approx(1.0)
+
+
+def test_clip_sides():
+    """Positive advantages stop above 1 + high, negative ones below 1 - low; the other sides keep their gradient."""
+    for ratio, advantage, alive in ((1.5, 1, False), (0.5, 1, True), (1.5, -1, True), (0.5, -1, False), (1.0, 1, True)):
+        logp = torch.tensor([[math.log(ratio)]], requires_grad=True)
+        policy_loss(logp, torch.zeros(1, 1), torch.tensor([[float(advantage)]])).sum().backward()
+        assert (logp.grad.abs().item() > 0) == alive, (ratio, advantage)
+
+
+def test_k3_is_never_negative_and_zero_at_equality():
+    logp, ref = torch.randn(1000, dtype=torch.float64), torch.randn(1000, dtype=torch.float64)
+    assert (grpo.kl_k3(logp, ref) >= 0).all() and (grpo.kl_k3(logp, logp) == 0).all()
+
+
+# ------------------------------------------------------------------------------------------- one step
+
+
+def fresh(tiny, lr=0.01):
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    return model, torch.optim.SGD(model.parameters(), lr=lr)
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo"])
+def test_the_step_does_not_depend_on_micro_batches_or_order(tiny, loss):
+    results = []
+    for tokens, flip in ((10_000, False), (30, False), (1, False), (40, True)):
+        model, optimizer = fresh(tiny)
+        groups = random_groups(prompts=4)
+        if flip:
+            groups = [g[::-1] for g in groups[::-1]]
+        update(model, optimizer, groups, loss=loss, max_new_tokens=12, max_tokens=tokens, max_grad_norm=1e9)
+        results.append(weights(model))
+    for other in results[1:]:
+        assert torch.allclose(results[0], other, atol=1e-6)
+    assert not torch.equal(results[0], weights(fresh(tiny)[0]))
+
+
+def test_micro_batches_hold_every_rollout_once_and_respect_the_limit():
+    groups = random_groups(prompts=6, size=5)
+    for limit in (1, 20, 60, 10_000):
+        batches = grpo.micro_batches(groups, limit)
+        assert sorted(id(r) for b in batches for piece in b for r in piece) == sorted(id(r) for g in groups for r in g)
+        for b in batches:
+            rows = [r for piece in b for r in piece]
+            assert len(rows) == 1 or len(rows) * max(len(r.ids) for r in rows) <= limit
+            assert all(r.prompt_ids == piece[0].prompt_ids for piece in b for r in piece)
+
+
+def test_a_step_raises_the_rewarded_and_lowers_the_rest(tiny):
+    model, optimizer = fresh(tiny, lr=0.05)
+    groups = random_groups()
+    total = lambda r: plain_logprobs(model, r.prompt_ids, r.ids, 1.0).sum().item()
+    before = {id(r): total(r) for g in groups for r in g}
+    log = update(model, optimizer, groups, max_new_tokens=12)
+    moved = sum(r.advantage * (total(r) - before[id(r)]) / len(r.ids) for g in groups for r in g)
+    assert moved > 0
+    assert abs(log["loss"]) < 1e-6 and log["grad_norm"] > 0.01  # the loss reads 0, the gradient is not 0
+
+
+def test_dead_groups_spend_no_pass(tiny):
+    model, optimizer = fresh(tiny)
+    groups = random_groups()
+    for r in groups[0]:
+        r.advantage = 0.0
+    rows = []
+    log = update(model, optimizer, groups, max_new_tokens=12, progress=rows.append)
+    assert log["zero_std_groups"] == 1 and sum(rows) == sum(r.advantage != 0 for g in groups for r in g)
+    before = weights(model)
+    dead = [[Rollout(r.prompt_ids, r.ids, r.logp, r.finish) for r in g] for g in groups]
+    log = update(model, optimizer, dead, max_new_tokens=12)
+    assert torch.equal(before, weights(model)) and log["zero_std_groups"] == 3 and log["grad_norm"] == 0
+
+
+def test_unscored_rollouts_do_not_move_the_policy(tiny):
+    """A nan reward gives advantage 0; the step equals one in which that completion said something else entirely."""
+    results = []
+    for words in ([3, 4, 5], [200, 201, 202]):
+        model, optimizer = fresh(tiny)
+        groups = random_groups(prompts=1)
+        groups[0][0].ids, groups[0][0].logp = words, [-1.0] * 3
+        row = advantages(torch.tensor([[math.nan, 0.2, 0.9, 0.4]]))[0].tolist()
+        for r, a in zip(groups[0], row):
+            r.advantage = a
+        update(model, optimizer, groups, max_new_tokens=12)
+        results.append(weights(model))
+    assert torch.equal(*results)
+
+
+def test_kl_term_pulls_back_to_the_reference(tiny):
+    reference = fresh(tiny)[0]
+    model, _ = fresh(tiny)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    groups = random_groups()
+    values = []
+    for _ in range(6):
+        for r in (r for g in groups for r in g):
+            r.logp = plain_logprobs(model, r.prompt_ids, r.ids, 1.0).tolist()
+            r.advantage = 1e-9  # nothing but the KL term
+        values.append(update(model, optimizer, groups, beta=1.0, reference=reference, max_new_tokens=12)["kl"])
+    assert values[0] > 0 and values[-1] < 0.8 * values[0]
+
+
+def test_measured_kl_is_zero_at_the_start_and_positive_after_a_move(tiny):
+    model, _ = fresh(tiny)
+    reference = grpo.freeze(model)
+    groups = sample(model, PROMPTS, 2, 10, 0.7, ENDS, seed=0)
+    assert abs(grpo.measure_kl(reference, groups, 0.7)) < 1e-6
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.3)
+    assert grpo.measure_kl(reference, sample(model, PROMPTS, 2, 10, 0.7, ENDS, seed=0), 0.7) > 1e-3
+    assert not any(p.requires_grad for p in reference.parameters())
+
+
+def test_inner_epochs_move_the_ratio_and_gap_is_that_of_the_sampler(tiny):
+    model, optimizer = fresh(tiny, lr=0.5)
+    groups = sample(model, PROMPTS, 4, 12, 0.8, ENDS, seed=0)
+    for g, row in zip(groups, advantages(torch.rand(3, 4, generator=torch.Generator().manual_seed(0))).tolist()):
+        for r, a in zip(g, row):
+            r.advantage = a
+    log = update(model, optimizer, groups, temperature=0.8, max_new_tokens=12, epochs=3)
+    assert log["logp_gap"] < 1e-5
+    assert abs(log["loss"]) > 1e-6
+    log = update(model, optimizer, groups, temperature=0.8, max_new_tokens=12)  # the policy has moved, the rollouts have not
+    assert log["logp_gap"] > 1e-3
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(tiny):
+    model, optimizer = fresh(tiny)
+    before = weights(model)
+    groups = random_groups()
+    groups[0][0].advantage = math.inf
+    with pytest.raises(FloatingPointError, match="not finite"):
+        update(model, optimizer, groups, max_new_tokens=12)
+    assert torch.equal(before, weights(model))
+
+
+def test_the_same_seed_gives_the_same_run_bit_for_bit(tiny):
+    results = []
+    for _ in range(2):
+        model, optimizer = fresh(tiny)
+        for step in range(3):
+            groups = sample(model, PROMPTS, 4, 10, 0.9, ENDS, seed=step)
+            rewards = torch.tensor([[sum(r.ids) % 7 / 7 for r in g] for g in groups])
+            for g, row in zip(groups, advantages(rewards).tolist()):
+                for r, a in zip(g, row):
+                    r.advantage = a
+            update(model, optimizer, groups, temperature=0.9, max_new_tokens=10)
+        results.append(weights(model))
+    assert torch.equal(*results)
+
+
+def test_learning_to_say_one_token(tiny):
+    """The whole method in small: pay for the share of token 42 and watch it rise."""
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    shares = []
+    for step in range(40):
+        groups = sample(model, PROMPTS, 8, 10, 1.0, ENDS, seed=step)
+        rewards = torch.tensor([[r.ids.count(42) / len(r.ids) + (r.ids[-1] not in ENDS) for r in g] for g in groups])
+        for g, row in zip(groups, advantages(rewards).tolist()):
+            for r, a in zip(g, row):
+                r.advantage = a
+        update(model, optimizer, groups, max_new_tokens=10)
+        shares.append(sum(r.ids.count(42) for g in groups for r in g) / sum(len(r.ids) for g in groups for r in g))
+    assert sum(shares[-5:]) / 5 > sum(shares[:5]) / 5 + 0.3
+
+
+# ------------------------------------------------------------------------------------------- the policy
+
+
+def test_prompts_end_where_the_assistant_begins(tiny):
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    ids = grpo.encode(tokenizer, [{"role": "user", "content": "Hi"}])
+    assert tokenizer.decode(ids) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    tokenizer.chat_template = None
+    assert tokenizer.decode(grpo.encode(tokenizer, [{"role": "user", "content": "Hi"}])).endswith("assistant:")
+
+
+def test_all_end_tokens_are_known(tiny):
+    model, tokenizer = grpo.load_policy(str(tiny))
+    assert grpo.end_tokens(model, tokenizer) == {1}
+    model.generation_config.eos_token_id = [0, 5]
+    assert grpo.end_tokens(model, tokenizer) == {0, 1, 5}

