@@ -289,6 +289,44 @@ def bootstrap(values: list[float], seed: int = 0, resamples: int = 2000) -> tupl
     return (round(means[int(0.025 * resamples)], 4), round(means[int(0.975 * resamples) - 1], 4))
 
 
+def mean(values) -> float:
+    """Mean of the values that are not nan; nan of none."""
+    values = [v for v in values if not math.isnan(v)]
+    return statistics.fmean(values) if values else math.nan
+
+
+def evaluate(judge, groups: list[tuple[Example, list]]) -> dict:
+    """HealthBench's score of one answer a prompt, overall and by axis, whatever reward was trained on.
+
+    Sets each rollout's verdicts and its reward (points over positive points). The score is not clipped: clipping at 0
+    would show a weak policy's progress as standing still.
+    """
+    judge_groups(judge, groups)
+    scores, axes = [], {}
+    for example, [rollout] in groups:
+        verdicts = [v.score for v in rollout.verdicts]
+        rollout.reward = points_reward(example.rubric, verdicts)
+        scores.append(rollout.reward)
+        for axis, score in axis_scores(example.rubric, verdicts).items():
+            axes.setdefault(axis, []).append(score)
+    metrics = {"eval_score": mean(scores), "eval_ci": bootstrap(scores)}
+    return metrics | {f"eval_axis/{axis}": mean(values) for axis, values in sorted(axes.items())}
+
+
+def changed_criteria(examples: list[Example], before: dict, after: dict) -> list[tuple[str, float, float, int]]:
+    """(title, share of good verdicts before, after, prompts), largest change first, over criteria that several prompts share.
+
+    before and after map an example's id to its line of samples.jsonl.
+    """
+    table: dict[str, list[tuple[float, float]]] = {}
+    for example in examples:
+        for c, old, new in zip(example.rubric, before[example.id]["verdicts"], after[example.id]["verdicts"]):
+            if None not in (old["score"], new["score"]):
+                table.setdefault(c.title or c.axis, []).append((good(c, old["score"]), good(c, new["score"])))
+    rows = [(title, mean(a for a, _ in v), mean(b for _, b in v), len(v)) for title, v in table.items() if len(v) > 1]
+    return sorted(rows, key=lambda row: -abs(row[2] - row[1]))
+
+
 def main() -> int:
     """One response traced from rubric to reward, then the same response with one pitfall committed."""
     example = read_examples(Path(__file__).parent / "data" / "train.jsonl")[0]

@@ -17,6 +17,7 @@ resumed run needs no saved random state and is the same run.
 
 import argparse
 import ast
+import ctypes
 import difflib
 import json
 import math
@@ -29,8 +30,10 @@ import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
+import grpo
 import rar
 from judge import NoOfflineRule, OfflineJudge
 
@@ -136,8 +139,6 @@ def parse_config(argv: list[str]) -> tuple[Config, set[str]]:
 
 def load_data(config: Config, tokenizer, context: int) -> tuple[list[rar.Example], list[rar.Example]]:
     """Training and held-out examples with their prompt tokens in `.tokens`. Too long prompts are skipped and counted."""
-    import grpo
-
     train = rar.read_examples(config.data or HERE / "data" / "train.jsonl")
     if config.eval_data or not config.data:
         heldout = rar.read_examples(config.eval_data or HERE / "data" / "heldout.jsonl")
@@ -180,10 +181,6 @@ class Policy:
     """Model, tokenizer and what sampling needs to know about them."""
 
     def __init__(self, name: str):
-        import torch
-
-        import grpo
-
         try:
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
             self.model, self.tokenizer = grpo.load_policy(name, self.device)
@@ -196,8 +193,6 @@ class Policy:
 
     def rollouts(self, examples: list[rar.Example], group_size: int, max_new_tokens: int, temperature: float, seed: int, name: str):
         """Groups of rollouts with their text, sampled together under a progress bar that counts tokens."""
-        import grpo
-
         total = len(examples) * group_size * max_new_tokens
         with tqdm(total=total, desc=name, unit="tok", leave=False, disable=None) as bar:
             groups = grpo.sample(
@@ -210,29 +205,11 @@ class Policy:
 
 
 def evaluate(policy: Policy, judge, examples: list[rar.Example], max_new_tokens: int, batch_size: int = 32):
-    """Greedy answers to the held-out prompts and their HealthBench score (points met over positive points).
-
-    The score is the same for every training method, so methods can be compared. Returns (metrics, groups of one).
-    """
+    """Greedy answers to the held-out prompts, scored by rar.evaluate. Returns (metrics, groups of one rollout)."""
     groups = []
-    for start in range(0, len(examples), batch_size):
+    for start in range(0, len(examples), batch_size):  # in batches: the cache of all rows at once need not fit
         groups += policy.rollouts(examples[start : start + batch_size], 1, max_new_tokens, 0.0, 0, "held-out")
-    rar.judge_groups(judge, groups)
-    scores, axes = [], {}
-    for example, [rollout] in groups:
-        verdicts = [v.score for v in rollout.verdicts]
-        rollout.reward = rar.points_reward(example.rubric, verdicts)
-        scores.append(rollout.reward)
-        for axis, score in rar.axis_scores(example.rubric, verdicts).items():
-            axes.setdefault(axis, []).append(score)
-    metrics = {"eval_score": mean(scores), "eval_ci": rar.bootstrap(scores)}
-    return metrics | {f"eval_axis/{axis}": mean(values) for axis, values in sorted(axes.items())}, groups
-
-
-def mean(values) -> float:
-    """Mean of the values that are not nan; nan of none."""
-    values = [v for v in values if not math.isnan(v)]
-    return statistics.fmean(values) if values else math.nan
+    return rar.evaluate(judge, groups), groups
 
 
 # ------------------------------------------------------------------------------------------- the run's folder
@@ -277,10 +254,6 @@ class Run:
 
     def save(self, policy: Policy, optimizer, method, step: int) -> None:
         """checkpoint/: written to one side, then renamed, so that a kill leaves the old one or the new one."""
-        import torch
-
-        import grpo
-
         side, final, old = (self.folder / name for name in ("checkpoint.tmp", "checkpoint", "checkpoint.old"))
         for leftover in (side, old):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -320,46 +293,44 @@ def finite(value):
     return value
 
 
-def report(run: Run) -> Path:
-    """report.png: reward, held-out score, length, KL over the steps, from metrics.jsonl alone."""
+def report(run: Run) -> None:
+    """report.png: reward, held-out score, length and KL over the steps, from metrics.jsonl alone."""
     import matplotlib
 
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")  # no window: runs happen on machines without a screen
     import matplotlib.pyplot as plt
 
-    rows = run.metrics()
-    steps = [r for r in rows if r.get("reward") is not None]
-    evals = [r for r in rows if r.get("eval_score") is not None]
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained")
-    x = [r["step"] for r in steps]
-
-    def line(axis, key, title, color):
-        points = [(r["step"], r[key]) for r in steps if r.get(key) is not None]
-        axis.plot(*zip(*points) if points else ([], []), color=color, alpha=0.35, marker=".", linewidth=1)
-        smooth = [(s, statistics.fmean(v for _, v in points[max(0, i - 4) : i + 1])) for i, (s, _) in enumerate(points)]
-        axis.plot(*zip(*smooth) if smooth else ([], []), color=color, linewidth=2, label="mean of the last five")
-        axis.set_title(title, fontsize=10, loc="left")
+    rows = [{"reward": None, "eval_score": None} | row for row in run.metrics()]
+    figure, ((reward, score), (length, kl)) = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained")
+    for axis, key, title, color in (
+        (reward, "reward", f"training reward ({run.config.method})", "tab:blue"),
+        (length, "completion_tokens", "tokens of a completion", "tab:orange"),
+        (kl, "kl", "KL to the starting model, a token", "tab:red"),
+    ):
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        recent = [statistics.fmean(v for _, v in points[max(0, i - 4) : i + 1]) for i in range(len(points))]
+        x = [step for step, _ in points]
+        axis.plot(x, [v for _, v in points], color=color, alpha=0.35, marker=".", linewidth=1)
+        axis.plot(x, recent, color=color, linewidth=2, label="mean of the last five")
+        axis.set_title(title)
+    steps = [row for row in rows if row["reward"] is not None]
+    low, high = ([row["reward"] + sign * (row["reward_std"] or 0) for row in steps] for sign in (-1, 1))
+    reward.fill_between([row["step"] for row in steps], low, high, color="tab:blue", alpha=0.12, label="± std in groups")
+    reward.legend(fontsize=8, loc="lower right")
+    for row in rows:
+        if row["eval_score"] is not None:
+            score.plot([row["step"]] * 2, [v if v is not None else row["eval_score"] for v in row["eval_ci"]], color="tab:green")
+    evals = [row for row in rows if row["eval_score"] is not None]
+    score.plot([row["step"] for row in evals], [row["eval_score"] for row in evals], color="tab:green", marker="o")
+    score.set_title("held-out score (points met / positive points), 95 % interval")
+    for axis in figure.axes:
+        axis.set_title(axis.get_title(), fontsize=10, loc="left")
         axis.set_xlabel("step", fontsize=9)
         axis.grid(alpha=0.25)
-
-    line(axes[0, 0], "reward", f"training reward ({run.config.method})", "tab:blue")
-    spread = [(r["reward"] - (r["reward_std"] or 0), r["reward"] + (r["reward_std"] or 0)) for r in steps]
-    axes[0, 0].fill_between(x, *zip(*spread) if spread else ([], []), color="tab:blue", alpha=0.12, label="± std within groups")
-    axes[0, 0].legend(fontsize=8, loc="lower right")
-    score = [r["eval_score"] for r in evals]
-    low = [s - (r["eval_ci"][0] if r["eval_ci"][0] is not None else s) for s, r in zip(score, evals)]
-    high = [(r["eval_ci"][1] if r["eval_ci"][1] is not None else s) - s for s, r in zip(score, evals)]
-    axes[0, 1].errorbar([r["step"] for r in evals], score, yerr=[low, high], color="tab:green", marker="o", capsize=3)
-    axes[0, 1].set_title("held-out score (points met / positive points), 95 % interval", fontsize=10, loc="left")
-    axes[0, 1].set_xlabel("step", fontsize=9)
-    axes[0, 1].grid(alpha=0.25)
-    line(axes[1, 0], "completion_tokens", "tokens of a completion", "tab:orange")
-    line(axes[1, 1], "kl", "KL to the starting model, a token", "tab:red")
-    figure.suptitle(f"{run.config.model}, {run.config.method}, seed {run.config.seed}, judge {run.config.judge}", fontsize=10)
-    path = run.folder / "report.png"
-    figure.savefig(path, dpi=110)
+    c = run.config
+    figure.suptitle(f"{c.model}, {c.method}, seed {c.seed}, judge {c.judge}", fontsize=10)
+    figure.savefig(run.folder / "report.png", dpi=110)
     plt.close(figure)
-    return path
 
 
 # ------------------------------------------------------------------------------------------- the loop
@@ -367,10 +338,6 @@ def report(run: Run) -> Path:
 
 def one_step(policy: Policy, reference, optimizer, method, examples: list[rar.Example], config: Config, step: int) -> tuple[dict, list]:
     """Roll out, judge, learn. Returns the step's metrics and its groups."""
-    import torch
-
-    import grpo
-
     clock = [time.perf_counter()]
     seed = random.Random(f"{config.seed}-{step}").getrandbits(62)
     groups = policy.rollouts(examples, config.group_size, config.max_new_tokens, config.temperature, seed, "rollouts")
@@ -396,11 +363,11 @@ def one_step(policy: Policy, reference, optimizer, method, examples: list[rar.Ex
     verdicts = [v.score for r in all_rollouts for v in r.verdicts]
     return {
         "step": step + 1,
-        "reward": mean(r.reward for r in all_rollouts),
-        "reward_std": mean(statistics.pstdev(row) for row in ([x for x in g if not math.isnan(x)] for g in rewards.tolist()) if row),
+        "reward": rar.mean(r.reward for r in all_rollouts),
+        "reward_std": rar.mean(statistics.pstdev(row) for row in ([x for x in g if not math.isnan(x)] for g in rewards.tolist()) if row),
         "judge_missing": sum(v is None for v in verdicts) / len(verdicts),
         "completion_tokens": statistics.fmean(lengths),
-        "truncated": mean(float(r.finish == "length") for r in all_rollouts),
+        "truncated": rar.mean(float(r.finish == "length") for r in all_rollouts),
         "length_reward_corr": correlation(groups),
         **learned,
         "seconds_rollout": clock[1] - clock[0],
@@ -418,15 +385,11 @@ def correlation(groups: list) -> float:
         pairs = [(float(len(r.ids)), r.reward) for r in rollouts if not math.isnan(r.reward)]
         if len({a for a, _ in pairs}) > 1 and len({b for _, b in pairs}) > 1:
             values.append(statistics.correlation(*zip(*pairs)))
-    return mean(values)
+    return rar.mean(values)
 
 
 def train(config: Config, given: set[str]) -> int:
     """A whole run, new or resumed."""
-    import torch
-
-    import grpo
-
     state, folder = None, Path(config.out or f"runs/{config.method}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
     if config.resume:
         folder = Path(config.resume)
@@ -521,30 +484,19 @@ def summary(run: Run, heldout: list[rar.Example], seconds: float) -> None:
     before, after = ({r["id"]: r for r in rows if r["split"] == "heldout" and r["step"] == s} for s in (0, last))
     gains = [(after[i]["reward"] or 0) - (before[i]["reward"] or 0) for i in before if before[i]["reward"] is not None and after[i]["reward"] is not None]
     low, high = rar.bootstrap(gains)
-    old, new = (mean(r["reward"] for r in part.values() if r["reward"] is not None) for part in (before, after))
+    old, new = (rar.mean(r["reward"] for r in part.values() if r["reward"] is not None) for part in (before, after))
     print(f"\nheld-out score  {old:.3f} -> {new:.3f}   gain {new - old:+.3f}, 95 % interval {low:+.3f} to {high:+.3f} ({len(gains)} prompts, paired bootstrap)")
     rewards = [r["reward"] for r in run.metrics() if r.get("reward") is not None]
     if len(rewards) >= 10:
         print(f"training reward {statistics.fmean(rewards[:5]):.3f} -> {statistics.fmean(rewards[-5:]):.3f}   (mean of the first and of the last five steps)")
     print("\ncriteria that changed most (share of held-out answers that are right in this respect):")
-    for title, (a, b, n) in changed_criteria(heldout, before, after)[:5]:
+    for title, a, b, n in rar.changed_criteria(heldout, before, after)[:5]:
         print(f"  {title:<22} {a:4.0%} -> {b:4.0%}   ({n} prompts)")
     example = max(heldout, key=lambda e: (after[e.id]["reward"] or 0) - (before[e.id]["reward"] or 0))
     print(f"\none answer, before and after\n  question: {example.question}")
     for name, part in (("before", before), ("after", after)):
         print(f"  {name:<8}: {part[example.id]['text'].strip()}   [{part[example.id]['reward']:.2f}]")
     print(f"\n{seconds / 60:.1f} minutes. In {run.folder}/: report.png, metrics.jsonl, samples.jsonl, config.json, checkpoint/ (loads with transformers)")
-
-
-def changed_criteria(heldout: list[rar.Example], before: dict, after: dict) -> list[tuple[str, tuple[float, float, int]]]:
-    """Share of good verdicts before and after, by criterion title, largest change first. Titles of one prompt only are left out."""
-    table: dict[str, list[tuple[float, float]]] = {}
-    for example in heldout:
-        for c, old, new in zip(example.rubric, before[example.id]["verdicts"], after[example.id]["verdicts"]):
-            if old["score"] is not None and new["score"] is not None:
-                table.setdefault(c.title or c.axis, []).append((rar.good(c, old["score"]), rar.good(c, new["score"])))
-    rows = [(title, (mean(a for a, _ in v), mean(b for _, b in v), len(v))) for title, v in table.items() if len(v) > 1]
-    return sorted(rows, key=lambda row: -abs(row[1][1] - row[1][0]))
 
 
 def evaluate_only(config: Config) -> int:
@@ -556,8 +508,21 @@ def evaluate_only(config: Config) -> int:
     return 0
 
 
+def keep_memory() -> None:
+    """Tells glibc to keep freed memory. By default every large tensor is given back and faulted in anew, which cost an
+    eighth of a step's time on two cores. Elsewhere than on Linux nothing happens.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    mallopt(-4, 0)  # M_MMAP_MAX: no separate mappings, so that freed blocks can be used again
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: do not shrink the heap
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0, or 2 with one line that says what is wrong, where, and what to do."""
+    keep_memory()
     try:
         config, given = parse_config(sys.argv[1:] if argv is None else argv)
         return evaluate_only(config) if config.eval_only else train(config, given)
