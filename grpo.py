@@ -20,8 +20,12 @@ Left out on purpose: sequence packing, LoRA, several devices.
     python grpo.py                              # the advantages and the loss of a small group, worked out
 """
 
+import importlib.util
 import math
+import os
+import shutil
 import sys
+import tempfile
 import warnings
 from contextlib import contextmanager
 from copy import deepcopy
@@ -85,11 +89,6 @@ def smollm2_folder() -> Path:
     Dequantising takes about half a minute, loading the converted copy about a second. The copy is written to one
     side and renamed, so a conversion that is broken off leaves nothing half done.
     """
-    import importlib.util
-    import os
-    import shutil
-    import tempfile
-
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rubric-rl" / "smollm2-135m-instruct"
     if (cache / "model.safetensors").is_file():
         return cache
@@ -111,15 +110,12 @@ def smollm2_folder() -> Path:
         del model.config.quantization_config
     model.config._name_or_path = "SmolLM2-135M-Instruct"
     cache.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache.parent) as side, quiet():
+    side = Path(tempfile.mkdtemp(dir=cache.parent))
+    with quiet():
         model.save_pretrained(side)
         tokenizer.save_pretrained(side)
-        shutil.copytree(side, f"{side}.done")
-        try:
-            os.replace(f"{side}.done", cache)
-        except OSError:  # another process was first, or the folder holds something incomplete
-            shutil.rmtree(cache, ignore_errors=True)
-            os.replace(f"{side}.done", cache)
+    shutil.rmtree(cache, ignore_errors=True)
+    os.replace(side, cache)
     return cache
 
 

@@ -52,10 +52,10 @@ class Config:
     "held-out prompts; default: data/heldout.jsonl, or a tenth of --data (at most 24 prompts)"
     judge: str = "offline"
     "who gives the verdicts: offline (lexical, see judge.py)"
-    steps: int = 40
+    steps: int = 25
     "updates of the policy"
     prompts: int = 0
-    "use only this many of the training prompts, so that each comes back more often; 0 = all"
+    "use only the first so many training prompts; 0 = all of --data, 20 of the built-in ones (each comes back five times)"
     prompts_per_step: int = 4
     "prompts in a step"
     group_size: int = 8
@@ -64,12 +64,12 @@ class Config:
     "length limit of a completion"
     temperature: float = 0.7
     "of sampling and of scoring: a small model rambles at 1.0"
-    lr: float = 3e-5
-    "learning rate of AdamW, after a linear warm-up over a tenth of the steps"
+    lr: float = 1e-4
+    "learning rate of AdamW, after a linear warm-up over a tenth of the steps; 1e-6 to 5e-6 for models of 7B"
     beta: float = 0.0
     "weight of the KL penalty towards the starting model; 0 = only measure it"
-    loss: str = "grpo"
-    "token weights: grpo (sequence mean), dr_grpo (constant), dapo (token mean)"
+    loss: str = "dr_grpo"
+    "token weights: dr_grpo (constant), grpo (sequence mean: at this lr answers shrink to a third), dapo (token mean)"
     seed: int = 0
     "of prompt order and sampling"
     out: str = ""
@@ -78,9 +78,9 @@ class Config:
     "the folder of a run to go on with"
     eval_only: str = ""
     "a checkpoint folder (or smollm2): print its held-out score and stop"
-    eval_every: int = 10
+    eval_every: int = 5
     "steps between held-out evaluations (there is always one before and one after)"
-    save_every: int = 20
+    save_every: int = 25
     "steps between checkpoints (there is always one at the end)"
 
 
@@ -160,7 +160,7 @@ def load_data(config: Config, tokenizer, context: int) -> tuple[list[rar.Example
             raise UserError(f"no {name} prompt fits the model's context of {context} tokens; shorten them or lower --max_new_tokens")
         kept.append(short)
     train, heldout = kept
-    return train[: config.prompts or None], heldout
+    return train[: config.prompts or (len(train) if config.data else 20)], heldout
 
 
 def batch(examples: list[rar.Example], config: Config, step: int) -> list[rar.Example]:
