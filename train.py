@@ -495,7 +495,8 @@ def summary(run: Run, heldout: list[rar.Example], seconds: float) -> None:
     example = max(heldout, key=lambda e: (after[e.id]["reward"] or 0) - (before[e.id]["reward"] or 0))
     print(f"\none answer, before and after\n  question: {example.question}")
     for name, part in (("before", before), ("after", after)):
-        print(f"  {name:<8}: {part[example.id]['text'].strip()}   [{part[example.id]['reward']:.2f}]")
+        scored = part[example.id]["reward"]
+        print(f"  {name:<8}: {part[example.id]['text'].strip()}   [{'not scored' if scored is None else f'{scored:.2f}'}]")
     print(f"\n{seconds / 60:.1f} minutes. In {run.folder}/: report.png, metrics.jsonl, samples.jsonl, config.json, checkpoint/ (loads with transformers)")
 
 
