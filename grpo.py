@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -327,30 +327,37 @@ class TokenLogprobs(torch.autograd.Function):
 
 
 def completion_logprobs(model, prompts: list[list[int]], completions: list[list[list[int]]], temperature: float):
-    """Log-probs of the completions of P prompts; each prompt is run once and attended to by its whole group.
+    """Log-probs of the completions of P prompts; each prompt is run once for its whole group.
 
     completions[p] holds the completions of prompts[p]; B is their number in all. Returns logp [B, T], entropy [B, T]
-    and mask [B, T] (True on real tokens, the end token among them). The gradient flows back into the prompts' keys
-    and values: the result is that of B full sequences, without running the prompt B times.
+    and mask [B, T] (True on real tokens, the end token among them).
+
+    One row of S tokens a group: the prompt, then its completions one after the other. Each completion sees the prompt
+    and itself, and counts its positions from the end of the prompt, so the result is that of B full sequences:
+
+        tokens    p1 p2 | p3 a1 a2 | p3 b1          (prompt p1 p2 p3; completions a1 a2 a3 and b1 b2)
+        predicts        | a1 a2 a3 | b1 b2          (every completion begins with a copy of the prompt's last token)
+        position  0  1  | 2  3  4  | 2  3
+
+    The gradient flows back into the prompt from all of them. Nothing is padded but the shorter rows' ends.
     """
-    base, device = model.base_model, model.device
-    flat = [c for group in completions for c in group]
-    owner = torch.tensor([p for p, group in enumerate(completions) for _ in group], device=device)  # [B]
-    # Padding stands on the right, where a causal model cannot see it; masks come from lengths, never from the pad id.
-    ids, mask = padded(flat, device)  # [B, T]
-    # The prompt's last token predicts the first completion token, so every position below predicts one of `ids`.
-    inputs = torch.cat([torch.tensor([p[-1] for p in prompts], device=device)[owner, None], ids[:, :-1]], 1)  # [B, T]
-    before, seen = padded([p[:-1] for p in prompts], device)  # [P, L]
-    cache = DynamicCache()
-    if before.shape[1]:
-        base(before, past_key_values=cache, use_cache=True)
-        for layer in cache.layers:  # [P, heads, L, d] -> [B, heads, L, d]
-            layer.keys, layer.values = layer.keys[owner], layer.values[owner]
-    positions = seen.sum(1)[owner, None] + torch.arange(ids.shape[1], device=device)  # [B, T]
-    visible = torch.cat([seen[owner], torch.ones_like(mask)], 1).long()  # [B, L + T]
-    hidden = base(inputs, attention_mask=visible, position_ids=positions, past_key_values=cache, use_cache=True)[0]  # [B, T, H]
-    logp, entropy = TokenLogprobs.apply(hidden[mask], model.get_output_embeddings().weight, ids[mask], temperature)  # [N], [N]
-    blank = torch.zeros(ids.shape, dtype=logp.dtype, device=device)
+    device, rows = model.device, []
+    for prompt, group in zip(prompts, completions):
+        ids, part, position = prompt[:-1], [0] * (len(prompt) - 1), list(range(len(prompt) - 1))
+        for number, completion in enumerate(group, 1):
+            ids = ids + prompt[-1:] + completion[:-1]
+            part = part + [number] * len(completion)
+            position = position + list(range(len(prompt) - 1, len(prompt) - 1 + len(completion)))
+        rows.append((ids, part, position))
+    ids, part, position = (padded(column, device)[0] for column in zip(*rows))  # [P, S] each
+    # Attend to what stands before, in the prompt (part 0) or in the same completion. Padding is part 0 at the very end,
+    # where nobody looks.                                                                   [P, 1, S, S]
+    visible = ((part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])).tril()[:, None]
+    hidden = model.base_model(ids, attention_mask=visible, position_ids=position, use_cache=False)[0]  # [P, S, H]
+    targets, mask = padded([c for group in completions for c in group], device)  # [B, T]
+    weight = model.get_output_embeddings().weight
+    logp, entropy = TokenLogprobs.apply(hidden[part > 0], weight, targets[mask], temperature)  # [N], [N]
+    blank = torch.zeros(mask.shape, dtype=logp.dtype, device=device)
     return blank.masked_scatter(mask, logp), blank.masked_scatter(mask, entropy), mask
 
 
@@ -421,18 +428,23 @@ def kl_k3(logp, reference):
 
 
 def micro_batches(groups: list[list[Rollout]], max_tokens: int) -> list[list[list[Rollout]]]:
-    """Groups packed into passes of at most max_tokens padded completion tokens; longest first, so that rows of like
-    length share a pass. A group too large for one pass is cut: its pieces need nothing from each other.
+    """Groups packed into passes of at most max_tokens tokens, padding counted; rows of like length share a pass.
+
+    A group too large for one pass is cut: its pieces need nothing from each other, but each runs the prompt again, so a
+    piece holds at least as many completion tokens as its prompt has tokens.
     """
-    pieces = []
+    length = lambda piece: len(piece[0].prompt_ids) + sum(len(r.ids) for r in piece)  # of its row, see completion_logprobs
+    pieces: list[list[Rollout]] = []
     for group in groups:
-        group = sorted(group, key=lambda r: -len(r.ids))
-        rows = max(1, max_tokens // len(group[0].ids))
-        pieces += [group[i : i + rows] for i in range(0, len(group), rows)]
+        limit = max(max_tokens, 2 * len(group[0].prompt_ids))
+        pieces.append([])
+        for rollout in group:
+            if pieces[-1] and length([*pieces[-1], rollout]) > limit:
+                pieces.append([])
+            pieces[-1].append(rollout)
     batches: list[list[list[Rollout]]] = []
-    for piece in sorted(pieces, key=lambda p: -len(p[0].ids)):
-        fits = batches and sum(map(len, [*batches[-1], piece])) * len(batches[-1][0][0].ids) <= max_tokens
-        if fits:
+    for piece in sorted(pieces, key=length, reverse=True):
+        if batches and (len(batches[-1]) + 1) * length(batches[-1][0]) <= max_tokens:
             batches[-1].append(piece)
         else:
             batches.append([piece])
@@ -461,11 +473,11 @@ class Pass:
 
 def update(model, optimizer, groups: list[list[Rollout]], *, loss: str = "grpo", temperature: float = 1.0,
            max_new_tokens: int = 64, beta: float = 0.0, reference=None, epochs: int = 1, clip_low: float = 0.2,
-           clip_high: float = 0.2, max_grad_norm: float = 1.0, max_tokens: int = 2048, progress=None) -> dict:  # fmt: skip
+           clip_high: float = 0.2, max_grad_norm: float = 1.0, max_tokens: int = 3072, progress=None) -> dict:  # fmt: skip
     """Optimiser steps (one an epoch) on one batch of groups whose advantages are set.
 
     Rollouts with advantage 0 spend no forward or backward pass (with beta > 0 they forgo their KL term too), but they
-    count in the normaliser. max_tokens bounds the completion tokens of one pass; the result does not depend on it.
+    count in the normaliser. max_tokens bounds the tokens of one pass (about 2 MB each for SmolLM2); the result does not depend on it.
     progress(rows) is called after each pass. Returns mean metrics.
     Raises FloatingPointError when the gradient is not finite; the weights are then untouched.
     """

@@ -78,7 +78,7 @@ class Config:
     "the folder of a run to go on with"
     eval_only: str = ""
     "a checkpoint folder (or smollm2): print its held-out score and stop"
-    eval_every: int = 5
+    eval_every: int = 10
     "steps between held-out evaluations (there is always one before and one after)"
     save_every: int = 25
     "steps between checkpoints (there is always one at the end)"
@@ -137,30 +137,30 @@ def parse_config(argv: list[str]) -> tuple[Config, set[str]]:
 # ------------------------------------------------------------------------------------------- data
 
 
-def load_data(config: Config, tokenizer, context: int) -> tuple[list[rar.Example], list[rar.Example]]:
-    """Training and held-out examples with their prompt tokens in `.tokens`. Too long prompts are skipped and counted."""
+def read_data(config: Config) -> tuple[list[rar.Example], list[rar.Example]]:
+    """Training and held-out examples. Read before the model is loaded: a bad row should cost no half minute."""
     train = rar.read_examples(config.data or HERE / "data" / "train.jsonl")
     if config.eval_data or not config.data:
-        heldout = rar.read_examples(config.eval_data or HERE / "data" / "heldout.jsonl")
-    else:
-        # No held-out file: keep back a tenth, chosen by a fixed shuffle, never trained on.
-        random.Random(0).shuffle(train)
-        size = min(24, max(1, len(train) // 10))
-        if len(train) < 2:
-            raise UserError(f"{config.data}: one row cannot be both trained on and held out; give --eval_data or more rows")
-        heldout, train = train[:size], train[size:]
-    kept = []
-    for name, examples in (("training", train), ("held-out", heldout)):
-        for example in examples:
-            example.tokens = grpo.encode(tokenizer, example.prompt)
-        short = [e for e in examples if len(e.tokens) + config.max_new_tokens <= context]
-        if len(short) < len(examples):
-            print(f"skipped {len(examples) - len(short)} of {len(examples)} {name} prompts: longer than the model's context of {context} tokens with --max_new_tokens {config.max_new_tokens}")
-        if not short:
-            raise UserError(f"no {name} prompt fits the model's context of {context} tokens; shorten them or lower --max_new_tokens")
-        kept.append(short)
-    train, heldout = kept
-    return train[: config.prompts or (len(train) if config.data else 20)], heldout
+        return train, rar.read_examples(config.eval_data or HERE / "data" / "heldout.jsonl")
+    if len(train) < 2:
+        raise UserError(f"{config.data}: one row cannot be both trained on and held out; give --eval_data or more rows")
+    # No held-out file: keep back a tenth, by a shuffle that is the same for every seed, and never train on it.
+    random.Random(0).shuffle(train)
+    size = min(24, max(1, len(train) // 10))
+    return train[size:], train[:size]
+
+
+def fitting(examples: list[rar.Example], policy: "Policy", config: Config, name: str) -> list[rar.Example]:
+    """Sets example.tokens and leaves out prompts that do not fit the model's context; says how many. Raises UserError."""
+    for example in examples:
+        example.tokens = grpo.encode(policy.tokenizer, example.prompt)
+    short = [e for e in examples if len(e.tokens) + config.max_new_tokens <= policy.context]
+    limit = f"the model's context of {policy.context} tokens (with --max_new_tokens {config.max_new_tokens})"
+    if not short:
+        raise UserError(f"no {name} prompt fits {limit}; shorten them, or lower --max_new_tokens")
+    if len(short) < len(examples):
+        print(f"skipped {len(examples) - len(short)} of {len(examples)} {name} prompts: longer than {limit}")
+    return short
 
 
 def batch(examples: list[rar.Example], config: Config, step: int) -> list[rar.Example]:
@@ -204,11 +204,16 @@ class Policy:
         return list(zip(examples, groups))
 
 
-def evaluate(policy: Policy, judge, examples: list[rar.Example], max_new_tokens: int, batch_size: int = 32):
+def evaluate(policy: Policy, judge, examples: list[rar.Example], max_new_tokens: int, max_tokens: int = 8192):
     """Greedy answers to the held-out prompts, scored by rar.evaluate. Returns (metrics, groups of one rollout)."""
-    groups = []
-    for start in range(0, len(examples), batch_size):  # in batches: the cache of all rows at once need not fit
-        groups += policy.rollouts(examples[start : start + batch_size], 1, max_new_tokens, 0.0, 0, "held-out")
+    batches: list[list[rar.Example]] = [[]]
+    for example in examples:  # as many prompts at once as fit into max_tokens, padding counted
+        grown = [*batches[-1], example]
+        if len(grown) > 1 and len(grown) * (max(len(e.tokens) for e in grown) + max_new_tokens) > max_tokens:
+            batches.append([example])
+        else:
+            batches[-1] = grown
+    groups = [group for batch in batches for group in policy.rollouts(batch, 1, max_new_tokens, 0.0, 0, "held-out")]
     return rar.evaluate(judge, groups), groups
 
 
@@ -312,7 +317,7 @@ def report(run: Run) -> None:
         x = [step for step, _ in points]
         axis.plot(x, [v for _, v in points], color=color, alpha=0.35, marker=".", linewidth=1)
         axis.plot(x, recent, color=color, linewidth=2, label="mean of the last five")
-        axis.set_title(title)
+        axis.set_title(title, fontsize=10)
     steps = [row for row in rows if row["reward"] is not None]
     low, high = ([row["reward"] + sign * (row["reward_std"] or 0) for row in steps] for sign in (-1, 1))
     reward.fill_between([row["step"] for row in steps], low, high, color="tab:blue", alpha=0.12, label="± std in groups")
@@ -322,9 +327,8 @@ def report(run: Run) -> None:
             score.plot([row["step"]] * 2, [v if v is not None else row["eval_score"] for v in row["eval_ci"]], color="tab:green")
     evals = [row for row in rows if row["eval_score"] is not None]
     score.plot([row["step"] for row in evals], [row["eval_score"] for row in evals], color="tab:green", marker="o")
-    score.set_title("held-out score (points met / positive points), 95 % interval")
+    score.set_title("held-out score (points met / positive points), 95 % interval", fontsize=10)
     for axis in figure.axes:
-        axis.set_title(axis.get_title(), fontsize=10, loc="left")
         axis.set_xlabel("step", fontsize=9)
         axis.grid(alpha=0.25)
     c = run.config
@@ -399,8 +403,11 @@ def train(config: Config, given: set[str]) -> int:
         raise UserError(f"{folder}: holds a run already; go on with --resume {folder}, or choose another --out")
     started = time.time()
     torch.manual_seed(config.seed)
+    train_set, heldout = read_data(config)
     policy = Policy(str(folder / "checkpoint") if state else config.model)
-    train_set, heldout = load_data(config, policy.tokenizer, policy.context)
+    train_set, heldout = fitting(train_set, policy, config, "training"), fitting(heldout, policy, config, "held-out")
+    # Few prompts that come back often show learning in ten minutes; a data set of one's own is used whole.
+    train_set = train_set[: config.prompts or (len(train_set) if config.data else 20)]
     judge = OfflineJudge()
     method = rar.RubricReward(judge, config.method)
     run = Run(folder, config)
@@ -502,8 +509,9 @@ def summary(run: Run, heldout: list[rar.Example], seconds: float) -> None:
 
 def evaluate_only(config: Config) -> int:
     """Prints the held-out score of a checkpoint as one JSON line."""
+    _, heldout = read_data(config)
     policy = Policy(config.eval_only)
-    _, heldout = load_data(config, policy.tokenizer, policy.context)
+    heldout = fitting(heldout, policy, config, "held-out")
     metrics, _ = evaluate(policy, OfflineJudge(), heldout, config.max_new_tokens)
     print(json.dumps(finite({"model": config.eval_only, "n": len(heldout)} | metrics)))
     return 0
@@ -527,7 +535,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config, given = parse_config(sys.argv[1:] if argv is None else argv)
         return evaluate_only(config) if config.eval_only else train(config, given)
-    except (UserError, rar.DataError, NoOfflineRule) as error:
+    except (UserError, rar.DataError, NoOfflineRule, FloatingPointError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
 

@@ -158,7 +158,7 @@ def test_bad_flags_cost_one_line_and_status_2(tiny, tmp_path, capsys, flags, wor
         (json.dumps({**GOOD, "rubric": [{"text": "States that rest helps.", "weight": "x"}]}), "rows.jsonl:1: criterion 1: weight 'x'"),
         (json.dumps({**GOOD, "rubric": [{"text": "States that rest helps.", "weight": -1}]}), "no criterion with a positive weight"),
         (json.dumps(GOOD), "cannot be both trained on and held out"),
-        (json.dumps({**GOOD, "question": "word " * 3000}) + "\n" + json.dumps({**GOOD, "id": "b", "question": "word " * 3000}), "fits the model's context of 2048 tokens"),
+        (json.dumps({**GOOD, "question": "word " * 3000}) + "\n" + json.dumps({**GOOD, "id": "b", "question": "word " * 3000}), "no training prompt fits the model's context of 2048 tokens"),
     ],
 )
 def test_bad_data_costs_one_line_and_status_2(tiny, tmp_path, capsys, content, words):
