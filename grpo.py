@@ -9,7 +9,7 @@ Axes: P prompts, G completions per prompt, B = P*G rows, T completion tokens, L 
 
 What is done for speed, each without changing the result beyond rounding:
 
-* A prompt is run once, for its whole group, in sampling and in training: all G completions attend to one set of keys.
+* A prompt is run once for its whole group, in sampling (the group shares its keys) and in training (one row a group).
 * Keys and values are written into a buffer made once; growing a tensor by one token copies all of it, every token.
 * One query per row lets grouped-query attention fold its query heads into the query axis: nothing is repeated in memory.
 * A token is drawn by inverse CDF; torch.multinomial over 49k-150k entries costs a third of a decode step on a CPU.
@@ -271,7 +271,8 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
                 mask, positions, index = keep(cache, rows, mask, positions, index)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
             positions = positions + 1
-            hidden = base(token[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)[0][:, 0]
+            where = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+            hidden = base(token[:, None], **where, use_cache=True)[0][:, 0]  # [B, H]
     return [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
 
 
@@ -477,8 +478,8 @@ def update(model, optimizer, groups: list[list[Rollout]], *, loss: str = "grpo",
     """Optimiser steps (one an epoch) on one batch of groups whose advantages are set.
 
     Rollouts with advantage 0 spend no forward or backward pass (with beta > 0 they forgo their KL term too), but they
-    count in the normaliser. max_tokens bounds the tokens of one pass (about 2 MB each for SmolLM2); the result does not depend on it.
-    progress(rows) is called after each pass. Returns mean metrics.
+    count in the normaliser. max_tokens bounds the tokens of one pass (about 2 MB each for SmolLM2); the result does not
+    depend on it. progress(rows) is called after each pass. Returns mean metrics.
     Raises FloatingPointError when the gradient is not finite; the weights are then untouched.
     """
     rollouts = [r for group in groups for r in group]
@@ -561,7 +562,8 @@ def main() -> int:
         value = policy_loss(logp, torch.zeros(1, 1), torch.ones(1, 1))
         value.sum().backward()
         print(f"  ratio {ratio:.1f}   loss {value.item():+.2f}   d loss / d logp {logp.grad.item():+.2f}")
-    print("\nAt ratio 1 the loss is minus the advantage, and advantages of a group sum to 0: the loss reads 0, the gradient does not.")
+    print("\nAt ratio 1 the loss is minus the advantage, and the advantages of a group sum to 0:")
+    print("the loss reads 0, its gradient does not.")
     return 0
 
 

@@ -12,11 +12,13 @@ Where this file decides what the paper leaves open or contradicts:
    prompt for writing medicine rubrics phrases them as the fault ("recommends X"), so met is bad. Plain Eq. 1 with
    +0.9 would reward the fault. Here the sign of `Criterion.weight` is the polarity, fixed when the row is read:
    weight < 0 means "bad when met". Before Eq. 1 every c_j is turned so that 1 is good, and all weights are positive.
-2. A missing verdict makes the rollout unscored (reward nan). Scoring it on the remaining criteria would compare
-   rollouts of one group on different rubrics; counting it as 0 moves the reward by the sign of the criterion.
+2. A missing verdict counts as the mean of its group's verdicts on that criterion: it moves the rollout neither up nor
+   down. A criterion that is missing for a whole group is dropped for the group; a rollout of which less than half of the
+   weight was judged is unscored (reward nan, advantage 0). `python rar.py --missing` compares the rules by simulation.
 3. An empty response has reward 0 under Eq. 1. By the formula alone it would be paid for every pitfall it avoids.
 
     python rar.py                              # one response traced from rubric to reward
+    python rar.py --missing                    # what failed verdicts do to the advantages, by rule (simulated)
 """
 
 import json
@@ -28,7 +30,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from judge import COVERED, COVERED_FAULT, OfflineJudge, Question, lexical_verdict
+from judge import COVERED, COVERED_FAULT, OfflineJudge, Question, lexical_verdict, material
 
 # ------------------------------------------------------------------------------------------- what a rubric is
 
@@ -113,7 +115,7 @@ def parse_row(row: object, where: str) -> Example:
     if not isinstance(prompt, list) or not prompt:
         raise DataError(f"{where}: no prompt; give 'question' (text) or 'prompt' (a list of chat messages)")
     for message in prompt:
-        if not (isinstance(message, dict) and isinstance(message.get("content"), str) and isinstance(message.get("role"), str)):
+        if not (isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))):
             raise DataError(f"{where}: every message of 'prompt' needs 'role' and 'content' as text")
     if not isinstance(items, list) or not items:
         raise DataError(f"{where}: no rubric; give 'rubric' as a list of criteria with 'text' and 'weight'")
@@ -139,7 +141,7 @@ def parse_criterion(item: object, healthbench: bool, where: str) -> Criterion:
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight == 0:
         raise DataError(f"{where}: weight {weight!r}; give a number other than 0 (negative: bad when met)")
     tags = item.get("tags") or []
-    axis = next((t[5:] for t in tags if isinstance(t, str) and t.startswith("axis:")), "") if healthbench else item.get("axis") or ""
+    axis = next((t[5:] for t in tags if isinstance(t, str) and t.startswith("axis:")), item.get("axis") or "")
     category = "" if healthbench else str(item.get("category") or "")
     if category and category.lower() not in CATEGORY_WEIGHTS:
         raise DataError(f"{where}: category {category!r}; use one of Essential, Important, Optional, Pitfall")
@@ -190,17 +192,24 @@ def points_reward(rubric: list[Criterion], scores: list[float | None]) -> float:
 AGGREGATIONS = {"explicit": explicit_reward, "points": points_reward}
 
 
-def criterion_prompt(example: Example, response: str, criterion: Criterion) -> str:
-    """What a language-model judge is asked about one criterion: is the statement true of the response?
+def group_rewards(aggregate, rubric: list[Criterion], matrix: list[list[float | None]]) -> list[float]:
+    """Rewards of a group from its verdicts [G][K], missing ones treated as decision 2 above says.
 
-    The paper prints no per-criterion prompt. Asking for literal truth, not for quality, avoids double negation:
-    the sign of the weight is applied afterwards. The conversation comes first, so that a server's prefix cache hits.
+    >>> rubric = [Criterion("", 1), Criterion("", 1), Criterion("", 1)]
+    >>> group_rewards(points_reward, rubric, [[1, 1, None], [1, 0, 1], [1, None, 0.5], [None, None, 0]])
+    [0.8333333333333334, 0.6666666666666666, 0.6666666666666666, nan]
     """
-    talk = "\n\n".join(f"{m['role']}: {m['content']}" for m in example.prompt)
-    return (
-        f"Conversation:\n{talk}\n\nResponse to judge:\n{response}\n\nStatement: {criterion.text}\n\n"
-        'Is the statement true of the response? Reply with JSON only: {"reason": "one sentence", "met": true or false}'
-    )
+    columns = [[v for v in column if v is not None] for column in zip(*matrix)]
+    means = [statistics.fmean(column) if column else None for column in columns]
+    kept = [k for k, m in enumerate(means) if m is not None]
+    part = [rubric[k] for k in kept]
+    total = sum(explicit_weight(c) for c in rubric)
+    rewards = []
+    for row in matrix:
+        judged = sum(explicit_weight(c) for c, v in zip(rubric, row) if v is not None)
+        usable = 2 * judged >= total and any(c.weight > 0 for c in part)
+        rewards.append(aggregate(part, [means[k] if row[k] is None else row[k] for k in kept]) if usable else math.nan)
+    return rewards
 
 
 class RubricReward:
@@ -220,8 +229,9 @@ class RubricReward:
         """Judges all rollouts of all groups in one flat batch; sets rollout.verdicts (one a criterion) and .reward."""
         judge_groups(self.judge, groups, progress)
         for example, rollouts in groups:
-            for rollout in rollouts:
-                rollout.reward = self.aggregate(example.rubric, [v.score for v in rollout.verdicts])
+            matrix = [[v.score for v in rollout.verdicts] for rollout in rollouts]
+            for rollout, reward in zip(rollouts, group_rewards(self.aggregate, example.rubric, matrix)):
+                rollout.reward = reward
                 if self.method == "explicit" and not rollout.text.strip():
                     rollout.reward = 0.0  # decision 3 above
 
@@ -243,13 +253,14 @@ def judge_groups(judge, groups: list[tuple[Example, list]], progress: bool = Fal
     questions, wanted = [], []
     for example, rollouts in groups:
         for rollout in rollouts:
+            context = material(example.prompt, rollout.text)
             for criterion in example.rubric:
                 key = (example.id, rollout.text, criterion.text)
                 if key not in slots:
                     slots[key] = len(questions)
                     covered = COVERED_FAULT if criterion.weight < 0 else COVERED
                     rule = partial(lexical_verdict, criterion.text, rollout.text, covered)
-                    questions.append(Question(criterion_prompt(example, rollout.text, criterion), rule))
+                    questions.append(Question(context, criterion.text, rule))
                 wanted.append(slots[key])
     verdicts = judge.ask(questions, progress)
     answers = iter(wanted)
@@ -327,6 +338,62 @@ def changed_criteria(examples: list[Example], before: dict, after: dict) -> list
     return sorted(rows, key=lambda row: -abs(row[2] - row[1]))
 
 
+def simulate_missing(rate: float, groups: int = 1000, size: int = 8, items: int = 12, seed: int = 0) -> dict[str, float]:
+    """Correlation of GRPO's advantages with those of complete verdicts when `rate` of them fail, by rule. Simulated:
+
+    rubrics of HealthBench's shape (a third of the points negative), verdicts from a logistic model with an item's
+    difficulty and a rollout's quality, failures independent of both.
+    """
+    rng = random.Random(seed)
+    clean, by_rule = [], {}
+    for _ in range(groups):
+        rubric = [Criterion("", rng.choice((3, 5, 7, 10)) * (1 if rng.random() > 0.33 else -1)) for _ in range(items)]
+        if not any(c.weight > 0 for c in rubric):
+            continue
+        hard = [rng.gauss(0, 1.5) for _ in rubric]
+        quality = [rng.gauss(0, 0.5) for _ in range(size)]
+        chance = lambda q, c, h: 1 / (1 + math.exp(h - math.copysign(q, c.weight)))
+        full = [[float(rng.random() < chance(q, c, h)) for c, h in zip(rubric, hard)] for q in quality]
+        holes = [[None if rng.random() < rate else v for v in row] for row in full]
+        whole = [k for k in range(items) if all(row[k] is not None for row in holes)]
+        part = [rubric[k] for k in whole]
+        rules = {
+            "counted as 0": [points_reward(rubric, [v or 0.0 for v in row]) for row in holes],
+            "left out per rollout": [left_out(rubric, row) for row in holes],
+            "criterion dropped for the group": [left_out(part, [row[k] for k in whole]) for row in holes],
+            "rollout unscored": [points_reward(rubric, row) for row in holes],
+            "group mean (used here)": group_rewards(points_reward, rubric, holes),
+        }
+        clean += standardised([points_reward(rubric, row) for row in full])
+        for name, rewards in rules.items():
+            by_rule.setdefault(name, []).extend(standardised(rewards))
+    return {name: statistics.correlation(clean, values) for name, values in by_rule.items()}
+
+
+def left_out(rubric: list[Criterion], scores: list[float | None]) -> float:
+    """The points over the criteria that were judged: the rule that compares rollouts on different rubrics."""
+    judged = [(c, s) for c, s in zip(rubric, scores) if s is not None]
+    return points_reward(*map(list, zip(*judged))) if any(c.weight > 0 for c, _ in judged) else math.nan
+
+
+def standardised(rewards: list[float]) -> list[float]:
+    """(r - mean) / std over the rewards that are not nan; nan becomes 0. The advantages of grpo.py, without torch."""
+    known = [r for r in rewards if not math.isnan(r)]
+    spread = statistics.pstdev(known) if known else 0.0
+    return [0.0 if math.isnan(r) or spread < 1e-6 else (r - statistics.fmean(known)) / spread for r in rewards]
+
+
+def print_missing() -> int:
+    """The table behind decision 2."""
+    rates = (0.01, 0.02, 0.05, 0.10, 0.25)
+    columns = [simulate_missing(rate) for rate in rates]
+    print("simulated: correlation of the advantages with those of complete verdicts (groups of 8, 12 criteria)\n")
+    print(f"{'a missing verdict is':<34}" + "".join(f"{rate:>8.0%}" for rate in rates) + "  of verdicts fail")
+    for name in columns[0]:
+        print(f"{name:<34}" + "".join(f"{column[name]:>8.3f}" for column in columns))
+    return 0
+
+
 def main() -> int:
     """One response traced from rubric to reward, then the same response with one pitfall committed."""
     example = read_examples(Path(__file__).parent / "data" / "train.jsonl")[0]
@@ -337,17 +404,19 @@ def main() -> int:
         text: str
 
     safe = Rollout(example.reference)
-    unsafe = Rollout(example.reference.replace("Most colds clear up within two weeks.", "Take antibiotics to cure the common cold."))
+    harmless, fault = "Most colds clear up within two weeks.", "Take antibiotics to cure the common cold."
+    unsafe = Rollout(example.reference.replace(harmless, fault))
     RubricReward(OfflineJudge()).score([(example, [safe, unsafe])])
     for name, rollout in (("The reference answer", safe), ("The same, committing one pitfall", unsafe)):
         print(f"{name}: {rollout.text!r}")
         for criterion, verdict in zip(example.rubric, rollout.verdicts):
             c = good(criterion, verdict.score)
-            print(f"  w={explicit_weight(criterion):.1f}  c={c:.0f}  {criterion.category:<10} {criterion.text}   ({verdict.reason})")
-        scores = [v.score for v in rollout.verdicts]
-        print(f"  Eq. 1: sum w c / sum w = {rollout.reward:.3f}     HealthBench points = {points_reward(example.rubric, scores):.3f}\n")
+            weight = explicit_weight(criterion)
+            print(f"  w={weight:.1f}  c={c:.0f}  {criterion.category:<10} {criterion.text}   ({verdict.reason})")
+        points = points_reward(example.rubric, [v.score for v in rollout.verdicts])
+        print(f"  Eq. 1: sum w c / sum w = {rollout.reward:.3f}     HealthBench points = {points:.3f}\n")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(print_missing() if sys.argv[1:] == ["--missing"] else main())

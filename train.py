@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import grpo
 import rar
-from judge import NoOfflineRule, OfflineJudge
+from judge import JudgeError, LLMJudge, NoOfflineRule, OfflineJudge
 
 HERE = Path(__file__).resolve().parent
 
@@ -51,7 +51,15 @@ class Config:
     eval_data: str = ""
     "held-out prompts; default: data/heldout.jsonl, or a tenth of --data (at most 24 prompts)"
     judge: str = "offline"
-    "who gives the verdicts: offline (lexical, see judge.py)"
+    "who gives the verdicts: offline (lexical, see judge.py), or the base URL of an OpenAI-compatible server"
+    judge_model: str = ""
+    "the model's name on that server; the key comes from the environment, JUDGE_API_KEY"
+    judge_k: int = 1
+    "criteria in one call to the judge; 0 = all of a response's"
+    judge_max_missing: float = 0.1
+    "stop the run when a larger share of a step's verdicts is missing"
+    judge_cache: str = "runs/judge_cache.jsonl"
+    "answers of the model judge: cache and audit log, shared by runs"
     steps: int = 25
     "updates of the policy"
     prompts: int = 0
@@ -80,13 +88,14 @@ class Config:
     "a checkpoint folder (or smollm2): print its held-out score and stop"
     eval_every: int = 10
     "steps between held-out evaluations (there is always one before and one after)"
-    save_every: int = 25
+    save_every: int = 10
     "steps between checkpoints (there is always one at the end)"
 
 
-CHOICES = {"method": tuple(rar.AGGREGATIONS), "loss": ("grpo", "dr_grpo", "dapo"), "judge": ("offline",)}
-MINIMUM = {"steps": 1, "prompts_per_step": 1, "group_size": 2, "max_new_tokens": 1, "eval_every": 1, "save_every": 1, "prompts": 0}
-RESUMABLE = {"steps", "eval_every", "save_every", "resume"}  # may differ from the run that is resumed
+CHOICES = {"method": tuple(rar.AGGREGATIONS), "loss": ("grpo", "dr_grpo", "dapo")}
+MINIMUM = dict.fromkeys(("steps", "prompts_per_step", "max_new_tokens", "eval_every", "save_every"), 1)
+MINIMUM |= {"group_size": 2, "prompts": 0, "judge_k": 0}  # a group of one has no other answer to be better than
+RESUMABLE = {"steps", "eval_every", "save_every", "resume", "judge_cache"}  # may differ from the run that is resumed
 
 
 class UserError(Exception):
@@ -111,16 +120,20 @@ def field_notes() -> dict[str, str]:
     """The string under each field of Config, which Python itself throws away."""
     tree = ast.parse(Path(__file__).read_text(encoding="utf8"))
     body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Config").body
-    return {a.target.id: b.value.value for a, b in zip(body, body[1:]) if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)}
+    pairs = zip(body, body[1:])
+    return {a.target.id: b.value.value for a, b in pairs if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)}
 
 
 def parse_config(argv: list[str]) -> tuple[Config, set[str]]:
     """Flags from the fields of Config. Returns the config and the names that were given. Raises UserError."""
-    parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    plain = argparse.RawDescriptionHelpFormatter  # keeps the line breaks of the text at the top of this file
+    parser = Parser(prog="train.py", description=__doc__, formatter_class=plain, allow_abbrev=False)
     notes = field_notes()
     for f in fields(Config):
-        shown = f" [{f.default}]" if f.default != "" else ""
-        parser.add_argument(f"--{f.name}", type=f.type, default=argparse.SUPPRESS, choices=CHOICES.get(f.name), help=(notes[f.name] + shown).replace("%", "%%"))
+        note = notes[f.name] + (f" [{f.default}]" if f.default != "" else "")
+        # SUPPRESS keeps flags that were not given out of the result: a resumed run must know which ones were.
+        options = {"type": f.type, "default": argparse.SUPPRESS, "choices": CHOICES.get(f.name)}
+        parser.add_argument(f"--{f.name}", help=note.replace("%", "%%"), **options)
     given = vars(parser.parse_args(argv))
     config = Config(**given)
     for name, low in MINIMUM.items():
@@ -164,7 +177,10 @@ def fitting(examples: list[rar.Example], policy: "Policy", config: Config, name:
 
 
 def batch(examples: list[rar.Example], config: Config, step: int) -> list[rar.Example]:
-    """The prompts of a step: one shuffled pass over all after another, each pass shuffled by (seed, pass)."""
+    """The prompts of a step: laps over all prompts, each lap in its own order.
+
+    The order follows from (seed, lap) alone, so that a resumed run finds its place by arithmetic: no cursor to save.
+    """
     chosen = []
     for position in range(step * config.prompts_per_step, (step + 1) * config.prompts_per_step):
         lap, place = divmod(position, len(examples))
@@ -187,21 +203,31 @@ class Policy:
         except FileNotFoundError as error:
             raise UserError(str(error)) from None
         except (OSError, ValueError) as error:
-            raise UserError(f"--model {name}: cannot be loaded ({str(error).splitlines()[0]}); give smollm2, a folder or a hub id") from None
+            why = str(error).splitlines()[0]
+            raise UserError(f"--model {name}: cannot be loaded ({why}); give smollm2, a folder or a hub id") from None
         self.ends = grpo.end_tokens(self.model, self.tokenizer)
         self.context = getattr(self.model.config, "max_position_embeddings", None) or 10**9
 
-    def rollouts(self, examples: list[rar.Example], group_size: int, max_new_tokens: int, temperature: float, seed: int, name: str):
+    def rollouts(self, examples: list, group_size: int, max_new_tokens: int, temperature: float, seed: int, name: str):
         """Groups of rollouts with their text, sampled together under a progress bar that counts tokens."""
         total = len(examples) * group_size * max_new_tokens
         with tqdm(total=total, desc=name, unit="tok", leave=False, disable=None) as bar:
-            groups = grpo.sample(
-                self.model, [e.tokens for e in examples], group_size, max_new_tokens, temperature, self.ends, seed, progress=bar.update
-            )
+            prompts = [e.tokens for e in examples]
+            groups = grpo.sample(self.model, prompts, group_size, max_new_tokens, temperature, self.ends, seed, bar.update)
         for group in groups:
             for rollout in group:
                 rollout.text = self.tokenizer.decode(rollout.ids, skip_special_tokens=True)
         return list(zip(examples, groups))
+
+
+def make_judge(config: Config):
+    """The judge that the settings name. Raises UserError."""
+    if config.judge == "offline":
+        return OfflineJudge()
+    if not config.judge_model:
+        raise UserError("--judge needs --judge_model: the name under which the server knows its model")
+    settings = {"k": config.judge_k, "cache_path": config.judge_cache, "max_missing": config.judge_max_missing}
+    return LLMJudge(config.judge, config.judge_model, **settings)
 
 
 def evaluate(policy: Policy, judge, examples: list[rar.Example], max_new_tokens: int, max_tokens: int = 8192):
@@ -252,9 +278,10 @@ class Run:
         rows = []
         for example, rollouts in groups:
             for r in rollouts:
-                verdicts = [{"title": c.title or c.text[:60], "score": v.score, "reason": v.reason} for c, v in zip(example.rubric, r.verdicts)]
-                rows.append({"step": step, "split": split, "id": example.id, "text": r.text, "finish": r.finish, "tokens": len(r.ids),
-                             "verdicts": verdicts, "reward": r.reward, "advantage": r.advantage})  # fmt: skip
+                found = zip(example.rubric, r.verdicts)
+                verdicts = [{"title": c.title or c.text[:60], "score": v.score, "reason": v.reason} for c, v in found]
+                row = {"step": step, "split": split, "id": example.id, "text": r.text, "finish": r.finish}
+                rows.append(row | {"tokens": len(r.ids), "verdicts": verdicts, "reward": r.reward, "advantage": r.advantage})
         self.append("samples.jsonl", rows)
 
     def save(self, policy: Policy, optimizer, method, step: int) -> None:
@@ -322,10 +349,10 @@ def report(run: Run) -> None:
     low, high = ([row["reward"] + sign * (row["reward_std"] or 0) for row in steps] for sign in (-1, 1))
     reward.fill_between([row["step"] for row in steps], low, high, color="tab:blue", alpha=0.12, label="± std in groups")
     reward.legend(fontsize=8, loc="lower right")
-    for row in rows:
-        if row["eval_score"] is not None:
-            score.plot([row["step"]] * 2, [v if v is not None else row["eval_score"] for v in row["eval_ci"]], color="tab:green")
     evals = [row for row in rows if row["eval_score"] is not None]
+    for row in evals:
+        if None not in row["eval_ci"]:  # one held-out prompt has no interval
+            score.plot([row["step"]] * 2, row["eval_ci"], color="tab:green")
     score.plot([row["step"] for row in evals], [row["eval_score"] for row in evals], color="tab:green", marker="o")
     score.set_title("held-out score (points met / positive points), 95 % interval", fontsize=10)
     for axis in figure.axes:
@@ -340,35 +367,40 @@ def report(run: Run) -> None:
 # ------------------------------------------------------------------------------------------- the loop
 
 
-def one_step(policy: Policy, reference, optimizer, method, examples: list[rar.Example], config: Config, step: int) -> tuple[dict, list]:
+def one_step(policy: Policy, reference, optimizer, method, examples: list, config: Config, step: int) -> tuple[dict, list]:
     """Roll out, judge, learn. Returns the step's metrics and its groups."""
     clock = [time.perf_counter()]
+    # 1. Roll out. The random numbers follow from (seed, step) alone: a resumed run draws what the first would have drawn.
     seed = random.Random(f"{config.seed}-{step}").getrandbits(62)
     groups = policy.rollouts(examples, config.group_size, config.max_new_tokens, config.temperature, seed, "rollouts")
     clock.append(time.perf_counter())
+    # 2. Judge: verdicts and one reward a rollout, all groups in one batch.
     method.score(groups, progress=True)
     clock.append(time.perf_counter())
+    # 3. Learn: better or worse than the other answers to the same prompt?
     rewards = torch.tensor([[r.reward for r in rollouts] for _, rollouts in groups])  # [P, G]
     for (_, rollouts), row in zip(groups, grpo.advantages(rewards).tolist()):
         for rollout, advantage in zip(rollouts, row):
             rollout.advantage = advantage
     for options in optimizer.param_groups:
         options["lr"] = config.lr * min(1.0, (step + 1) / max(1, round(config.steps * 0.1)))
-    all_rollouts = [r for _, rollouts in groups for r in rollouts]
+    only_rollouts = [rollouts for _, rollouts in groups]
+    all_rollouts = [r for rollouts in only_rollouts for r in rollouts]
     with tqdm(total=len(all_rollouts), desc="train", unit="row", leave=False, disable=None) as bar:
         learned = grpo.update(
-            policy.model, optimizer, [rollouts for _, rollouts in groups], loss=config.loss, temperature=config.temperature,
+            policy.model, optimizer, only_rollouts, loss=config.loss, temperature=config.temperature,
             max_new_tokens=config.max_new_tokens, beta=config.beta, reference=reference, progress=bar.update,
         )  # fmt: skip
-    if learned["kl"] is None:
-        learned["kl"] = grpo.measure_kl(reference, [rollouts for _, rollouts in groups], config.temperature)
+    if learned["kl"] is None:  # beta is 0: nothing needed it, but a reader wants to see how far the policy has gone
+        learned["kl"] = grpo.measure_kl(reference, only_rollouts, config.temperature)
     clock.append(time.perf_counter())
     lengths = [len(r.ids) for r in all_rollouts]
     verdicts = [v.score for r in all_rollouts for v in r.verdicts]
+    scored = [[r.reward for r in rollouts if not math.isnan(r.reward)] for rollouts in only_rollouts]
     return {
         "step": step + 1,
         "reward": rar.mean(r.reward for r in all_rollouts),
-        "reward_std": rar.mean(statistics.pstdev(row) for row in ([x for x in g if not math.isnan(x)] for g in rewards.tolist()) if row),
+        "reward_std": rar.mean(statistics.pstdev(row) for row in scored if row),
         "judge_missing": sum(v is None for v in verdicts) / len(verdicts),
         "completion_tokens": statistics.fmean(lengths),
         "truncated": rar.mean(float(r.finish == "length") for r in all_rollouts),
@@ -378,6 +410,7 @@ def one_step(policy: Policy, reference, optimizer, method, examples: list[rar.Ex
         "seconds_judge": clock[2] - clock[1],
         "seconds_train": clock[3] - clock[2],
         "tokens_per_second": sum(lengths) / (clock[1] - clock[0]),
+        **method.judge.take_stats(),
         **method.after_step(groups),
     }, groups
 
@@ -399,7 +432,7 @@ def train(config: Config, given: set[str]) -> int:
         folder = Path(config.resume)
         config = resumed_config(config, given, folder)
         state = torch.load(folder / "checkpoint" / "trainer.pt", weights_only=True)
-    elif (folder / "config.json").exists():
+    elif (folder / "config.json").exists() or (folder / "metrics.jsonl").exists():
         raise UserError(f"{folder}: holds a run already; go on with --resume {folder}, or choose another --out")
     started = time.time()
     torch.manual_seed(config.seed)
@@ -408,7 +441,7 @@ def train(config: Config, given: set[str]) -> int:
     train_set, heldout = fitting(train_set, policy, config, "training"), fitting(heldout, policy, config, "held-out")
     # Few prompts that come back often show learning in ten minutes; a data set of one's own is used whole.
     train_set = train_set[: config.prompts or (len(train_set) if config.data else 20)]
-    judge = OfflineJudge()
+    judge = make_judge(config)
     method = rar.RubricReward(judge, config.method)
     run = Run(folder, config)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -419,13 +452,8 @@ def train(config: Config, given: set[str]) -> int:
         method.load_state_dict(state["method"])
         step = state["step"]
         run.truncate(step)
-    else:
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            (folder / name).unlink(missing_ok=True)
     train_set = [e for e in train_set if method.eligible(e)]
-    print(f"{len(train_set)} training and {len(heldout)} held-out prompts, {config.steps} steps of {config.prompts_per_step} x {config.group_size} rollouts, into {folder}/")
-    if config.data:
-        print("The offline judge is a stand-in: it compares words and counts form, it does not understand. Read its scores as a smoke test.")
+    announce(config, train_set, heldout, folder)
     try:
         loop(run, policy, reference, optimizer, method, train_set, heldout, step)
     except KeyboardInterrupt:
@@ -436,6 +464,20 @@ def train(config: Config, given: set[str]) -> int:
     return 0
 
 
+def announce(config: Config, train_set: list, heldout: list, folder: Path) -> None:
+    """What is about to happen, and what it will ask of the judge."""
+    per_step = config.prompts_per_step * config.group_size
+    print(f"{len(train_set)} training and {len(heldout)} held-out prompts, {config.steps} steps of "
+          f"{config.prompts_per_step} x {config.group_size} rollouts, into {folder}/")  # fmt: skip
+    if config.judge != "offline":
+        k = config.judge_k or 10**9
+        calls = per_step * rar.mean(float(math.ceil(len(e.rubric) / k)) for e in train_set)
+        print(f"judge {config.judge_model}: up to {calls:.0f} calls a step, {calls * config.steps:.0f} in all, less what repeats")
+    elif config.data:
+        print("The offline judge is a stand-in: it compares words and counts form, it does not understand. "
+              "Read its scores as a smoke test.")  # fmt: skip
+
+
 def loop(run: Run, policy: Policy, reference, optimizer, method, train_set: list, heldout: list, step: int) -> None:
     """Steps, evaluations, logs and checkpoints until config.steps."""
     config = run.config
@@ -443,11 +485,18 @@ def loop(run: Run, policy: Policy, reference, optimizer, method, train_set: list
         metrics, groups = evaluate(policy, method.judge, heldout, config.max_new_tokens)
         run.append("metrics.jsonl", [{"step": 0} | metrics])
         run.samples(0, "heldout", groups)
-        print(f"held-out score before training: {metrics['eval_score']:.3f}  (95 % interval {metrics['eval_ci'][0]:.3f} to {metrics['eval_ci'][1]:.3f})")
+        low, high = metrics["eval_ci"]
+        print(f"held-out score before training: {metrics['eval_score']:.3f}  (95 % interval {low:.3f} to {high:.3f})")
     score = [row["eval_score"] for row in run.metrics() if "eval_score" in row][-1]
     with tqdm(total=config.steps, initial=step, desc="steps", unit="step", disable=None) as bar:
         while step < config.steps:
-            metrics, groups = one_step(policy, reference, optimizer, method, batch(train_set, config, step), config, step)
+            try:
+                prompts = batch(train_set, config, step)
+                metrics, groups = one_step(policy, reference, optimizer, method, prompts, config, step)
+            except (JudgeError, FloatingPointError):
+                if step:  # the policy still is what the last step left: keep it, then say what is wrong
+                    run.save(policy, optimizer, method, step)
+                raise
             step += 1
             run.samples(step, "train", groups)
             if step % config.eval_every == 0 or step == config.steps:
@@ -470,6 +519,8 @@ def loop(run: Run, policy: Policy, reference, optimizer, method, train_set: list
 
 def resumed_config(config: Config, given: set[str], folder: Path) -> Config:
     """The settings of the run in `folder`; only those in RESUMABLE may be given anew. Raises UserError."""
+    if (folder / "checkpoint.old").exists() and not (folder / "checkpoint").exists():
+        os.replace(folder / "checkpoint.old", folder / "checkpoint")  # killed between the two renames of Run.save
     if not (folder / "config.json").is_file() or not (folder / "checkpoint" / "trainer.pt").is_file():
         raise UserError(f"--resume {folder}: no run with a checkpoint there; start one with --out {folder}")
     saved = json.loads((folder / "config.json").read_text(encoding="utf8"))
@@ -489,22 +540,26 @@ def summary(run: Run, heldout: list[rar.Example], seconds: float) -> None:
     rows = [json.loads(line) for line in (run.folder / "samples.jsonl").read_text(encoding="utf8").split("\n") if line]
     last = max(r["step"] for r in rows if r["split"] == "heldout")
     before, after = ({r["id"]: r for r in rows if r["split"] == "heldout" and r["step"] == s} for s in (0, last))
-    gains = [(after[i]["reward"] or 0) - (before[i]["reward"] or 0) for i in before if before[i]["reward"] is not None and after[i]["reward"] is not None]
+    reward = lambda part, i: math.nan if part[i]["reward"] is None else part[i]["reward"]
+    gains = [reward(after, i) - reward(before, i) for i in before]
     low, high = rar.bootstrap(gains)
-    old, new = (rar.mean(r["reward"] for r in part.values() if r["reward"] is not None) for part in (before, after))
-    print(f"\nheld-out score  {old:.3f} -> {new:.3f}   gain {new - old:+.3f}, 95 % interval {low:+.3f} to {high:+.3f} ({len(gains)} prompts, paired bootstrap)")
+    old, new = (rar.mean(reward(part, i) for i in part) for part in (before, after))
+    print(f"\nheld-out score  {old:.3f} -> {new:.3f}   gain {rar.mean(gains):+.3f}, 95 % interval {low:+.3f} to {high:+.3f} "
+          f"({len(gains)} prompts, paired bootstrap)")  # fmt: skip
     rewards = [r["reward"] for r in run.metrics() if r.get("reward") is not None]
     if len(rewards) >= 10:
-        print(f"training reward {statistics.fmean(rewards[:5]):.3f} -> {statistics.fmean(rewards[-5:]):.3f}   (mean of the first and of the last five steps)")
+        first, final = statistics.fmean(rewards[:5]), statistics.fmean(rewards[-5:])
+        print(f"training reward {first:.3f} -> {final:.3f}   (mean of the first and of the last five steps)")
     print("\ncriteria that changed most (share of held-out answers that are right in this respect):")
     for title, a, b, n in rar.changed_criteria(heldout, before, after)[:5]:
         print(f"  {title:<22} {a:4.0%} -> {b:4.0%}   ({n} prompts)")
-    example = max(heldout, key=lambda e: (after[e.id]["reward"] or 0) - (before[e.id]["reward"] or 0))
+    gained = dict(zip(before, gains))
+    example = max(heldout, key=lambda e: -math.inf if math.isnan(gained[e.id]) else gained[e.id])
     print(f"\none answer, before and after\n  question: {example.question}")
     for name, part in (("before", before), ("after", after)):
-        scored = part[example.id]["reward"]
-        print(f"  {name:<8}: {part[example.id]['text'].strip()}   [{'not scored' if scored is None else f'{scored:.2f}'}]")
-    print(f"\n{seconds / 60:.1f} minutes. In {run.folder}/: report.png, metrics.jsonl, samples.jsonl, config.json, checkpoint/ (loads with transformers)")
+        print(f"  {name:<8}: {part[example.id]['text'].strip()}   [{reward(part, example.id):.2f}]")
+    print(f"\n{seconds / 60:.1f} minutes. In {run.folder}/: report.png, metrics.jsonl, samples.jsonl, config.json, "
+          "checkpoint/ (loads with transformers)")  # fmt: skip
 
 
 def evaluate_only(config: Config) -> int:
@@ -512,7 +567,7 @@ def evaluate_only(config: Config) -> int:
     _, heldout = read_data(config)
     policy = Policy(config.eval_only)
     heldout = fitting(heldout, policy, config, "held-out")
-    metrics, _ = evaluate(policy, OfflineJudge(), heldout, config.max_new_tokens)
+    metrics, _ = evaluate(policy, make_judge(config), heldout, config.max_new_tokens)
     print(json.dumps(finite({"model": config.eval_only, "n": len(heldout)} | metrics)))
     return 0
 
@@ -535,7 +590,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config, given = parse_config(sys.argv[1:] if argv is None else argv)
         return evaluate_only(config) if config.eval_only else train(config, given)
-    except (UserError, rar.DataError, NoOfflineRule, FloatingPointError) as error:
+    except (UserError, rar.DataError, NoOfflineRule, JudgeError, FloatingPointError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
 

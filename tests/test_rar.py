@@ -65,15 +65,21 @@ def test_pitfall_costs_reward_through_the_judge_and_every_reader(method):
 
 
 @pytest.mark.parametrize("method", rar.AGGREGATIONS)
-def test_missing_is_nan_and_never_zero(method):
+def test_missing_is_neutral_or_unscored_and_never_zero(method):
+    """One missing verdict counts as the group's mean on that criterion; a rollout with too many has no reward at all."""
+
     class Broken:
         def ask(self, questions, progress=False):
-            return [Verdict(None, "no answer")] + [Verdict(1.0)] * (len(questions) - 1)
+            one, two, three = [1.0, 1.0, None, 0.0], [1.0, 0.0, 1.0, 0.0], [None, None, None, 0.0]
+            return [Verdict(score, "no answer" if score is None else "") for score in one + two + three]
 
     example = Example("a", [{"role": "user", "content": "Cold?"}], RUBRIC)
-    first, second = Rollout("one"), Rollout("two")
-    rar.RubricReward(Broken(), method).score([(example, [first, second])])
-    assert math.isnan(first.reward) and not math.isnan(second.reward)
+    rollouts = [Rollout("one"), Rollout("two"), Rollout("three")]
+    rar.RubricReward(Broken(), method).score([(example, rollouts)])
+    aggregate = rar.AGGREGATIONS[method]
+    assert rollouts[0].reward == aggregate(RUBRIC, [1.0, 1.0, 1.0, 0.0])  # the only other verdict on it says 1
+    assert rollouts[1].reward == aggregate(RUBRIC, [1.0, 0.0, 1.0, 0.0])
+    assert math.isnan(rollouts[2].reward)
 
 
 def test_silence_earns_nothing():

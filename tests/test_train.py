@@ -96,6 +96,14 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tiny, few, tmp_path, method):
     assert a == b
 
 
+def test_a_kill_between_the_two_renames_of_a_checkpoint_loses_nothing(tiny, few, tmp_path):
+    out = tmp_path / "run"
+    assert run(tiny, few, out) == 0
+    (out / "checkpoint").rename(out / "checkpoint.old")
+    assert train.main(["--resume", str(out), "--steps", "4"]) == 0
+    assert lines(out / "metrics.jsonl")[-1]["step"] == 4 and (out / "checkpoint").exists()
+
+
 def test_resume_refuses_to_mix_experiments(tiny, few, tmp_path, capsys):
     out = tmp_path / "run"
     assert run(tiny, few, out) == 0
