@@ -35,7 +35,6 @@ import argparse
 import email.utils
 import hashlib
 import json
-import math
 import os
 import queue
 import random
@@ -45,7 +44,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Callable, NamedTuple
 from urllib.parse import urlsplit
 
@@ -678,9 +677,9 @@ class LLMJudge:
     # ---- accounting
 
     def words(self, reply) -> str:
-        """What the server said, on one line and without our key."""
-        text = " ".join(reply.text[:2000].split())[:300]
-        return (text.replace(self.secret, "***") if self.secret else text) or reply.reason or "no words"
+        """What the server said, on one line and without our key (taken out first: a cut could leave a part of it)."""
+        text = reply.text.replace(self.secret, "***") if self.secret else reply.text
+        return " ".join(text.split())[:300] or reply.reason or "no words"
 
     def accounted(self, answer: dict, seconds: float) -> dict:
         """Counts the call and its tokens."""

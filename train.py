@@ -458,7 +458,7 @@ def train(config: Config, given: set[str]) -> int:
         loop(run, policy, reference, optimizer, method, train_set, heldout, step)
     except KeyboardInterrupt:
         saved = (folder / "checkpoint").exists()
-        print(f"\nstopped; " + (f"go on with: python train.py --resume {folder}" if saved else "no checkpoint was written yet"))
+        print("\nstopped; " + (f"go on with: python train.py --resume {folder}" if saved else "no checkpoint was written yet"))
         return 130
     summary(run, heldout, time.time() - started)
     return 0

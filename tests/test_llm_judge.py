@@ -11,11 +11,11 @@ import time
 
 import pytest
 from conftest import ROOT
-from judge_server import FAULTS, JudgeServer, truth
+from judge_server import FAULTS, JudgeServer, raw, truth
 
 import judge
 import rar
-from judge import Cache, JudgeError, LLMJudge, Question, fenced, last_object, material, read_answer
+from judge import Cache, JudgeError, LLMJudge, Question, fenced, material, read_answer
 
 
 def questions(n, context="c"):
@@ -162,6 +162,20 @@ def test_the_key_is_sent_and_never_shown(monkeypatch, tmp_path, capsys):
         assert judge.main(["--agreement", str(labels), "--judge", server.url.replace("//", "//user:hidden@"), "--judge_model", "m"]) == 2
     said = capsys.readouterr()
     assert "sk-very-secret" not in said.out + said.err and "hidden" not in said.out + said.err
+
+
+@pytest.mark.parametrize("before", range(260, 301, 4))
+def test_a_key_at_the_edge_of_what_is_quoted_leaks_no_part(monkeypatch, before):
+    """The server's words are cut short; the key must be gone before the cut, not after."""
+    monkeypatch.setenv("JUDGE_API_KEY", "sk-very-secret-123")
+
+    class Echo(JudgeServer):
+        async def answer(self, head, body):
+            return raw(401, b"x" * before + b"sk-very-secret-123")
+
+    with Echo() as server, pytest.raises(JudgeError) as error:
+        client(server).ask(questions(1))
+    assert "sk-" not in str(error.value)
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://x/v1", "http://"])

@@ -155,7 +155,7 @@ def with_criterion(**change):
 def test_bad_rows_name_file_line_and_remedy(tmp_path, row, words):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({**GOOD, "id": "first"}) + "\n\n" + (row if isinstance(row, str) else json.dumps(row)) + "\n", encoding="utf8")
-    with pytest.raises(DataError, match=f"rows.jsonl:3: ") as error:
+    with pytest.raises(DataError, match="rows.jsonl:3: ") as error:
         rar.read_examples(path)
     assert words in str(error.value) and "\n" not in str(error.value)
 
