@@ -63,6 +63,7 @@ class Criterion:
     title: str = ""
     category: str = ""
     axis: str = ""
+    tags: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -249,8 +250,9 @@ def parse_criterion(item: object, where: str) -> Criterion:
         raise DataError(f"{where}: category {category!r}; use one of Essential, Important, Optional, Pitfall")
     elif category and (category.lower() == "pitfall") != (weight < 0):
         raise DataError(f"{where}: a Pitfall names a fault and has a negative weight, all others a positive one")
-    axis = item.get("axis") or next((t[5:] for t in flat(item.get("tags")) if t.startswith("axis:")), "")
-    return Criterion(text.strip(), float(weight), item.get("title") or "", category, sys.intern(axis))
+    tags = [sys.intern(tag) for tag in flat(item.get("tags"))]
+    axis = item.get("axis") or next((t[5:] for t in tags if t.startswith("axis:")), "")
+    return Criterion(text.strip(), float(weight), item.get("title") or "", category, sys.intern(axis), tags)
 
 
 PREFIX = re.compile(r"^\s*(\w+) +criteri(?:a|on) *: *", re.I)
@@ -478,6 +480,14 @@ class RubricReward:
     def eligible(self, example: Example) -> bool:
         """Whether this method can learn from the example: a comparison with the reference needs one (some rows have none)."""
         return bool(example.reference) or self.method != "reference_likert"
+
+    def before_step(self, examples: list[Example], lab) -> dict:
+        """Nothing to decide. Returns the metrics of a decision."""
+        return {}
+
+    def pool(self, examples: list[Example], step: int) -> tuple[list[Example], int]:
+        """(prompts to draw the step's batch from, how many batches were drawn from them before): all, each step."""
+        return examples, step
 
     def score(self, groups: list[tuple[Example, list]], progress: bool = False) -> None:
         """Judges all rollouts of all groups in one flat batch; sets rollout.criteria, .verdicts (one each) and .reward."""

@@ -355,6 +355,14 @@ class RLER:
         """Whether this method can learn from the example (always, as in rar.py)."""
         return True
 
+    def before_step(self, examples: list[Example], lab) -> dict:
+        """Nothing to decide before the rollouts are there (as in rar.py)."""
+        return {}
+
+    def pool(self, examples: list[Example], step: int) -> tuple[list[Example], int]:
+        """All prompts, each step (as in rar.py)."""
+        return examples, step
+
     def score(self, groups: list[tuple[Example, list]], progress: bool = False) -> None:
         """Proposes, then judges all rollouts in one flat batch; sets rollout.criteria, .verdicts and .reward."""
         self.visits, self.count = {}, Counter()

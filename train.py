@@ -28,6 +28,7 @@ import shutil
 import statistics
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import arlrr
 import grpo
 import rar
 import rler
@@ -46,7 +48,7 @@ HERE = Path(__file__).resolve().parent
 @dataclass
 class Config:
     method: str = "explicit"
-    "reward: explicit (RaR, Eq. 1), points (HealthBench: signed points over positive points), rler (evolving rubrics)"
+    "reward: explicit (RaR, Eq. 1), points (HealthBench: signed points over positive points), rler (evolving rubrics), arlrr (one class of criteria at a time)"
     evolve: str = "std"
     "rler: which evolving rubrics stay: std (they tell rollouts apart), fifo, random, static (nothing evolves)"
     rubrics_kept: int = 5
@@ -55,6 +57,22 @@ class Config:
     "rler: share of the reward for form: a complete last sentence, stopping before the length limit"
     flaws: str = ""
     "rler: faults of the released code to switch on, a comma between them; see rler.FLAWS"
+    schedule: str = "search"
+    "arlrr: the next class by search, lowest_score, cyclic or random; or no turns: points, axis_mean, gdpo (see arlrr.py)"
+    stage: int = 5
+    "arlrr: updates before the next class is chosen"
+    stage_by: str = "updates"
+    "arlrr: a stage is --stage updates, an epoch of the class's prompts, or --stage in proportion to the class's weight"
+    trial: int = 1
+    "arlrr: updates of a class that the search tries out and takes back"
+    validation: int = 12
+    "arlrr: training prompts kept back, by which search and lowest_score choose"
+    classes: str = "axis"
+    "arlrr: what makes a class: axis, category, or the kind of a tag (level, cluster)"
+    negative_only: str = "skip"
+    "arlrr: prompts whose criteria in the class are all negative: skip them, or count them as a penalty"
+    audit: float = 0.25
+    "arlrr: share of the groups judged by the whole rubric to measure variance contraction"
     model: str = "smollm2"
     "policy: smollm2 (embedded default), a folder, or a hub id"
     data: str = ""
@@ -127,10 +145,12 @@ class Config:
     "steps between checkpoints (there is always one at the end)"
 
 
-CHOICES = {"method": (*rar.METHODS, "rler"), "evolve": rler.SELECTIONS, "loss": ("grpo", "dr_grpo", "dapo"), "advantage": ("std", "mean", "none")}
+CHOICES = {"method": (*rar.METHODS, "rler", "arlrr"), "evolve": rler.SELECTIONS, "loss": ("grpo", "dr_grpo", "dapo"), "advantage": ("std", "mean", "none")}
+CHOICES |= {"schedule": (*arlrr.TURNS, *arlrr.SCALARS), "stage_by": ("updates", "epoch", "weight"), "negative_only": ("skip", "penalty")}
 CHOICES |= {"dtype": ("auto", "float32", "bfloat16"), "sampler": ("torch", "vllm")}
-MINIMUM = dict.fromkeys(("steps", "rubrics_kept", "prompts_per_step", "max_new_tokens", "eval_every", "save_every", "epochs", "minibatches"), 1)
+MINIMUM = dict.fromkeys(("steps", "rubrics_kept", "prompts_per_step", "max_new_tokens", "eval_every", "save_every", "epochs", "minibatches", "stage", "trial", "validation"), 1)
 MINIMUM |= {"group_size": 2, "prompts": 0, "judge_k": 0}  # a group of one has no other answer to be better than
+COSTS = ("updates", "rollouts", "verdicts", "tokens")  # what a comparison at equal budgets counts, besides seconds
 RESUMABLE = {"steps", "eval_every", "save_every", "resume", "judge_cache"}  # may differ from the run that is resumed
 
 
@@ -279,6 +299,12 @@ def make_judge(config: Config):
 
 def make_method(config: Config, judge):
     """The reward that the settings name: all methods have the interface of rar.RubricReward."""
+    if config.method == "arlrr":
+        if not 0 <= config.audit <= 1:
+            raise UserError(f"--audit {config.audit}: give a share from 0 to 1")
+        names = ("schedule", "stage", "stage_by", "negative_only", "audit", "trial", "seed", "prompts_per_step")
+        values = {name: getattr(config, name) for name in names}
+        return arlrr.ARLRR(judge, by=config.classes, clip=config.advantage != "std", **values)
     if config.method != "rler":
         return rar.RubricReward(judge, config.method)
     flaws = [flaw for flaw in config.flaws.split(",") if flaw]
@@ -287,6 +313,48 @@ def make_method(config: Config, judge):
     if not 0 <= config.form_share <= 1:
         raise UserError(f"--form_share {config.form_share}: give a share from 0 to 1")
     return rler.RLER(judge, config.rubrics_kept, config.evolve, flaws, config.form_share)
+
+
+class Lab:
+    """What a method may try out between two steps: an update that can be taken back, a look at the validation prompts."""
+
+    def __init__(self, policy: Policy, reference, optimizer, method, examples: list, validation: list, config: Config):
+        self.policy, self.reference, self.optimizer, self.method = policy, reference, optimizer, method
+        self.examples, self.validation, self.config, self.step = examples, validation, config, 0
+        self.cost, self.started = Counter(), 0.0
+
+    def at(self, step: int) -> "Lab":
+        """Starts a new account, for the decision before this step."""
+        self.step, self.cost, self.started = step, Counter(), time.perf_counter()
+        return self
+
+    def save(self) -> dict:
+        """The state to come back to: weights, moments, random states."""
+        return arlrr.snapshot(self.policy.model, self.optimizer)
+
+    def restore(self, state: dict) -> None:
+        """Takes back every update since `save`."""
+        arlrr.restore(self.policy.model, self.optimizer, state)
+        if self.policy.engine:
+            self.policy.engine.sync(self.policy.model)
+
+    def update(self, ahead: int) -> None:
+        """The update that the run would do now, or `ahead` steps from now."""
+        pool, visit = self.method.pool(self.examples, self.step + ahead)
+        prompts, measure = batch(pool, self.config, visit), self.reference if self.config.beta else None
+        metrics, _ = one_step(self.policy, measure, self.optimizer, self.method, prompts, self.config, self.step + ahead)
+        self.cost += Counter(updates=1) + Counter({key: metrics[key] for key in ("rollouts", "verdicts", "tokens")})
+
+    def validate(self) -> list[tuple[rar.Example, list]]:
+        """The greedy answers to the validation prompts, judged by their whole rubrics: groups of one rollout."""
+        _, groups = evaluate(self.policy, self.method.judge, self.validation, self.config.max_new_tokens)
+        answers = [rollout for _, [rollout] in groups]
+        self.cost += Counter(rollouts=len(answers), verdicts=sum(len(r.verdicts) for r in answers), tokens=sum(len(r.ids) for r in answers))
+        return groups
+
+    def spent(self) -> dict:
+        """What the trials of this decision cost, as metrics."""
+        return {f"search_{key}": self.cost[key] for key in COSTS} | {"search_seconds": time.perf_counter() - self.started}
 
 
 def evaluate(policy: Policy, judge, examples: list[rar.Example], max_new_tokens: int, max_tokens: int = 8192):
@@ -438,9 +506,10 @@ def one_step(policy: Policy, reference, optimizer, method, examples: list, confi
     clock.append(time.perf_counter())
     # 3. Learn: better or worse than the other answers to the same prompt?
     rewards = torch.tensor([[r.reward for r in rollouts] for _, rollouts in groups])  # [P, G]
-    for (_, rollouts), row in zip(groups, grpo.advantages(rewards, config.advantage).tolist()):
-        for rollout, advantage in zip(rollouts, row):
-            rollout.advantage = advantage
+    if not getattr(method, "own_advantages", False):
+        for (_, rollouts), row in zip(groups, grpo.advantages(rewards, config.advantage).tolist()):
+            for rollout, advantage in zip(rollouts, row):
+                rollout.advantage = advantage
     for options in optimizer.param_groups:
         options["lr"] = config.lr * min(1.0, (step + 1) / max(1, round(config.steps * 0.1)))
     only_rollouts = [rollouts for _, rollouts in groups]
@@ -449,7 +518,7 @@ def one_step(policy: Policy, reference, optimizer, method, examples: list, confi
         policy.engine.sleep()
     with tqdm(total=len(all_rollouts), desc="train", unit="row", leave=False, disable=None) as bar:
         learned = grpo.update(policy.model, optimizer, only_rollouts, settings(config), reference, bar.update)
-    if learned["kl"] is None:  # beta is 0: nothing needed it, but a reader wants to see how far the policy has gone
+    if learned["kl"] is None and reference:  # beta is 0: nothing needed it, but a reader wants to see how far the policy has gone
         learned["kl"] = grpo.measure_kl(reference, only_rollouts, config.temperature)
     if policy.engine:
         policy.engine.sync(policy.model)
@@ -470,8 +539,10 @@ def one_step(policy: Policy, reference, optimizer, method, examples: list, confi
         "seconds_judge": clock[2] - clock[1],
         "seconds_train": clock[3] - clock[2],
         "tokens_per_second": sum(lengths) / (clock[1] - clock[0]),
+        "rollouts": len(all_rollouts),
+        "verdicts": len(verdicts),
+        "tokens": sum(lengths),
         **method.judge.take_stats(),
-        **method.after_step(groups),
     }, groups
 
 
@@ -509,6 +580,11 @@ def train(config: Config, given: set[str]) -> int:
     method = make_method(config, judge)  # before the model: a method that this judge cannot serve should cost no half minute
     policy = Policy(str(folder / "checkpoint") if state else config.model, config.dtype)
     train_set, heldout = fitting(train_set, policy, config, "training"), fitting(heldout, policy, config, "held-out")
+    validation = []
+    if config.method == "arlrr":  # for every schedule, so that all of them train on the same prompts
+        if len(train_set) <= config.validation:
+            raise UserError(f"--validation {config.validation}: only {len(train_set)} training prompts; keep fewer back")
+        train_set, validation = train_set[: -config.validation], train_set[-config.validation :]
     # Few prompts that come back often show learning in ten minutes; a data set of one's own is used whole.
     train_set = train_set[: config.prompts or (len(train_set) if config.data else 20)]
     run = Run(folder, config)
@@ -524,10 +600,11 @@ def train(config: Config, given: set[str]) -> int:
     if not train_set:
         raise UserError(f"--method {config.method} can learn from none of the training prompts (reference_likert needs references)")
     if config.sampler == "vllm":
-        policy.start_engine(config, train_set + heldout)
+        policy.start_engine(config, train_set + heldout + validation)
     announce(config, train_set, heldout, folder)
     try:
-        loop(run, policy, reference, optimizer, method, train_set, heldout, step)
+        lab = Lab(policy, reference, optimizer, method, train_set, validation, config)
+        loop(run, policy, reference, optimizer, method, train_set, heldout, step, lab)
     except KeyboardInterrupt:
         saved = (folder / "checkpoint").exists()
         print("\nstopped; " + (f"go on with: python train.py --resume {folder}" if saved else "no checkpoint was written yet"))
@@ -550,7 +627,7 @@ def announce(config: Config, train_set: list, heldout: list, folder: Path) -> No
               "Read its scores as a smoke test.")  # fmt: skip
 
 
-def loop(run: Run, policy: Policy, reference, optimizer, method, train_set: list, heldout: list, step: int) -> None:
+def loop(run: Run, policy: Policy, reference, optimizer, method, train_set: list, heldout: list, step: int, lab: Lab) -> None:
     """Steps, evaluations, logs and checkpoints until config.steps."""
     config = run.config
     if step == 0:
@@ -563,12 +640,14 @@ def loop(run: Run, policy: Policy, reference, optimizer, method, train_set: list
     with tqdm(total=config.steps, initial=step, desc="steps", unit="step", disable=None) as bar:
         while step < config.steps:
             try:
-                prompts = batch(train_set, config, step)
-                metrics, groups = one_step(policy, reference, optimizer, method, prompts, config, step)
+                chosen = method.before_step(train_set, lab.at(step))
+                pool, visit = method.pool(train_set, step)
+                metrics, groups = one_step(policy, reference, optimizer, method, batch(pool, config, visit), config, step)
             except (JudgeError, FloatingPointError):
                 if step:  # the policy still is what the last step left: keep it, then say what is wrong
                     run.save(policy, optimizer, method, step)
                 raise
+            metrics |= chosen | method.after_step(groups)
             step += 1
             run.samples(step, "train", groups)
             if step % config.eval_every == 0 or step == config.steps:
