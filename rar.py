@@ -861,12 +861,15 @@ def simulate_noise(rate: float, groups: int = 400, seed: int = 0) -> dict[str, f
 
 
 def print_study(title: str, simulate, rates: tuple[float, ...]) -> dict[str, list[float]]:
-    """A table: one line a rule or reward, one column a rate."""
-    columns = [simulate(rate) for rate in tqdm(rates, leave=False, disable=None)]
+    """A table of means over five seeds: one line a rule or reward, one column a rate."""
+    columns = [[simulate(rate, seed=seed) for seed in range(5)] for rate in tqdm(rates, leave=False, disable=None)]
     print(f"simulated: {title}\n\n{'':<34}" + "".join(f"{rate:>8.0%}" for rate in rates))
-    table = {name: [column[name] for column in columns] for name in columns[0]}
+    several = {name: [[found[name] for found in column] for column in columns] for name in columns[0][0]}
+    table = {name: list(map(statistics.fmean, values)) for name, values in several.items()}
     for name, values in table.items():
         print(f"{name:<34}" + "".join(f"{value:>8.3f}" for value in values))
+    error = max(statistics.stdev(v) / 5**0.5 for values in several.values() for v in values)
+    print(f"\nmeans over seeds 0 to 4; standard error at most {error:.4f}")
     return table
 
 
