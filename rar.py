@@ -42,6 +42,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 from tqdm import tqdm
 
@@ -525,6 +526,61 @@ def judge_groups(judge, groups: list, progress: bool = False, rubrics: list | No
     verdicts = iter(judge.ask(questions, progress))
     for rollout, part in asked:
         rollout.verdicts = [next(verdicts) if isinstance(q, Question) else q for q in part]
+
+
+# ------------------------------------------------------------------------------------------- in other people's trainers
+
+
+def judge_texts(method, examples: list[Example], ids: list[str], texts: list[str], tokens: list | None = None) -> dict[str, list]:
+    """One step of any method of this project on texts that another trainer sampled; the texts of a prompt are a group.
+
+    Returns id -> rollouts with their rewards, in the order of the texts; nan for what the method does not score now (a failed
+    verdict, a prompt without the class whose turn it is).
+    """
+    known, groups = {e.id: e for e in examples}, {}
+    if unknown := set(ids) - set(known):
+        raise DataError(f"no rubric for the prompt with id {sorted(unknown)[0]!r}; give the examples that the data set was made from")
+    for place, (name, text) in enumerate(zip(ids, texts, strict=True)):
+        rollout = SimpleNamespace(text=text, ids=tokens[place] if tokens else [], finish="stop", reward=math.nan, advantage=0.0)
+        groups.setdefault(name, []).append(rollout)
+    method.before_step(examples, None)
+    scored, _ = method.pool([known[name] for name in groups if method.eligible(known[name])], 0)
+    step = [(example, groups[example.id]) for example in scored]
+    method.score(step)
+    method.after_step(step)
+    return groups
+
+
+def as_trl_reward(method, examples: list[Example]):
+    """The method as a reward function for TRL: GRPOTrainer(reward_funcs=[as_trl_reward(method, examples)], ...).
+
+    The data set needs a column "id" beside "prompt". What could not be scored is None, TRL's word for it.
+    """
+
+    def rubric_reward(completions: list, id: list[str], completion_ids: list | None = None, **_) -> list[float | None]:
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        waiting = {name: iter(part) for name, part in judge_texts(method, examples, id, texts, completion_ids).items()}
+        rewards = [next(waiting[name]).reward for name in id]
+        return [None if math.isnan(r) else r for r in rewards]
+
+    return rubric_reward
+
+
+def as_verl_reward(method, examples: list[Example]):
+    """The method as verl's batch reward function (reward_manager "batch"); each row's extra_info needs the example's "id".
+
+    verl has no word for "not scored": such a rollout gets the mean of its group, which is an advantage of about 0.
+    """
+
+    def compute_score(data_sources: list, solution_strs: list[str], ground_truths: list, extra_infos: list[dict], **_) -> list[float]:
+        ids = [info["id"] for info in extra_infos]
+        groups = judge_texts(method, examples, ids, solution_strs)
+        usual = {name: mean(r.reward for r in part) for name, part in groups.items()}
+        waiting = {name: iter(part) for name, part in groups.items()}
+        pairs = [(next(waiting[name]).reward, usual[name]) for name in ids]
+        return [reward if not math.isnan(reward) else 0.0 if math.isnan(middle) else middle for reward, middle in pairs]
+
+    return compute_score
 
 
 # ------------------------------------------------------------------------------------------- evaluation

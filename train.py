@@ -22,11 +22,14 @@ import difflib
 import json
 import math
 import os
+import platform
 import random
 import re
 import shutil
+import signal
 import statistics
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
@@ -34,6 +37,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import transformers
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import arlrr
@@ -391,9 +396,17 @@ class Run:
         os.replace(side, self.folder / name)
 
     def append(self, name: str, rows: list[dict]) -> None:
-        """Lines of JSONL; nan becomes null, which every JSON reader knows."""
-        with open(self.folder / name, "a", encoding="utf8") as file:
-            file.write("".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows))
+        """Lines of JSONL; nan becomes null, which every JSON reader knows. Raises UserError."""
+        try:
+            with open(self.folder / name, "a", encoding="utf8") as file:
+                file.write("".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows))
+        except OSError as error:
+            raise UserError(self.unwritable(name, error)) from None
+
+    def unwritable(self, name: str, error: Exception) -> str:
+        """What to say when a file of the run cannot be written; what was there before is still there."""
+        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        return f"{self.folder / name}: cannot be written ({why}); make room there, then go on with --resume {self.folder}"
 
     def metrics(self) -> list[dict]:
         """All lines of metrics.jsonl so far."""
@@ -412,17 +425,23 @@ class Run:
         self.append("samples.jsonl", rows)
 
     def save(self, policy: Policy, optimizer, method, step: int) -> None:
-        """checkpoint/: written to one side, then renamed, so that a kill leaves the old one or the new one."""
+        """checkpoint/: written to one side, then renamed, so that a kill leaves the old one or the new one. Raises UserError."""
         side, final, old = (self.folder / name for name in ("checkpoint.tmp", "checkpoint", "checkpoint.old"))
-        for leftover in (side, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        with grpo.quiet():
-            policy.model.save_pretrained(side)
-        policy.tokenizer.save_pretrained(side)
-        torch.save({"step": step, "optimizer": optimizer.state_dict(), "method": method.state_dict()}, side / "trainer.pt")
-        if final.exists():
-            os.replace(final, old)
-        os.replace(side, final)
+        state = {"step": step, "optimizer": optimizer.state_dict(), "method": method.state_dict(), "versions": versions()}
+        shutil.rmtree(side, ignore_errors=True)
+        if final.exists():  # else the old one is all there is: a run killed between the two renames
+            shutil.rmtree(old, ignore_errors=True)
+        try:
+            with grpo.quiet():
+                policy.model.save_pretrained(side)
+            policy.tokenizer.save_pretrained(side)
+            torch.save(state, side / "trainer.pt")
+            if final.exists():
+                os.replace(final, old)
+            os.replace(side, final)
+        except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own word for a full disk
+            shutil.rmtree(side, ignore_errors=True)
+            raise UserError(self.unwritable("checkpoint", error)) from None
         shutil.rmtree(old, ignore_errors=True)
 
     def truncate(self, step: int) -> None:
@@ -439,6 +458,12 @@ class Run:
             if path.exists():
                 kept = [line for line in path.read_text(encoding="utf8").split("\n") if line and wanted(line)]
                 path.write_text("".join(line + "\n" for line in kept), encoding="utf8")
+
+
+def versions() -> dict[str, str]:
+    """What a resumed run must share to be the same run, bit for bit."""
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "transformers": transformers.__version__,
+            "threads": str(torch.get_num_threads()), "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}  # fmt: skip
 
 
 def finite(value):
@@ -570,7 +595,10 @@ def train(config: Config, given: set[str]) -> int:
     if config.resume:
         folder = Path(config.resume)
         config = resumed_config(config, given, folder)
-        state = torch.load(folder / "checkpoint" / "trainer.pt", weights_only=True)
+        saved = folder / "checkpoint" / "trainer.pt"
+        state = torch.load(saved, weights_only=True) if saved.exists() else None
+        if state and (other := {k: v for k, v in versions().items() if v != state.get("versions", {}).get(k, v)}):
+            print(f"the checkpoint was made with other {', '.join(other)}: the run goes on, but not bit for bit as it would have")
     elif (folder / "config.json").exists() or (folder / "metrics.jsonl").exists():
         raise UserError(f"{folder}: holds a run already; go on with --resume {folder}, or choose another --out")
     started = time.time()
@@ -595,22 +623,48 @@ def train(config: Config, given: set[str]) -> int:
         optimizer.load_state_dict(state["optimizer"])
         method.load_state_dict(state["method"])
         step = state["step"]
-        run.truncate(step)
+    if config.resume:
+        run.truncate(step if state else -1)  # killed before the first checkpoint: the run begins again
     train_set = [e for e in train_set if method.eligible(e)]
     if not train_set:
         raise UserError(f"--method {config.method} can learn from none of the training prompts (reference_likert needs references)")
     if config.sampler == "vllm":
         policy.start_engine(config, train_set + heldout + validation)
     announce(config, train_set, heldout, folder)
+    lab, stop = Lab(policy, reference, optimizer, method, train_set, validation, config), Stop()
     try:
-        lab = Lab(policy, reference, optimizer, method, train_set, validation, config)
-        loop(run, policy, reference, optimizer, method, train_set, heldout, step, lab)
-    except KeyboardInterrupt:
-        saved = (folder / "checkpoint").exists()
-        print("\nstopped; " + (f"go on with: python train.py --resume {folder}" if saved else "no checkpoint was written yet"))
-        return 130
+        with stop:
+            loop(run, policy, reference, optimizer, method, train_set, heldout, step, lab, stop)
+    except KeyboardInterrupt:  # asked twice: the step under way is lost, the last checkpoint is not
+        stop.asked = stop.asked or signal.SIGINT
+    if stop.asked:
+        print(f"\nstopped; go on with: python train.py --resume {folder}")
+        return 128 + stop.asked
     summary(run, heldout, time.time() - started)
     return 0
+
+
+class Stop:
+    """While it is open, Ctrl-C and SIGTERM are noted: the loop ends after the step. The second one ends the step as well."""
+
+    def __init__(self):
+        self.asked, self.before = 0, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number: int, frame) -> None:
+        """The handler."""
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = number
+        print("\nstopping after this step; once more to stop now", file=sys.stderr, flush=True)
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def announce(config: Config, train_set: list, heldout: list, folder: Path) -> None:
@@ -627,7 +681,7 @@ def announce(config: Config, train_set: list, heldout: list, folder: Path) -> No
               "Read its scores as a smoke test.")  # fmt: skip
 
 
-def loop(run: Run, policy: Policy, reference, optimizer, method, train_set: list, heldout: list, step: int, lab: Lab) -> None:
+def loop(run: Run, policy: Policy, reference, optimizer, method, train_set: list, heldout: list, step: int, lab: Lab, stop: Stop) -> None:
     """Steps, evaluations, logs and checkpoints until config.steps."""
     config = run.config
     if step == 0:
@@ -638,15 +692,18 @@ def loop(run: Run, policy: Policy, reference, optimizer, method, train_set: list
         print(f"held-out score before training: {metrics['eval_score']:.3f}  (95 % interval {low:.3f} to {high:.3f})")
     score = [row["eval_score"] for row in run.metrics() if "eval_score" in row][-1]
     with tqdm(total=config.steps, initial=step, desc="steps", unit="step", disable=None) as bar:
-        while step < config.steps:
+        while step < config.steps and not stop.asked:
             try:
                 chosen = method.before_step(train_set, lab.at(step))
                 pool, visit = method.pool(train_set, step)
                 metrics, groups = one_step(policy, reference, optimizer, method, batch(pool, config, visit), config, step)
-            except (JudgeError, FloatingPointError):
+            except (JudgeError, FloatingPointError) as error:
                 if step:  # the policy still is what the last step left: keep it, then say what is wrong
                     run.save(policy, optimizer, method, step)
-                raise
+                raise type(error)(f"step {step + 1}: {error}; when that is put right: python train.py --resume {run.folder}") from None
+            except torch.OutOfMemoryError:  # perhaps in the middle of an update, so nothing is saved
+                raise UserError(f"step {step + 1}: the GPU's memory is full; try --checkpointing 1, --vllm_sleep 1, fewer "
+                                f"--prompts_per_step or --max_new_tokens in a new run") from None  # fmt: skip
             metrics |= chosen | method.after_step(groups)
             step += 1
             run.samples(step, "train", groups)
@@ -656,7 +713,7 @@ def loop(run: Run, policy: Policy, reference, optimizer, method, train_set: list
                 metrics |= evaluated
                 score = metrics["eval_score"]
             run.append("metrics.jsonl", [metrics])
-            if step % config.save_every == 0 or step == config.steps:
+            if step % config.save_every == 0 or step == config.steps or stop.asked:
                 run.save(policy, optimizer, method, step)
             if "eval_score" in metrics:
                 report(run)
@@ -672,8 +729,8 @@ def resumed_config(config: Config, given: set[str], folder: Path) -> Config:
     """The settings of the run in `folder`; only those in RESUMABLE may be given anew. Raises UserError."""
     if (folder / "checkpoint.old").exists() and not (folder / "checkpoint").exists():
         os.replace(folder / "checkpoint.old", folder / "checkpoint")  # killed between the two renames of Run.save
-    if not (folder / "config.json").is_file() or not (folder / "checkpoint" / "trainer.pt").is_file():
-        raise UserError(f"--resume {folder}: no run with a checkpoint there; start one with --out {folder}")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--resume {folder}: no run there; start one with --out {folder}")
     saved = json.loads((folder / "config.json").read_text(encoding="utf8"))
     changed = [name for name in given - RESUMABLE if saved.get(name) != getattr(config, name)]
     if changed:

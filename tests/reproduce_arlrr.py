@@ -43,7 +43,7 @@ ARMS = {
 }
 STEPS = 20
 FLAGS = (
-    "--method arlrr --stage 2 --prompts 8 --prompts_per_step 2 --group_size 8 --max_new_tokens 48 --lr 2e-4 --validation 8 "
+    "--method arlrr --stage 2 --prompts 8 --prompts_per_step 2 --group_size 8 --max_new_tokens 48 --lr 1e-4 --validation 8 "
     "--audit 0.5 --eval_every 4 --save_every 4"
 )
 COLORS = dict(zip(ARMS, ("black", "tab:blue", "tab:red", "tab:orange", "tab:gray", "tab:cyan", "tab:green")))
