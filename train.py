@@ -11,14 +11,16 @@
     python train.py --resume RUN                           # go on where a run stopped
 
 A run's folder holds config.json, metrics.jsonl (a line a step), samples.jsonl (a line a rollout, with every verdict),
-report.png and checkpoint/ (loads with transformers). The sampling of step s is drawn from (seed, s) alone, so a
+report.png, report.html and checkpoint/ (loads with transformers). The sampling of step s is drawn from (seed, s) alone, so a
 resumed run needs no saved random state and is the same run.
 """
 
 import argparse
 import ast
+import base64
 import ctypes
 import difflib
+import html
 import json
 import math
 import os
@@ -45,7 +47,7 @@ import arlrr
 import grpo
 import rar
 import rler
-from judge import JudgeError, LLMJudge, NoOfflineRule, OfflineJudge
+from judge import JudgeError, LLMJudge, NoOfflineRule, OfflineJudge, fill
 
 HERE = Path(__file__).resolve().parent
 
@@ -144,6 +146,8 @@ class Config:
     "the folder of a run to go on with"
     eval_only: str = ""
     "only evaluate: a run, a checkpoint, smollm2, or saved answers (.jsonl); two of them with a comma between: their difference"
+    plot: str = ""
+    "only draw the curves of runs: their folders with a comma between; the picture goes to --out, default runs.png"
     eval_every: int = 10
     "steps between held-out evaluations (there is always one before and one after)"
     save_every: int = 10
@@ -381,8 +385,9 @@ def evaluate(policy: Policy, judge, examples: list[rar.Example], max_new_tokens:
 class Run:
     """Files of a run: config, metrics, samples, checkpoint. Each line is written and flushed whole."""
 
-    def __init__(self, folder: Path, config: Config):
+    def __init__(self, folder: Path, config: Config, examples: list[rar.Example] = ()):
         self.folder, self.config = folder, config
+        self.prompts = {e.id: e.prompt for e in examples}  # for the report: samples.jsonl holds only their ids
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.write_json("config.json", asdict(config))
@@ -419,7 +424,7 @@ class Run:
         for example, rollouts in groups:
             for r in rollouts:
                 found = zip(r.criteria, r.verdicts)
-                verdicts = [{"title": c.title or c.text[:60], "score": v.score, "reason": v.reason} for c, v in found]
+                verdicts = [{"title": c.title or c.text[:60], "weight": c.weight, "score": v.score, "reason": v.reason} for c, v in found]
                 row = {"step": step, "split": split, "id": example.id, "text": r.text, "finish": r.finish}
                 rows.append(row | {"tokens": len(r.ids), "verdicts": verdicts, "reward": r.reward, "advantage": r.advantage})
         self.append("samples.jsonl", rows)
@@ -477,43 +482,142 @@ def finite(value):
     return value
 
 
-def report(run: Run) -> None:
-    """report.png: reward, held-out score, length and KL over the steps, from metrics.jsonl alone."""
+PANELS = (
+    ("reward", "training reward, mean of a step", "tab:blue"),
+    ("eval_score", "held-out score (points met / positive points)", "tab:green"),
+    ("completion_tokens", "tokens of a completion", "tab:orange"),
+    ("kl", "KL to the starting model, a token", "tab:red"),
+)
+
+
+def curve(rows: list[dict], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a metric, without the steps that do not have it."""
+    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def panels(title: str):
+    """An empty figure with one panel a metric. -> (figure, metric -> its axes)"""
     import matplotlib
 
     matplotlib.use("Agg")  # no window: runs happen on machines without a screen
     import matplotlib.pyplot as plt
 
-    rows = [{"reward": None, "eval_score": None} | row for row in run.metrics()]
-    figure, ((reward, score), (length, kl)) = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained")
-    for axis, key, title, color in (
-        (reward, "reward", f"training reward ({run.config.method})", "tab:blue"),
-        (length, "completion_tokens", "tokens of a completion", "tab:orange"),
-        (kl, "kl", "KL to the starting model, a token", "tab:red"),
-    ):
-        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-        recent = [statistics.fmean(v for _, v in points[max(0, i - 4) : i + 1]) for i in range(len(points))]
-        x = [step for step, _ in points]
-        axis.plot(x, [v for _, v in points], color=color, alpha=0.35, marker=".", linewidth=1)
-        axis.plot(x, recent, color=color, linewidth=2, label="mean of the last five")
-        axis.set_title(title, fontsize=10)
-    steps = [row for row in rows if row["reward"] is not None]
-    low, high = ([row["reward"] + sign * (row["reward_std"] or 0) for row in steps] for sign in (-1, 1))
-    reward.fill_between([row["step"] for row in steps], low, high, color="tab:blue", alpha=0.12, label="± std in groups")
-    reward.legend(fontsize=8, loc="lower right")
-    evals = [row for row in rows if row["eval_score"] is not None]
-    for row in evals:
-        if None not in row["eval_ci"]:  # one held-out prompt has no interval
-            score.plot([row["step"]] * 2, row["eval_ci"], color="tab:green")
-    score.plot([row["step"] for row in evals], [row["eval_score"] for row in evals], color="tab:green", marker="o")
-    score.set_title("held-out score (points met / positive points), 95 % interval", fontsize=10)
-    for axis in figure.axes:
-        axis.set_xlabel("step", fontsize=9)
-        axis.grid(alpha=0.25)
-    c = run.config
-    figure.suptitle(f"{c.model}, {c.method}, seed {c.seed}, judge {c.judge}", fontsize=10)
+    figure, grid = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained")
+    axes = {key: axis for (key, _, _), axis in zip(PANELS, grid.flat)}
+    for key, name, _ in PANELS:
+        axes[key].set_title(name, fontsize=10)
+        axes[key].set_xlabel("step", fontsize=9)
+        axes[key].grid(alpha=0.25)
+    figure.suptitle(title, fontsize=10)
+    return figure, axes
+
+
+def report(run: Run) -> None:
+    """report.png: the four curves of PANELS, from metrics.jsonl alone. report.html: the same, and rollouts to open."""
+    import matplotlib.pyplot as plt
+
+    c, rows = run.config, run.metrics()
+    figure, axes = panels(f"{c.model}, {c.method}, seed {c.seed}, judge {c.judge}")
+    for key, _, color in PANELS:
+        steps, values = curve(rows, key)
+        if key == "eval_score":
+            axes[key].plot(steps, values, color=color, marker="o")
+            continue
+        recent = [statistics.fmean(values[max(0, i - 4) : i + 1]) for i in range(len(values))]
+        axes[key].plot(steps, values, color=color, alpha=0.35, marker=".", linewidth=1)
+        axes[key].plot(steps, recent, color=color, linewidth=2, label="mean of the last five")
+    trained = [row for row in rows if row.get("reward") is not None]
+    low, high = ([row["reward"] + sign * (row["reward_std"] or 0) for row in trained] for sign in (-1, 1))
+    axes["reward"].fill_between([row["step"] for row in trained], low, high, color="tab:blue", alpha=0.12, label="± std in groups")
+    axes["reward"].legend(fontsize=8, loc="lower right")
+    for row in rows:
+        if None not in row.get("eval_ci", [None]):  # one held-out prompt has no interval
+            axes["eval_score"].plot([row["step"]] * 2, row["eval_ci"], color="tab:green")
     figure.savefig(run.folder / "report.png", dpi=110)
     plt.close(figure)
+    (run.folder / "report.html").write_text(page(run, rows), encoding="utf8", errors="replace")
+
+
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title}</title><style>
+body {font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 70rem; padding: 1rem; color: #222; background: #fff}
+h1 {font-size: 1.3rem} h2 {font-size: 1.05rem; margin-top: 2rem} img {max-width: 100%; height: auto}
+details {border-top: 1px solid #ddd; padding: .35rem 0} summary {cursor: pointer} summary span {color: #555; font-variant-numeric: tabular-nums}
+pre {white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: .6rem; margin: .4rem 0; font-size: .85rem}
+div {overflow-x: auto} table {border-collapse: collapse; font-size: .85rem} td, th {border: 1px solid #ddd; padding: .2rem .5rem; text-align: left}
+.good {background: #e8f5e9} .bad {background: #fdecea} .none {background: #fff8e1}
+</style></head><body><h1>{title}</h1><p>{settings}</p><p>{last}</p><img alt="reward, held-out score, length and KL over the steps" src="data:image/png;base64,{png}">
+{rollouts}</body></html>
+"""
+
+
+def page(run: Run, rows: list[dict]) -> str:
+    """report.html: curves, and the rollouts of the first and the last step and evaluation. Nothing a model said can run:
+    every text is escaped, and the page's own policy forbids scripts."""
+    samples = [json.loads(line) for line in (run.folder / "samples.jsonl").read_text(encoding="utf8").split("\n") if line]
+    parts = []
+    for split, name in (("train", "Rollouts of training step"), ("heldout", "Held-out answers at step")):
+        steps = sorted({row["step"] for row in samples if row["split"] == split})
+        for step in dict.fromkeys([*steps[:1], *steps[-1:]]):
+            found = [rollout_html(run, row) for row in samples if row["split"] == split and row["step"] == step]
+            parts.append(f"<h2>{name} {step}</h2>" + "".join(found))
+    shown = ", ".join(f"{k} {v}" for k, v in asdict(run.config).items() if v != getattr(Config, k))
+    last = {k: v for k, v in rows[-1].items() if isinstance(v, (int, float)) and not k.startswith("eval_n")}
+    values = {
+        "title": f"{run.config.method}, seed {run.config.seed}: {run.folder.name}",
+        "settings": "Settings other than the defaults: " + (shown or "none"),
+        "last": "Last line of metrics.jsonl: " + ", ".join(f"{k} {v:.4g}" for k, v in last.items()),
+    }
+    png = base64.b64encode((run.folder / "report.png").read_bytes()).decode()
+    return fill(PAGE, **{k: html.escape(v) for k, v in values.items()}, png=png, rollouts="".join(parts))
+
+
+def rollout_html(run: Run, row: dict) -> str:
+    """A rollout to open: prompt, response, and each criterion with weight, verdict and the judge's reason."""
+    number = lambda value: "not scored" if value is None else f"{value:+.3f}"
+    said = "\n\n".join(f"{m['role']}: {m['content']}" for m in run.prompts.get(row["id"], []))
+    lines = []
+    for v in row["verdicts"]:
+        good = None if v["score"] is None else v["score"] if v["weight"] > 0 else 1 - v["score"]
+        kind = "none" if good is None else "good" if good > 0.5 else "bad"
+        points = "" if v["score"] is None else f"{v['weight'] * v['score']:+g}"
+        cells = (v["title"], f"{v['weight']:+g}", "missing" if v["score"] is None else f"{v['score']:g}", points, v["reason"])
+        lines.append(f'<tr class="{kind}">' + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>")
+    figures = f"reward {number(row['reward'])}, advantage {number(row['advantage'])}, {row['tokens']} tokens, {row['finish']}"
+    return (
+        f"<details><summary>{html.escape(row['id'])} <span>{figures}</span></summary><pre>{html.escape(said)}</pre><pre>{html.escape(row['text'])}</pre>"
+        "<div><table><tr><th>criterion</th><th>weight</th><th>verdict</th><th>points</th><th>reason</th></tr>" + "".join(lines) + "</table></div></details>"
+    )
+
+
+def plot(folders: list[str], out: str) -> int:
+    """--plot: the curves of several runs in one picture; runs whose settings differ in the seed alone are one line with a band."""
+    kinds: dict[str, list[list[dict]]] = {}
+    settings = [json.loads(path.read_text(encoding="utf8")) if (path := Path(f, "config.json")).is_file() else None for f in folders]
+    for folder, found in zip(folders, settings):
+        if found is None:
+            raise UserError(f"--plot {folder}: no run there; give folders of runs")
+    differing = [k for k in settings[0] if k not in ("seed", "out", "resume", "plot") and len({str(s.get(k)) for s in settings}) > 1]
+    for folder, found in zip(folders, settings):
+        rows = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text(encoding="utf8").split("\n") if line]
+        kinds.setdefault(", ".join(f"{k} {found[k]}" for k in differing if found.get(k) != "") or found["method"], []).append(rows)
+    figure, axes = panels("mean over seeds, band: one standard deviation")
+    for name, runs in kinds.items():
+        for key, _, _ in PANELS:
+            values: dict[int, list[float]] = {}
+            for rows in runs:
+                for step, value in zip(*curve(rows, key)):
+                    values.setdefault(step, []).append(value)
+            steps = sorted(values)
+            middle, spread = ([f(values[s]) for s in steps] for f in (statistics.fmean, statistics.pstdev))
+            [line] = axes[key].plot(steps, middle, label=f"{name} ({len(runs)})", linewidth=1.6, marker="." if key == "eval_score" else "")
+            axes[key].fill_between(steps, [m - d for m, d in zip(middle, spread)], [m + d for m, d in zip(middle, spread)], color=line.get_color(), alpha=0.15)
+    axes["reward"].legend(fontsize=8)
+    figure.savefig(out, dpi=110)
+    print(f"{len(folders)} runs: {out}")
+    return 0
 
 
 # ------------------------------------------------------------------------------------------- the loop
@@ -615,7 +719,7 @@ def train(config: Config, given: set[str]) -> int:
         train_set, validation = train_set[: -config.validation], train_set[-config.validation :]
     # Few prompts that come back often show learning in ten minutes; a data set of one's own is used whole.
     train_set = train_set[: config.prompts or (len(train_set) if config.data else 20)]
-    run = Run(folder, config)
+    run = Run(folder, config, train_set + heldout)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     reference = grpo.freeze(policy.model if not state else Policy(config.model, config.dtype).model)
     step = 0
@@ -766,7 +870,7 @@ def summary(run: Run, heldout: list[rar.Example], seconds: float) -> None:
     print(f"\none answer, before and after\n  question: {example.question}")
     for name, part in (("before", before), ("after", after)):
         print(f"  {name:<8}: {part[example.id]['text'].strip()}   [{reward(part, example.id):.2f}]")
-    print(f"\n{seconds / 60:.1f} minutes. In {run.folder}/: report.png, metrics.jsonl, samples.jsonl, config.json, "
+    print(f"\n{seconds / 60:.1f} minutes. In {run.folder}/: report.html, report.png, metrics.jsonl, samples.jsonl, config.json, "
           "checkpoint/ (loads with transformers)")  # fmt: skip
 
 
@@ -827,6 +931,8 @@ def main(argv: list[str] | None = None) -> int:
     keep_memory()
     try:
         config, given = parse_config(sys.argv[1:] if argv is None else argv)
+        if config.plot:
+            return plot(config.plot.split(","), config.out or "runs.png")
         return evaluate_only(config) if config.eval_only else train(config, given)
     except (UserError, rar.DataError, NoOfflineRule, JudgeError, FloatingPointError) as error:
         print(f"train.py: {error}", file=sys.stderr)

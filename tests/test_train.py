@@ -51,7 +51,7 @@ def test_a_run_leaves_everything_a_reader_expects(tiny, few, tmp_path, capsys):
     assert sum(s["split"] == "train" for s in samples) == 3 * 2 * 3
     for s in samples:
         assert {"step", "id", "text", "finish", "tokens", "verdicts", "reward", "advantage"} <= set(s)
-        assert all(set(v) == {"title", "score", "reason"} for v in s["verdicts"])
+        assert all(set(v) == {"title", "weight", "score", "reason"} for v in s["verdicts"])
     assert json.loads((out / "config.json").read_text())["group_size"] == 3
     assert (out / "report.png").read_bytes()[:4] == b"\x89PNG"
     assert not list(out.glob("*.tmp")) and not (out / "checkpoint.old").exists()

@@ -1,0 +1,96 @@
+"""report.html and --plot, looked at by a parser and, where there is one, by a real browser."""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+from test_train import few, lines, run  # noqa: F401
+
+import grpo
+import rar
+import train
+from judge import Verdict
+
+HOSTILE = '</pre><script>document.title="owned"</script><img src=x onerror=\'document.title="owned"\'>"&amp; <b>{png}{title}</b>\u2028'
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text between them."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def hostile_run(tmp_path):
+    """A run's folder whose every text is hostile, written by the functions that write real ones."""
+    example = rar.Example(HOSTILE, [{"role": "user", "content": HOSTILE}], [rar.Criterion(HOSTILE, 2, HOSTILE), rar.Criterion("x", -1, "Fault"), rar.Criterion("y", 1, "Gone")])
+    rollout = grpo.Rollout([1], [2, 3], [0.0, 0.0], "stop", HOSTILE, example.rubric, [Verdict(1.0, HOSTILE), Verdict(1.0, "no"), Verdict(None, "cut")], 0.5, -0.7)
+    made = train.Run(tmp_path / "run", train.Config(model=HOSTILE), [example])
+    for step in (1, 2, 3):
+        made.samples(step, "train", [(example, [rollout])])
+        made.append("metrics.jsonl", [{"step": step, "reward": 0.5, "reward_std": 0.1, "kl": 0.0, "completion_tokens": 2.0}])
+    made.samples(3, "heldout", [(example, [rollout])])
+    train.report(made)
+    return tmp_path / "run" / "report.html"
+
+
+def test_a_hostile_completion_stays_text(tmp_path):
+    text = hostile_run(tmp_path).read_text(encoding="utf8")
+    page = Page(text)
+    assert not {"script", "b", "iframe", "link"} & {tag for tag, _ in page.tags}
+    images = [attrs for tag, attrs in page.tags if tag == "img"]
+    assert len(images) == 1 and base64.b64decode(images[0]["src"].removeprefix("data:image/png;base64,"))[:4] == b"\x89PNG"
+    assert not any(key.startswith("on") for _, attrs in page.tags for key in attrs)
+    assert HOSTILE in "".join(page.text) and "default-src 'none'" in text
+    assert not re.search(r"https?://", text.replace(HOSTILE, ""))  # nothing is loaded from anywhere
+    heads = [t for t in page.text if re.match(r"(Rollouts of|Held-out answers)", t)]
+    assert heads == ["Rollouts of training step 1", "Rollouts of training step 3", "Held-out answers at step 3"]
+    kinds = [attrs["class"] for tag, attrs in page.tags if tag == "tr" and "class" in attrs]
+    assert kinds[:3] == ["good", "bad", "none"]
+    for cell in ("+2", "-1", "missing", "reward +0.500, advantage -0.700, 2 tokens, stop"):
+        assert cell in page.text
+
+
+def test_a_real_run_has_its_page(tiny, few, tmp_path):  # noqa: F811
+    assert run(tiny, few, tmp_path / "run") == 0
+    page = Page((tmp_path / "run" / "report.html").read_text(encoding="utf8"))
+    rollouts = [tag for tag, _ in page.tags if tag == "details"]
+    assert len(rollouts) == 2 * 6 + 2 * 2  # first and last step, first and last evaluation
+    sample = lines(tmp_path / "run" / "samples.jsonl")[-1]
+    assert any(sample["verdicts"][0]["reason"] == t for t in page.text)
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_in_a_real_browser(tmp_path, width):
+    path = hostile_run(tmp_path)
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync", "--disable-component-update",
+             f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900"]  # fmt: skip
+    dumped = subprocess.run(["chromium", *flags, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120, check=True).stdout
+    assert re.search(r"<title>(.*?)</title>", dumped)[1] == "explicit, seed 0: run"  # no script has changed it
+    shot = tmp_path / "shot.png"
+    subprocess.run(["chromium", *flags, f"--screenshot={shot}", path.as_uri()], capture_output=True, timeout=120, check=True)
+    assert shot.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_runs_are_compared_in_a_picture(tiny, few, tmp_path, capsys):  # noqa: F811
+    for seed, method in ((0, "explicit"), (1, "explicit"), (0, "points")):
+        assert run(tiny, few, tmp_path / f"{method}{seed}", "--seed", str(seed), "--method", method) == 0
+    folders = ",".join(str(tmp_path / name) for name in ("explicit0", "explicit1", "points0"))
+    assert train.main(["--plot", folders, "--out", str(tmp_path / "runs.png")]) == 0
+    assert "3 runs" in capsys.readouterr().out and (tmp_path / "runs.png").read_bytes()[:4] == b"\x89PNG"
+    assert train.main(["--plot", str(tmp_path / "nothing")]) == 2
+    assert "no run there" in capsys.readouterr().err
+    assert json.loads((tmp_path / "explicit0" / "config.json").read_text())["plot"] == ""
