@@ -20,6 +20,7 @@ import ast
 import base64
 import ctypes
 import difflib
+import gc
 import html
 import json
 import math
@@ -413,10 +414,15 @@ class Run:
         why = getattr(error, "strerror", None) or str(error).splitlines()[0]
         return f"{self.folder / name}: cannot be written ({why}); make room there, then go on with --resume {self.folder}"
 
+    def rows(self, name: str):
+        """The lines of a log so far, one at a time."""
+        if (self.folder / name).exists():
+            with open(self.folder / name, encoding="utf8", newline="\n") as file:
+                yield from (json.loads(line) for line in file)
+
     def metrics(self) -> list[dict]:
         """All lines of metrics.jsonl so far."""
-        path = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text(encoding="utf8").split("\n") if line] if path.exists() else []
+        return list(self.rows("metrics.jsonl"))
 
     def samples(self, step: int, split: str, groups: list) -> None:
         """One line a rollout: what was said, what the judge found, what it was worth."""
@@ -498,13 +504,10 @@ def curve(rows: list[dict], key: str) -> tuple[list[int], list[float]]:
 
 def panels(title: str):
     """An empty figure with one panel a metric. -> (figure, metric -> its axes)"""
-    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot: runs happen on machines without a screen
 
-    matplotlib.use("Agg")  # no window: runs happen on machines without a screen
-    import matplotlib.pyplot as plt
-
-    figure, grid = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained")
-    axes = {key: axis for (key, _, _), axis in zip(PANELS, grid.flat)}
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    axes = {key: axis for (key, _, _), axis in zip(PANELS, figure.subplots(2, 2).flat)}
     for key, name, _ in PANELS:
         axes[key].set_title(name, fontsize=10)
         axes[key].set_xlabel("step", fontsize=9)
@@ -515,8 +518,6 @@ def panels(title: str):
 
 def report(run: Run) -> None:
     """report.png: the four curves of PANELS, from metrics.jsonl alone. report.html: the same, and rollouts to open."""
-    import matplotlib.pyplot as plt
-
     c, rows = run.config, run.metrics()
     figure, axes = panels(f"{c.model}, {c.method}, seed {c.seed}, judge {c.judge}")
     for key, _, color in PANELS:
@@ -535,7 +536,8 @@ def report(run: Run) -> None:
         if None not in row.get("eval_ci", [None]):  # one held-out prompt has no interval
             axes["eval_score"].plot([row["step"]] * 2, row["eval_ci"], color="tab:green")
     figure.savefig(run.folder / "report.png", dpi=110)
-    plt.close(figure)
+    del figure, axes
+    gc.collect()  # a figure is a knot of references; uncollected, each holds four megabytes
     (run.folder / "report.html").write_text(page(run, rows), encoding="utf8", errors="replace")
 
 
@@ -548,7 +550,7 @@ details {border-top: 1px solid #ddd; padding: .35rem 0} summary {cursor: pointer
 pre {white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: .6rem; margin: .4rem 0; font-size: .85rem}
 div {overflow-x: auto} table {border-collapse: collapse; font-size: .85rem} td, th {border: 1px solid #ddd; padding: .2rem .5rem; text-align: left}
 .good {background: #e8f5e9} .bad {background: #fdecea} .none {background: #fff8e1}
-</style></head><body><h1>{title}</h1><p>{settings}</p><p>{last}</p><img alt="reward, held-out score, length and KL over the steps" src="data:image/png;base64,{png}">
+</style></head><body><h1>{title}</h1><p>{settings}</p><details><summary>Last line of metrics.jsonl</summary><p>{last}</p></details><img alt="reward, held-out score, length and KL over the steps" src="data:image/png;base64,{png}">
 {rollouts}</body></html>
 """
 
@@ -556,19 +558,22 @@ div {overflow-x: auto} table {border-collapse: collapse; font-size: .85rem} td, 
 def page(run: Run, rows: list[dict]) -> str:
     """report.html: curves, and the rollouts of the first and the last step and evaluation. Nothing a model said can run:
     every text is escaped, and the page's own policy forbids scripts."""
-    samples = [json.loads(line) for line in (run.folder / "samples.jsonl").read_text(encoding="utf8").split("\n") if line]
-    parts = []
-    for split, name in (("train", "Rollouts of training step"), ("heldout", "Held-out answers at step")):
-        steps = sorted({row["step"] for row in samples if row["split"] == split})
-        for step in dict.fromkeys([*steps[:1], *steps[-1:]]):
-            found = [rollout_html(run, row) for row in samples if row["split"] == split and row["step"] == step]
-            parts.append(f"<h2>{name} {step}</h2>" + "".join(found))
+    ends: dict[str, dict[int, list[dict]]] = {"train": {}, "heldout": {}}
+    for row in run.rows("samples.jsonl"):  # one at a time: a long run's rollouts do not fit into memory
+        kept = ends[row["split"]]
+        if len(kept) == 2 and row["step"] not in kept:
+            kept.pop(max(kept))
+        kept.setdefault(row["step"], []).append(row)
+    names, parts = {"train": "Rollouts of training step", "heldout": "Held-out answers at step"}, []
+    for split, kept in ends.items():
+        for step, found in kept.items():
+            parts.append(f"<h2>{names[split]} {step}</h2>" + "".join(rollout_html(run, row) for row in found))
     shown = ", ".join(f"{k} {v}" for k, v in asdict(run.config).items() if v != getattr(Config, k))
     last = {k: v for k, v in rows[-1].items() if isinstance(v, (int, float)) and not k.startswith("eval_n")}
     values = {
         "title": f"{run.config.method}, seed {run.config.seed}: {run.folder.name}",
         "settings": "Settings other than the defaults: " + (shown or "none"),
-        "last": "Last line of metrics.jsonl: " + ", ".join(f"{k} {v:.4g}" for k, v in last.items()),
+        "last": ", ".join(f"{k} {v:.4g}" for k, v in last.items()),
     }
     png = base64.b64encode((run.folder / "report.png").read_bytes()).decode()
     return fill(PAGE, **{k: html.escape(v) for k, v in values.items()}, png=png, rollouts="".join(parts))
@@ -580,9 +585,10 @@ def rollout_html(run: Run, row: dict) -> str:
     said = "\n\n".join(f"{m['role']}: {m['content']}" for m in run.prompts.get(row["id"], []))
     lines = []
     for v in row["verdicts"]:
+        v = {"weight": 1.0} | v  # older runs did not write it
         good = None if v["score"] is None else v["score"] if v["weight"] > 0 else 1 - v["score"]
         kind = "none" if good is None else "good" if good > 0.5 else "bad"
-        points = "" if v["score"] is None else f"{v['weight'] * v['score']:+g}"
+        points = "" if v["score"] is None else f"{v['weight'] * v['score'] or 0:g}"
         cells = (v["title"], f"{v['weight']:+g}", "missing" if v["score"] is None else f"{v['score']:g}", points, v["reason"])
         lines.append(f'<tr class="{kind}">' + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>")
     figures = f"reward {number(row['reward'])}, advantage {number(row['advantage'])}, {row['tokens']} tokens, {row['finish']}"
@@ -849,9 +855,8 @@ def resumed_config(config: Config, given: set[str], folder: Path) -> Config:
 
 def summary(run: Run, heldout: list[rar.Example], seconds: float) -> None:
     """Before and after on the held-out prompts: score with interval, criteria that changed most, one answer, the files."""
-    rows = [json.loads(line) for line in (run.folder / "samples.jsonl").read_text(encoding="utf8").split("\n") if line]
-    last = max(r["step"] for r in rows if r["split"] == "heldout")
-    before, after = ({r["id"]: r for r in rows if r["split"] == "heldout" and r["step"] == s} for s in (0, last))
+    last = max(r["step"] for r in run.rows("samples.jsonl") if r["split"] == "heldout")
+    before, after = ({r["id"]: r for r in run.rows("samples.jsonl") if r["split"] == "heldout" and r["step"] == s} for s in (0, last))
     reward = lambda part, i: math.nan if part[i]["reward"] is None else part[i]["reward"]
     gains = [reward(after, i) - reward(before, i) for i in before]
     low, high = rar.bootstrap(gains)

@@ -59,7 +59,7 @@ def test_a_hostile_completion_stays_text(tmp_path):
     assert heads == ["Rollouts of training step 1", "Rollouts of training step 3", "Held-out answers at step 3"]
     kinds = [attrs["class"] for tag, attrs in page.tags if tag == "tr" and "class" in attrs]
     assert kinds[:3] == ["good", "bad", "none"]
-    for cell in ("+2", "-1", "missing", "reward +0.500, advantage -0.700, 2 tokens, stop"):
+    for cell in ("+2", "2", "-1", "missing", "reward +0.500, advantage -0.700, 2 tokens, stop"):
         assert cell in page.text
 
 
@@ -67,7 +67,7 @@ def test_a_real_run_has_its_page(tiny, few, tmp_path):  # noqa: F811
     assert run(tiny, few, tmp_path / "run") == 0
     page = Page((tmp_path / "run" / "report.html").read_text(encoding="utf8"))
     rollouts = [tag for tag, _ in page.tags if tag == "details"]
-    assert len(rollouts) == 2 * 6 + 2 * 2  # first and last step, first and last evaluation
+    assert len(rollouts) == 1 + 2 * 6 + 2 * 2  # last metrics; rollouts of the first and last step, of the first and last evaluation
     sample = lines(tmp_path / "run" / "samples.jsonl")[-1]
     assert any(sample["verdicts"][0]["reason"] == t for t in page.text)
 
