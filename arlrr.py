@@ -227,6 +227,8 @@ class ARLRR:
     trial: updates of a trial. clip: decision 5.
     """
 
+    of_step = ("audited", "extra")
+
     def __init__(self, judge, schedule="search", stage=5, stage_by="updates", by="axis", negative_only="skip", audit=0.25,
                  trial=1, seed=0, prompts_per_step=4, clip=False):  # fmt: skip
         self.judge, self.schedule, self.stage, self.stage_by, self.by = judge, schedule, stage, stage_by, by
@@ -326,12 +328,11 @@ class ARLRR:
         """Judges what the stage is about (and, in audited groups, the rest); sets rollout.criteria, .verdicts and .reward."""
         active, self.audited, self.extra = self.turns.active, [], 0
         wanted = [list(range(len(e.rubric))) if self.schedule in SCALARS else self.places(e)[active] for e, _ in groups]
-        audited = [self.is_audited(number) for number in range(len(groups))]
+        audited = [self.is_audited(example) for example, _ in groups]
         # The criteria of the stage come first, so that the rewards below can cut off what the audit added.
         orders = [part + [i for i in range(len(e.rubric)) if i not in part] * more for (e, _), part, more in zip(groups, wanted, audited)]
         rubrics = [[e.rubric[i] for i in order] for (e, _), order in zip(groups, orders)]
         judge_groups(self.judge, groups, progress, rubrics)
-        vectors = []
         for (_, rollouts), part, rubric, more in zip(groups, wanted, rubrics, audited):
             matrix = [[v.score for v in rollout.verdicts] for rollout in rollouts]
             if more:
@@ -342,11 +343,11 @@ class ARLRR:
             for rollout, reward in zip(rollouts, rewards):
                 low = max(-1.0, min(1.0, reward)) if self.clip else reward
                 rollout.reward = low if rollout.text.strip() else min(0.0, low)  # silence is not a way out (nan becomes 0 too)
-            vectors.append(vector(mine, rows, self.by, self.negative_only))
-        if self.own_advantages:
-            for (_, rollouts), row in zip(groups, gdpo(vectors)):
-                for rollout, advantage in zip(rollouts, row):
-                    rollout.advantage = advantage
+
+    def advantages(self, groups: list[tuple[Example, list]]) -> list[list[float]]:
+        """gdpo's, over the whole batch; every other schedule leaves them to grpo.advantages."""
+        matrices = [[[v.score for v in rollout.verdicts] for rollout in rollouts] for _, rollouts in groups]
+        return gdpo([vector(part[0].criteria, matrix, self.by, self.negative_only) for (_, part), matrix in zip(groups, matrices)])
 
     def rewards(self, rubric: list[Criterion], matrix: list[list[float | None]]) -> list[float]:
         """[G]: r_k of the active class, or the scalar that the schedule names (of gdpo the axis mean, for the log only)."""
@@ -356,10 +357,9 @@ class ARLRR:
             return group_rewards(points_reward, rubric, matrix)
         return axis_mean(vector(rubric, matrix, self.by, self.negative_only))
 
-    def is_audited(self, number: int) -> bool:
-        """Whether the group in this place of the step is one of the evenly spaced `audit` share of all groups."""
-        place = self.turns.step * self.prompts_per_step + number
-        return not self.trying and math.floor((place + 1) * self.audit) > math.floor(place * self.audit)
+    def is_audited(self, example: Example) -> bool:
+        """Whether this step's group is judged by its full rubric: a draw that each process and each resumed run repeats."""
+        return not self.trying and random.Random(f"{self.seed}-{self.turns.step}-{example.id}").random() < self.audit
 
     def after_step(self, groups: list[tuple[Example, list]]) -> dict:
         """Moves the turn on by one update. Returns `spreads` of the audited groups and the verdicts that only they cost."""

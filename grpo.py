@@ -15,7 +15,7 @@ What is done for speed, each without changing the result beyond rounding:
 * A token is drawn by inverse CDF; torch.multinomial over 49k-150k entries costs a third of a decode step on a CPU.
 * A group whose advantages are all zero spends no backward pass.
 
-Left out on purpose: sequence packing, LoRA, several devices.
+Left out on purpose: sequence packing, LoRA, models larger than one device (each process of torchrun holds all of it).
 
     python grpo.py                              # the advantages and the loss of a small group, worked out
 """
@@ -28,12 +28,14 @@ import shutil
 import sys
 import tempfile
 import warnings
+from collections import Counter
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
@@ -243,13 +245,19 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> tup
 
 @torch.no_grad()
 def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int, temperature: float,
-           ends: set[int], seed: int = 0, progress=None) -> list[list[Rollout]]:  # fmt: skip
+           ends: set[int], seed: int = 0, progress=None, share: tuple[int, int] = (0, 1)) -> list[list[Rollout]]:  # fmt: skip
     """Samples `group_size` completions for each prompt (token ids); all B = P*G rows decode together.
 
     seed fixes the draws: row b uses its own random numbers, whatever the other rows do. progress(n) is called after
-    every token with the number of rows still running. Returns P lists of G rollouts.
+    every token with the number of rows still running. share (rank, world): only every world-th prompt, drawn as it would be
+    in the whole batch. Returns a list of G rollouts for each prompt.
     """
     base, head, device = model.base_model, model.get_output_embeddings(), model.device
+    uniform = torch.rand(len(prompts) * group_size, max_new_tokens, generator=torch.Generator().manual_seed(seed))
+    uniform = uniform.view(-1, group_size, max_new_tokens)[share[0] :: share[1]].flatten(0, 1).to(device)  # [B, T]
+    prompts = prompts[share[0] :: share[1]]
+    if not prompts:
+        return []
     ids, mask = padded(prompts, device)  # [P, L]
     last = mask.sum(1, keepdim=True) - 1  # [P, 1] position of each prompt's last token
     cache = Cache(layers=[FixedLayer(ids.shape[1] + max_new_tokens) for _ in range(model.config.num_hidden_layers)])
@@ -258,7 +266,6 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
     hidden = hidden[torch.arange(len(prompts), device=device), last[:, 0]]  # [P, H]
 
     rollouts = [Rollout(p, [], [], "length") for p in prompts for _ in range(group_size)]
-    uniform = torch.rand(len(rollouts), max_new_tokens, generator=torch.Generator().manual_seed(seed)).to(device)
     index = torch.arange(len(rollouts), device=device)  # [B] which rollout a row belongs to
     running = torch.ones(len(rollouts), dtype=torch.bool, device=device)  # [B]
     # From one row a prompt to one row a rollout. mask [B, L] grows to [B, L + t]; positions [B, 1] count real tokens only.
@@ -323,12 +330,13 @@ class VLLMSampler:
         torch.set_num_threads(threads)
         self.parameters, self.sleep_mode, self.asleep = SamplingParams, sleep, False
 
-    def sample(self, prompts, group_size, max_new_tokens, temperature, ends, seed=0, progress=None) -> list[list[Rollout]]:
+    def sample(self, prompts, group_size, max_new_tokens, temperature, ends, seed=0, progress=None, share=(0, 1)) -> list[list[Rollout]]:
         """As the function `sample`; the draws are vLLM's own, so the same seed gives other completions than there."""
         common = {"n": group_size, "temperature": temperature, "top_p": 1.0, "top_k": 0, "max_tokens": max_new_tokens}
         common |= {"logprobs": 0, "stop_token_ids": sorted(ends), "detokenize": False}  # 0: only the sampled token's
         # vLLM gives the n completions of a request the seeds seed, seed + 1, ...: none may come twice.
-        each = [self.parameters(**common, seed=seed + i * group_size) for i in range(len(prompts))]
+        each = [self.parameters(**common, seed=seed + i * group_size) for i in range(len(prompts))][share[0] :: share[1]]
+        prompts = prompts[share[0] :: share[1]]
         outputs = self.engine.generate([{"prompt_token_ids": p} for p in prompts], each, use_tqdm=False)
         groups = []
         for prompt, output in zip(prompts, outputs):
@@ -514,6 +522,22 @@ def kl_k3(logp, reference):
 # ------------------------------------------------------------------------------------------- one step
 
 
+def ranks() -> tuple[int, int]:
+    """(this process's rank, number of processes); (0, 1) when nobody has started several."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def add_over_ranks(model, log: dict) -> None:
+    """Adds up all processes' gradients and log. Each pass weighs its tokens by counts over the whole batch, so the sum over
+    the processes is what one process would have got; an average would not be, with rollouts of different lengths."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            dist.all_reduce(parameter.grad)
+    values = torch.tensor([log[key] for key in sorted(log)], dtype=torch.float64).to("cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(values)
+    log.update(zip(sorted(log), values.tolist()))
+
 def micro_batches(groups: list[list[Rollout]], max_tokens: int, share_prompt: bool = True) -> list[list[list[Rollout]]]:
     """Groups packed into passes of at most max_tokens tokens, padding counted; rows of like length share a pass.
 
@@ -631,26 +655,28 @@ def update(model, optimizer, groups: list[list[Rollout]], s: Settings, reference
     """Optimiser steps (epochs x minibatches) on a batch of groups whose advantages are set.
 
     Rollouts with advantage 0 have no gradient and spend no pass (with beta > 0 they have a KL term and do), but they
-    count in the normaliser. progress(rows) is called after each pass. Returns mean metrics. Raises FloatingPointError when
+    count in the normaliser. Of several processes (torchrun) each is given all groups and runs its share. progress(rows) is called after each pass. Returns mean metrics. Raises FloatingPointError when
     the gradient is not finite; the weights are then what the last good step left.
     """
     counted = {id(r): 0 if s.mask_truncated and r.finish == "length" else len(r.ids) for group in groups for r in group}
     live = [kept for group in groups if (kept := [r for r in group if counted[id(r)] and (r.advantage or s.beta)])]
     steps: list[list[Pass]] = []
+    rank, world = ranks()
     for part in range(min(s.minibatches, len(groups))):
         chosen = [id(r) for group in groups[part :: s.minibatches] for r in group]
         weight = dict(zip(chosen, token_weights([counted[i] for i in chosen], s.loss, s.max_new_tokens)))
         if mine := [group for group in live if id(group[0]) in weight]:
-            steps.append([Pass(batch, weight) for batch in micro_batches(mine, s.max_tokens, s.share_prompt)])
+            steps.append([Pass(batch, weight) for batch in micro_batches(mine[rank::world], s.max_tokens, s.share_prompt)])
     with torch.no_grad():
         for part in (part for passes in steps for part in passes):
             if len(steps) > 1:  # a single step takes `old` from its own first pass: one forward pass less
                 part.old = part.logprobs(model, s.temperature)[0]
             if s.beta:
                 part.reference = part.logprobs(reference, s.temperature)[0]
-    log = dict.fromkeys(("loss", "tokens", "entropy", "clipped", "gap", "tis", "kl", "grad_norm"), 0.0)
+    total_log, norms = Counter(), 0.0
     for passes in steps * s.epochs:
         optimizer.zero_grad(set_to_none=True)
+        log = dict.fromkeys(("loss", "tokens", "entropy", "clipped", "gap", "tis", "kl"), 0.0)
         for part in passes:
             with recomputed(model, s.checkpointing):
                 logp, entropy, mask = part.logprobs(model, s.temperature)
@@ -662,16 +688,21 @@ def update(model, optimizer, groups: list[list[Rollout]], s: Settings, reference
             log["entropy"] += (entropy * mask).sum().item()
             if progress:
                 progress(len(logp))
+        if world > 1:
+            add_over_ranks(model, log)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.max_grad_norm)
         if not torch.isfinite(norm):
             optimizer.zero_grad(set_to_none=True)
             raise FloatingPointError("the gradient is not finite: this step was not taken; lower --lr or look at the rewards")
         optimizer.step()
-        log["grad_norm"] += norm.item()
-    taken, tokens = max(len(steps) * s.epochs, 1), log["tokens"] or math.nan  # nothing trained: nothing to average
+        norms += norm.item()
+        for key, value in log.items():
+            total_log[key] += value
+    log, taken = total_log, max(len(steps) * s.epochs, 1)
+    tokens = log["tokens"] or math.nan  # nothing trained: nothing to average
     return {
         "loss": log["loss"] / taken,
-        "grad_norm": log["grad_norm"] / taken,
+        "grad_norm": norms / taken,
         "entropy": log["entropy"] / tokens,
         "clip_share": log["clipped"] / tokens,
         "logp_gap": log["gap"] / tokens,

@@ -470,6 +470,8 @@ class RubricReward:
     All methods of this project share this interface, so that train.py can hold any of them.
     """
 
+    of_step: tuple[str, ...] = ()  # attributes that `score` fills for its own groups and `after_step` needs of all processes
+
     def __init__(self, judge, method: str = "explicit"):
         """Raises NoOfflineRule when the method needs an opinion: word overlap cannot rate, and the generic items hold no words
         to look for."""

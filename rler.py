@@ -345,6 +345,8 @@ class RLER:
     form: share of the reward (0 to 1) that is paid for form: half for a complete last sentence, half for stopping by itself.
     """
 
+    of_step = ("visits", "count")
+
     def __init__(self, judge, keep: int = 5, select: str = "std", flaws=(), form: float = 0.0):
         self.judge, self.keep, self.select, self.flaws, self.form = judge, keep, select, tuple(flaws), form
         self.writes = hasattr(judge, "write")  # a language model; else the detectors propose

@@ -36,7 +36,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 
 import torch
@@ -264,7 +264,7 @@ class Policy:
 
     def __init__(self, name: str, dtype: str = "auto"):
         try:
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+            self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
             self.model, self.tokenizer = grpo.load_policy(name, self.device, None if dtype == "auto" else dtype == "bfloat16")
         except FileNotFoundError as error:
             raise UserError(str(error)) from None
@@ -286,15 +286,16 @@ class Policy:
 
     def rollouts(self, examples: list, group_size: int, max_new_tokens: int, temperature: float, seed: int, name: str):
         """Groups of rollouts with their text, sampled together under a progress bar that counts tokens."""
-        total = len(examples) * group_size * max_new_tokens
-        with tqdm(total=total, desc=name, unit="tok", leave=False, disable=None) as bar:
+        share = rank, world = grpo.ranks()  # of several processes each rolls out every world-th prompt
+        mine = examples[rank::world]
+        with tqdm(total=len(mine) * group_size * max_new_tokens, desc=name, unit="tok", leave=False, disable=None) as bar:
             prompts = [e.tokens for e in examples]
             decode = self.engine.sample if self.engine else partial(grpo.sample, self.model)
-            groups = decode(prompts, group_size, max_new_tokens, temperature, self.ends, seed, bar.update)
+            groups = decode(prompts, group_size, max_new_tokens, temperature, self.ends, seed, bar.update, share)
         for group in groups:
             for rollout in group:
                 rollout.text = self.tokenizer.decode(rollout.ids, skip_special_tokens=True)
-        return list(zip(examples, groups))
+        return list(zip(mine, groups))
 
 
 def make_judge(config: Config):
@@ -377,7 +378,16 @@ def evaluate(policy: Policy, judge, examples: list[rar.Example], max_new_tokens:
         else:
             batches[-1] = grown
     groups = [group for batch in batches for group in policy.rollouts(batch, 1, max_new_tokens, 0.0, 0, "held-out")]
-    return rar.evaluate(judge, groups), groups
+    rank, world = grpo.ranks()
+    if world == 1:
+        return rar.evaluate(judge, groups), groups
+    everyone = [None] * world
+    torch.distributed.all_gather_object(everyone, groups)
+    order = {e.id: place for place, e in enumerate(examples)}
+    groups = sorted((group for part in everyone for group in part), key=lambda group: order[group[0].id])
+    result = [(rar.evaluate(judge, groups), groups) if rank == 0 else None]  # one asks the judge, all get the answer
+    torch.distributed.broadcast_object_list(result)
+    return result[0]
 
 
 # ------------------------------------------------------------------------------------------- the run's folder
@@ -389,6 +399,9 @@ class Run:
     def __init__(self, folder: Path, config: Config, examples: list[rar.Example] = ()):
         self.folder, self.config = folder, config
         self.prompts = {e.id: e.prompt for e in examples}  # for the report: samples.jsonl holds only their ids
+        self.writes = grpo.ranks()[0] == 0  # of several processes the first one
+        if not self.writes:
+            return
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.write_json("config.json", asdict(config))
@@ -403,6 +416,8 @@ class Run:
 
     def append(self, name: str, rows: list[dict]) -> None:
         """Lines of JSONL; nan becomes null, which every JSON reader knows. Raises UserError."""
+        if not self.writes:
+            return
         try:
             with open(self.folder / name, "a", encoding="utf8") as file:
                 file.write("".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows))
@@ -437,6 +452,8 @@ class Run:
 
     def save(self, policy: Policy, optimizer, method, step: int) -> None:
         """checkpoint/: written to one side, then renamed, so that a kill leaves the old one or the new one. Raises UserError."""
+        if not self.writes:
+            return
         side, final, old = (self.folder / name for name in ("checkpoint.tmp", "checkpoint", "checkpoint.old"))
         state = {"step": step, "optimizer": optimizer.state_dict(), "method": method.state_dict(), "versions": versions()}
         shutil.rmtree(side, ignore_errors=True)
@@ -466,7 +483,7 @@ class Run:
 
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.folder / name
-            if path.exists():
+            if self.writes and path.exists():
                 kept = [line for line in path.read_text(encoding="utf8").split("\n") if line and wanted(line)]
                 path.write_text("".join(line + "\n" for line in kept), encoding="utf8")
 
@@ -518,6 +535,8 @@ def panels(title: str):
 
 def report(run: Run) -> None:
     """report.png: the four curves of PANELS, from metrics.jsonl alone. report.html: the same, and rollouts to open."""
+    if not run.writes:
+        return
     c, rows = run.config, run.metrics()
     figure, axes = panels(f"{c.model}, {c.method}, seed {c.seed}, judge {c.judge}")
     for key, _, color in PANELS:
@@ -638,13 +657,15 @@ def one_step(policy: Policy, reference, optimizer, method, examples: list, confi
     clock.append(time.perf_counter())
     # 2. Judge: verdicts and one reward a rollout, all groups in one batch.
     method.score(groups, progress=True)
+    groups = exchanged(groups, method)
     clock.append(time.perf_counter())
     # 3. Learn: better or worse than the other answers to the same prompt?
     rewards = torch.tensor([[r.reward for r in rollouts] for _, rollouts in groups])  # [P, G]
-    if not getattr(method, "own_advantages", False):
-        for (_, rollouts), row in zip(groups, grpo.advantages(rewards, config.advantage).tolist()):
-            for rollout, advantage in zip(rollouts, row):
-                rollout.advantage = advantage
+    own = getattr(method, "own_advantages", False)
+    advantages = method.advantages(groups) if own else grpo.advantages(rewards, config.advantage).tolist()
+    for (_, rollouts), row in zip(groups, advantages, strict=True):
+        for rollout, advantage in zip(rollouts, row):
+            rollout.advantage = advantage
     for options in optimizer.param_groups:
         options["lr"] = config.lr * min(1.0, (step + 1) / max(1, round(config.steps * 0.1)))
     only_rollouts = [rollouts for _, rollouts in groups]
@@ -679,6 +700,22 @@ def one_step(policy: Policy, reference, optimizer, method, examples: list, confi
         "tokens": sum(lengths),
         **method.judge.take_stats(),
     }, groups
+
+
+def exchanged(groups: list, method) -> list:
+    """Several processes: the groups that all of them rolled out and judged, in the batch's order, and what the method noted
+    about them. Everything after this is computed by each process from the same values."""
+    rank, world = grpo.ranks()
+    if world == 1:
+        return groups
+    everyone = [None] * world
+    torch.distributed.all_gather_object(everyone, (groups, {name: getattr(method, name) for name in method.of_step}))
+    for name in method.of_step:
+        first, *others = (noted[name] for _, noted in everyone)
+        for other in others:
+            first = first | other if type(first) is dict else first + other
+        setattr(method, name, first)
+    return [everyone[place % world][0][place // world] for place in range(sum(len(part) for part, _ in everyone))]
 
 
 def settings(config: Config) -> grpo.Settings:
@@ -750,7 +787,8 @@ def train(config: Config, given: set[str]) -> int:
     if stop.asked:
         print(f"\nstopped; go on with: python train.py --resume {folder}")
         return 128 + stop.asked
-    summary(run, heldout, time.time() - started)
+    if run.writes:
+        summary(run, heldout, time.time() - started)
     return 0
 
 
@@ -771,6 +809,13 @@ class Stop:
             raise KeyboardInterrupt
         self.asked = number
         print("\nstopping after this step; once more to stop now", file=sys.stderr, flush=True)
+
+    def agree(self) -> None:
+        """Several processes stop after the same step: as soon as one of them was asked."""
+        if grpo.ranks()[1] > 1:
+            asked = [0] * grpo.ranks()[1]
+            torch.distributed.all_gather_object(asked, int(self.asked))
+            self.asked = max(asked)
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
@@ -800,7 +845,9 @@ def loop(run: Run, policy: Policy, reference, optimizer, method, train_set: list
         run.samples(0, "heldout", groups)
         low, high = metrics["eval_ci"]
         print(f"held-out score before training: {metrics['eval_score']:.3f}  (95 % interval {low:.3f} to {high:.3f})")
-    score = [row["eval_score"] for row in run.metrics() if "eval_score" in row][-1]
+        score = metrics["eval_score"]
+    else:
+        score = [row["eval_score"] for row in run.metrics() if "eval_score" in row][-1]
     with tqdm(total=config.steps, initial=step, desc="steps", unit="step", disable=None) as bar:
         while step < config.steps and not stop.asked:
             try:
@@ -814,6 +861,7 @@ def loop(run: Run, policy: Policy, reference, optimizer, method, train_set: list
             except torch.OutOfMemoryError:  # perhaps in the middle of an update, so nothing is saved
                 raise UserError(f"step {step + 1}: the GPU's memory is full; try --checkpointing 1, --vllm_sleep 1, fewer "
                                 f"--prompts_per_step or --max_new_tokens in a new run") from None  # fmt: skip
+            stop.agree()
             metrics |= chosen | method.after_step(groups)
             step += 1
             run.samples(step, "train", groups)
@@ -931,17 +979,36 @@ def keep_memory() -> None:
     mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: do not shrink the heap
 
 
+def several_processes() -> None:
+    """Joins the others when torchrun has started more than one of us; all but the first are silent."""
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if grpo.ranks()[0]:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
+        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0, or 2 with one line that says what is wrong, where, and what to do."""
     keep_memory()
+    several_processes()
     try:
         config, given = parse_config(sys.argv[1:] if argv is None else argv)
         if config.plot:
-            return plot(config.plot.split(","), config.out or "runs.png")
-        return evaluate_only(config) if config.eval_only else train(config, given)
+            status = plot(config.plot.split(","), config.out or "runs.png")
+        else:
+            status = evaluate_only(config) if config.eval_only else train(config, given)
     except (UserError, rar.DataError, NoOfflineRule, JudgeError, FloatingPointError) as error:
         print(f"train.py: {error}", file=sys.stderr)
-        return 2
+        status = 2
+    if torch.distributed.is_initialized():
+        if status == 0:
+            torch.distributed.barrier()  # the first one may still be writing
+        torch.distributed.destroy_process_group()
+    return status
 
 
 if __name__ == "__main__":

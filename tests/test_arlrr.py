@@ -233,13 +233,15 @@ def test_a_stage_judges_its_class_only_and_an_audit_changes_no_reward():
     assert set(metrics) >= {"var_ratio", "std_scalar", "std/accuracy", "std/completeness", "corr/accuracy/completeness", "dead", "dead_scalar"}
 
 
-def test_the_audit_takes_its_share_evenly():
-    method = ARLRR(OfflineJudge(), "cyclic", audit=0.25, prompts_per_step=2)
-    taken = []
-    for _ in range(8):
-        taken += [method.is_audited(0), method.is_audited(1)]
+def test_the_audit_takes_its_share():
+    method, taken = ARLRR(OfflineJudge(), "cyclic", audit=0.25), []
+    for _ in range(400):
+        taken += [method.is_audited(RAIN), method.is_audited(ICE)]
         method.turns.step += 1
-    assert taken == [False, False, False, True] * 4
+    assert 0.2 < statistics.fmean(taken) < 0.3 and taken[0::2] != taken[1::2]
+    method.trying = True
+    assert not any(method.is_audited(e) for e in (RAIN, ICE, SNOW))  # a trial measures nothing
+    assert not any(ARLRR(OfflineJudge(), "cyclic", audit=0).is_audited(e) for e in (RAIN, ICE, SNOW))
 
 
 def test_prompts_without_the_class_are_not_rolled_out():
@@ -290,7 +292,7 @@ def test_scalars_are_the_known_ones():
     rar.RubricReward(OfflineJudge(), "points").score(reference)
     assert [r.reward for r in scored["points"][0][1]] == [r.reward for r in reference[0][1]] == [1.0, (4 - 2 - 5) / 7, 3 / 7]
     assert [r.reward for r in scored["axis_mean"][0][1]] == [1.0, 0.25, 0.5]
-    flat = [r.advantage for _, group in scored["gdpo"] for r in group]
+    flat = [a for row in ARLRR(OfflineJudge(), "gdpo").advantages(scored["gdpo"]) for a in row]
     assert statistics.fmean(flat) == pytest.approx(0, abs=1e-9) and statistics.pstdev(flat) == pytest.approx(1, abs=1e-3)
     assert all(r.advantage == 0 for r in scored["points"][0][1])  # grpo.advantages' job there
 
@@ -444,5 +446,5 @@ def test_bad_settings_cost_one_line(tiny, few, tmp_path, capsys, flags, words): 
 
 def test_the_three_methods_have_one_interface():
     public = lambda kind: {name for name in vars(kind) if not name.startswith("_")}
-    shared = {"eligible", "before_step", "pool", "score", "after_step", "state_dict", "load_state_dict"}
+    shared = {"of_step", "eligible", "before_step", "pool", "score", "after_step", "state_dict", "load_state_dict"}
     assert public(rar.RubricReward) == shared <= public(rler.RLER) & public(ARLRR)

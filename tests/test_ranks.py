@@ -1,0 +1,85 @@
+"""Several processes (torchrun, gloo) do what one does: the same rollouts, the same gradient, one log."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from safetensors.torch import load_file
+from test_arlrr import forms  # noqa: F401  (a fixture)
+from test_train import few, lines, run  # noqa: F401
+
+import train
+
+FLAGS = "--steps 4 --prompts_per_step 3 --group_size 4 --max_new_tokens 24 --eval_every 2 --save_every 2 --prompts 6 --lr 0.01".split()
+
+
+def together(world, *flags):
+    """train.py under torchrun; its status and words."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world), "--master_port", "0", "--rdzv_backend", "c10d",
+               "--rdzv_endpoint", "localhost:0", str(ROOT / "train.py"), *map(str, flags)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def close(a, b, path=""):
+    """Equal JSON values, floats up to 1e-6 (relative above 1)."""
+    if isinstance(a, float) or isinstance(b, float):
+        assert a == pytest.approx(b, abs=2e-6, rel=2e-5), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            close(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), path
+        for k, (x, y) in enumerate(zip(a, b)):
+            close(x, y, f"{path}/{k}")
+    else:
+        assert a == b, path
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["--method points --loss dapo --advantage mean", "--method rler --epochs 2 --minibatches 2 --beta 0.1",
+     "--method arlrr --schedule search --stage 2 --validation 3 --audit 1 --loss grpo", "--method arlrr --schedule gdpo --validation 3 --audit 0.5"],
+)  # fmt: skip
+def test_two_processes_are_one(tiny, few, forms, tmp_path, method):  # noqa: F811
+    flags = ["--model", str(tiny), "--data", forms, "--eval_data", few, *FLAGS, *method.split()]
+    assert train.main([*flags, "--out", str(tmp_path / "one")]) == 0
+    status, said = together(2, *flags, "--out", tmp_path / "two")
+    assert status == 0, said
+    assert said.count("held-out score before training") == 1  # one of them speaks
+    one, two = (tmp_path / name for name in ("one", "two"))
+    close(lines(one / "metrics.jsonl"), lines(two / "metrics.jsonl"))
+    close(lines(one / "samples.jsonl"), lines(two / "samples.jsonl"))
+    a, b = (load_file(folder / "checkpoint" / "model.safetensors") for folder in (one, two))
+    assert max(float((a[key] - b[key]).abs().max()) for key in a) < 1e-5  # after AdamW, which divides by the gradient's size
+
+
+def test_another_number_of_processes_goes_on(tiny, few, forms, tmp_path):  # noqa: F811
+    flags = ["--model", str(tiny), "--data", forms, "--eval_data", few, *FLAGS, "--method", "rler"]
+    assert train.main([*flags, "--out", str(tmp_path / "one")]) == 0
+    status, said = together(2, *flags, "--steps", "2", "--out", tmp_path / "two")
+    assert status == 0, said
+    settings = json.loads((tmp_path / "two" / "config.json").read_text())
+    assert settings["steps"] == 2
+    assert train.main(["--resume", str(tmp_path / "two"), "--steps", "4"]) == 0
+    assert [row["step"] for row in lines(tmp_path / "two" / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+    shared = lambda folder: [row["text"] for row in lines(folder / "samples.jsonl") if row["step"] == 1 and row["split"] == "train"]
+    assert shared(tmp_path / "one") == shared(tmp_path / "two")
+
+
+def test_more_processes_than_prompts(tiny, few, forms, tmp_path):  # noqa: F811
+    """A process without a prompt still takes part in every sum."""
+    flags = ["--model", str(tiny), "--data", forms, "--eval_data", few, *FLAGS, "--prompts_per_step", "1", "--steps", "2"]
+    assert train.main([*flags, "--out", str(tmp_path / "one")]) == 0
+    status, said = together(2, *flags, "--out", tmp_path / "two")
+    assert status == 0, said
+    close(lines(tmp_path / "one" / "metrics.jsonl"), lines(tmp_path / "two" / "metrics.jsonl"))
+
+
+def test_an_error_ends_all_of_them_with_one_line(tiny, tmp_path):
+    status, said = together(2, "--model", tiny, "--data", tmp_path / "nothing.jsonl", "--out", tmp_path / "run")
+    assert status != 0 and "nothing.jsonl: no such file" in said
