@@ -2,24 +2,26 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_arlrr import forms  # noqa: F401  (a fixture)
 from test_train import few, lines, run  # noqa: F401
 
+import grpo
 import train
 
 FLAGS = "--steps 4 --prompts_per_step 3 --group_size 4 --max_new_tokens 24 --eval_every 2 --save_every 2 --prompts 6 --lr 0.01".split()
 
 
-def together(world, *flags):
-    """train.py under torchrun; its status and words."""
+def together(world, *flags, script=ROOT / "train.py"):
+    """A script under torchrun; its status and words."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world), "--master_port", "0", "--rdzv_backend", "c10d",
-               "--rdzv_endpoint", "localhost:0", str(ROOT / "train.py"), *map(str, flags)]  # fmt: skip
+               "--rdzv_endpoint", "localhost:0", str(script), *map(str, flags)]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
     return done.returncode, done.stdout + done.stderr
 
@@ -83,3 +85,41 @@ def test_more_processes_than_prompts(tiny, few, forms, tmp_path):  # noqa: F811
 def test_an_error_ends_all_of_them_with_one_line(tiny, tmp_path):
     status, said = together(2, "--model", tiny, "--data", tmp_path / "nothing.jsonl", "--out", tmp_path / "run")
     assert status != 0 and "nothing.jsonl: no such file" in said
+
+
+def one_update(tiny: str, loss: str) -> dict:
+    """The weights after a step of plain gradient descent in float64, on groups of uneven lengths, one of them without spread."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    rng, model = random.Random(0), AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64).eval()
+    groups = []
+    for number in range(5):
+        prompt = [rng.randrange(2, 200) for _ in range(5 + number)]
+        group = []
+        for _ in range(3):
+            ids = [rng.randrange(2, 200) for _ in range(rng.randint(1, 12))]
+            group.append(grpo.Rollout(prompt, ids, [-1.0] * len(ids), "stop", advantage=0.0 if number == 1 else rng.gauss(0, 1)))
+        groups.append(group)
+    settings = grpo.Settings(loss=loss, max_new_tokens=12, epochs=2, minibatches=2, max_grad_norm=1e9, beta=0.1)
+    grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.1), groups, settings, grpo.freeze(model))
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if "lm_head" not in name}
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo"])
+def test_the_sum_of_the_gradients_is_exact(tiny, tmp_path, loss):
+    status, said = together(2, tiny, loss, tmp_path / "two.safetensors", script=__file__)
+    assert status == 0, said
+    one, two = one_update(str(tiny), loss), load_file(tmp_path / "two.safetensors")
+    assert one.keys() == two.keys() and max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-10
+
+
+if __name__ == "__main__":  # a process of torchrun
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    weights = one_update(sys.argv[1], sys.argv[2])
+    if dist.get_rank() == 0:
+        save_file(weights, sys.argv[3])
+    dist.barrier()
+    dist.destroy_process_group()
