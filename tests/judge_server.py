@@ -56,6 +56,7 @@ class JudgeServer:
             writer.close()
 
     async def answer(self, head, body):
+        arrived = asyncio.get_running_loop().time()
         fault = self.script.pop(0) if self.script else self.rng.choice(FAULTS) if self.rng.random() < self.faults else "ok"
         if self.key and f"bearer {self.key}".lower() not in head.lower():
             return http(401, {"error": {"message": f"Incorrect API key: {head}"}})
@@ -63,7 +64,10 @@ class JudgeServer:
             return http(self.status, {"error": {"message": "the model `nobody` does not exist"}})
         if "response_format" in body and not self.accepts_schema:
             return http(400, {"error": {"message": "response_format is not supported"}})
-        await asyncio.sleep(self.slow if fault == "slow" else self.delay)
+        spoken = fault not in ("busy", "error", "unavailable", "wait", "drop", "no_json")
+        text, finish = self.verdict(body) if spoken else "", "stop"
+        # What the answer costs to make is part of the delay: the benchmark is about the client, not about this server.
+        await asyncio.sleep((self.slow if fault == "slow" else self.delay) - (asyncio.get_running_loop().time() - arrived))
         if fault in ("busy", "error", "unavailable"):
             return http({"busy": 429, "error": 500, "unavailable": 503}[fault], {"error": {"message": "try again"}}, "Retry-After: 0\r\n" if fault == "busy" else "")
         if fault == "wait":
@@ -72,7 +76,6 @@ class JudgeServer:
             return None
         if fault == "no_json":
             return raw(200, b"<html>proxy error</html>")
-        text, finish = self.verdict(body), "stop"
         if fault == "no_verdict":
             text = "I would say that this is fine. {'met': true}"
         if fault == "cut":
