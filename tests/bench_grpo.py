@@ -163,11 +163,54 @@ def steps(folder: Path, model, tokenizer, name: str, asked: list[list[int]]) -> 
     show(f"step, {name}", prompt_tokens=[min(map(len, asked)), max(map(len, asked))], rollouts=GROUP * len(asked), **figures)
 
 
+def overhead() -> None:
+    """Share of a training step, logs included, that is spent outside of sampling, learning and measuring the KL."""
+    config, _ = train.parse_config(["--max_new_tokens", str(TOKENS)])
+    policy = train.Policy("smollm2")
+    examples = train.fitting(rar.read_examples(train.HERE / "data" / "train.jsonl"), policy, config, "training")[:4]
+    method = rar.RubricReward(train.OfflineJudge())
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-6, fused=True)
+    reference, inside = grpo.freeze(policy.model), [0.0]
+
+    def clocked(function):
+        def call(*args, **more):
+            started = time.perf_counter()
+            try:
+                return function(*args, **more)
+            finally:
+                inside[0] += time.perf_counter() - started
+
+        return call
+
+    for name in ("sample", "update", "measure_kl"):
+        setattr(grpo, name, clocked(getattr(grpo, name)))
+    with tempfile.TemporaryDirectory() as folder:
+        run, shares = train.Run(Path(folder, "run"), config), []
+        for step in range(3):
+            inside[0], started = 0.0, time.perf_counter()
+            metrics, groups = train.one_step(policy, reference, optimizer, method, examples, config, step)
+            run.samples(step, "train", groups)
+            run.append("metrics.jsonl", [metrics])
+            whole = time.perf_counter() - started
+            shares.append((whole - inside[0]) / whole)
+    show("share of a step outside sampling, learning and KL", share=statistics.median(shares))
+
+
+def growth(model, tokenizer) -> None:
+    """Seconds of a step over 2, 4 and 8 prompts: does twice the work cost twice the time?"""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    our_step(model, optimizer, prompts(tokenizer, 2), 0)
+    seconds = {n * GROUP: statistics.median(our_step(model, optimizer, prompts(tokenizer, n), k)["step"] for k in range(2)) for n in (2, 4, 8)}
+    show("seconds a step by rollouts", **{f"at_{n}": s for n, s in seconds.items()}, for_twice_32=seconds[64] / seconds[32])
+
+
 def main() -> int:
     """All figures, or the named part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("sampling", "short", "long", "memory"), help="only this part")
-    part = parser.parse_args().part
+    parser.add_argument("--part", choices=("sampling", "short", "long", "memory", "overhead", "growth"), help="only this part")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="for memory: tokens of a completion")
+    args = parser.parse_args()
+    part = args.part
     train.keep_memory()
     torch.manual_seed(0)
     folder = grpo.smollm2_folder()
@@ -175,18 +218,22 @@ def main() -> int:
     if part == "memory":  # in a process of its own: a peak never falls
         asked = [(prompts(tokenizer, 1, 700)[0] * 2)[:600]]
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-        groups = grpo.sample(model, asked, 16, 256, 1.0, set(), 0)
+        groups = grpo.sample(model, asked, 16, args.tokens, 1.0, set(), 0)
         for rollout, advantage in zip(groups[0], [1.0, -1.0] * 8):
             rollout.advantage = advantage
-        grpo.update(model, optimizer, groups, grpo.Settings(max_new_tokens=256))
-        show("peak memory, 600 prompt tokens, 16 completions of 256", gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        grpo.update(model, optimizer, groups, grpo.Settings(max_new_tokens=args.tokens))
+        show(f"peak memory, 600 prompt tokens, 16 completions of {args.tokens}", gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
         return 0
+    if part in (None, "growth"):
+        growth(model, tokenizer)
     if part in (None, "sampling"):
         sampling(model, tokenizer)
     if part in (None, "short"):
         steps(folder, model, tokenizer, "short prompts", prompts(tokenizer, 4))
     if part in (None, "long"):
         steps(folder, model, tokenizer, "HealthBench-sized prompts", prompts(tokenizer, 4, 420))
+    if part in (None, "overhead"):
+        overhead()
     return 0
 
 
