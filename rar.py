@@ -533,24 +533,25 @@ def judge_groups(judge, groups: list, progress: bool = False, rubrics: list | No
 # ------------------------------------------------------------------------------------------- in other people's trainers
 
 
-def judge_texts(method, examples: list[Example], ids: list[str], texts: list[str], tokens: list | None = None) -> dict[str, list]:
+def judge_texts(method, examples: list[Example], ids: list[str], texts: list[str], tokens: list | None = None) -> list[float]:
     """One step of any method of this project on texts that another trainer sampled; the texts of a prompt are a group.
 
-    Returns id -> rollouts with their rewards, in the order of the texts; nan for what the method does not score now (a failed
-    verdict, a prompt without the class whose turn it is).
+    Returns the rewards in the order of the texts; nan for what the method does not score now (a failed verdict, a prompt
+    without the class whose turn it is).
     """
-    known, groups = {e.id: e for e in examples}, {}
+    known, groups, rollouts = {e.id: e for e in examples}, {}, []
     if unknown := set(ids) - set(known):
         raise DataError(f"no rubric for the prompt with id {sorted(unknown)[0]!r}; give the examples that the data set was made from")
     for place, (name, text) in enumerate(zip(ids, texts, strict=True)):
         rollout = SimpleNamespace(text=text, ids=tokens[place] if tokens else [], finish="stop", reward=math.nan, advantage=0.0)
+        rollouts.append(rollout)
         groups.setdefault(name, []).append(rollout)
     method.before_step(examples, None)
     scored, _ = method.pool([known[name] for name in groups if method.eligible(known[name])], 0)
     step = [(example, groups[example.id]) for example in scored]
     method.score(step)
     method.after_step(step)
-    return groups
+    return [rollout.reward for rollout in rollouts]
 
 
 def as_trl_reward(method, examples: list[Example]):
@@ -561,9 +562,7 @@ def as_trl_reward(method, examples: list[Example]):
 
     def rubric_reward(completions: list, id: list[str], completion_ids: list | None = None, **_) -> list[float | None]:
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-        waiting = {name: iter(part) for name, part in judge_texts(method, examples, id, texts, completion_ids).items()}
-        rewards = [next(waiting[name]).reward for name in id]
-        return [None if math.isnan(r) else r for r in rewards]
+        return [None if math.isnan(r) else r for r in judge_texts(method, examples, id, texts, completion_ids)]
 
     return rubric_reward
 
@@ -576,10 +575,9 @@ def as_verl_reward(method, examples: list[Example]):
 
     def compute_score(data_sources: list, solution_strs: list[str], ground_truths: list, extra_infos: list[dict], **_) -> list[float]:
         ids = [info["id"] for info in extra_infos]
-        groups = judge_texts(method, examples, ids, solution_strs)
-        usual = {name: mean(r.reward for r in part) for name, part in groups.items()}
-        waiting = {name: iter(part) for name, part in groups.items()}
-        pairs = [(next(waiting[name]).reward, usual[name]) for name in ids]
+        rewards = judge_texts(method, examples, ids, solution_strs)
+        usual = {name: mean(r for i, r in zip(ids, rewards) if i == name) for name in set(ids)}
+        pairs = [(reward, usual[name]) for name, reward in zip(ids, rewards)]
         return [reward if not math.isnan(reward) else 0.0 if math.isnan(middle) else middle for reward, middle in pairs]
 
     return compute_score

@@ -399,6 +399,7 @@ class Run:
     def __init__(self, folder: Path, config: Config, examples: list[rar.Example] = ()):
         self.folder, self.config = folder, config
         self.prompts = {e.id: e.prompt for e in examples}  # for the report: samples.jsonl holds only their ids
+        self.shown = {"train": {}, "heldout": {}}  # step -> lines of samples.jsonl, of the first and the last step
         self.writes = grpo.ranks()[0] == 0  # of several processes the first one
         if not self.writes:
             return
@@ -431,9 +432,7 @@ class Run:
 
     def rows(self, name: str):
         """The lines of a log so far, one at a time."""
-        if (self.folder / name).exists():
-            with open(self.folder / name, encoding="utf8", newline="\n") as file:
-                yield from (json.loads(line) for line in file)
+        return (row for _, row in rar.rows(self.folder / name)) if (self.folder / name).exists() else iter(())
 
     def metrics(self) -> list[dict]:
         """All lines of metrics.jsonl so far."""
@@ -447,8 +446,17 @@ class Run:
                 found = zip(r.criteria, r.verdicts)
                 verdicts = [{"title": c.title or c.text[:60], "weight": c.weight, "score": v.score, "reason": v.reason} for c, v in found]
                 row = {"step": step, "split": split, "id": example.id, "text": r.text, "finish": r.finish}
-                rows.append(row | {"tokens": len(r.ids), "verdicts": verdicts, "reward": r.reward, "advantage": r.advantage})
+                rows.append(finite(row | {"tokens": len(r.ids), "verdicts": verdicts, "reward": r.reward, "advantage": r.advantage}))
         self.append("samples.jsonl", rows)
+        for row in rows:
+            self.show(row)
+
+    def show(self, row: dict) -> None:
+        """Remembers a line for the report and the summary, which would have to read a long run's rollouts again each time."""
+        kept = self.shown[row["split"]]
+        if len(kept) == 2 and row["step"] not in kept:
+            kept.pop(max(kept))
+        kept.setdefault(row["step"], []).append(row)
 
     def save(self, policy: Policy, optimizer, method, step: int) -> None:
         """checkpoint/: written to one side, then renamed, so that a kill leaves the old one or the new one. Raises UserError."""
@@ -486,6 +494,10 @@ class Run:
             if self.writes and path.exists():
                 kept = [line for line in path.read_text(encoding="utf8").split("\n") if line and wanted(line)]
                 path.write_text("".join(line + "\n" for line in kept), encoding="utf8")
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # the others read what the first one has just rewritten
+        for row in self.rows("samples.jsonl"):
+            self.show(row)
 
 
 def versions() -> dict[str, str]:
@@ -577,14 +589,8 @@ div {overflow-x: auto} table {border-collapse: collapse; font-size: .85rem} td, 
 def page(run: Run, rows: list[dict]) -> str:
     """report.html: curves, and the rollouts of the first and the last step and evaluation. Nothing a model said can run:
     every text is escaped, and the page's own policy forbids scripts."""
-    ends: dict[str, dict[int, list[dict]]] = {"train": {}, "heldout": {}}
-    for row in run.rows("samples.jsonl"):  # one at a time: a long run's rollouts do not fit into memory
-        kept = ends[row["split"]]
-        if len(kept) == 2 and row["step"] not in kept:
-            kept.pop(max(kept))
-        kept.setdefault(row["step"], []).append(row)
     names, parts = {"train": "Rollouts of training step", "heldout": "Held-out answers at step"}, []
-    for split, kept in ends.items():
+    for split, kept in run.shown.items():
         for step, found in kept.items():
             parts.append(f"<h2>{names[split]} {step}</h2>" + "".join(rollout_html(run, row) for row in found))
     shown = ", ".join(f"{k} {v}" for k, v in asdict(run.config).items() if v != getattr(Config, k))
@@ -626,7 +632,7 @@ def plot(folders: list[str], out: str) -> int:
             raise UserError(f"--plot {folder}: no run there; give folders of runs")
     differing = [k for k in settings[0] if k not in ("seed", "out", "resume", "plot") and len({str(s.get(k)) for s in settings}) > 1]
     for folder, found in zip(folders, settings):
-        rows = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text(encoding="utf8").split("\n") if line]
+        rows = [row for _, row in rar.rows(Path(folder, "metrics.jsonl"))]
         kinds.setdefault(", ".join(f"{k} {found[k]}" for k in differing if found.get(k) != "") or found["method"], []).append(rows)
     figure, axes = panels("mean over seeds, band: one standard deviation")
     for name, runs in kinds.items():
@@ -903,8 +909,7 @@ def resumed_config(config: Config, given: set[str], folder: Path) -> Config:
 
 def summary(run: Run, heldout: list[rar.Example], seconds: float) -> None:
     """Before and after on the held-out prompts: score with interval, criteria that changed most, one answer, the files."""
-    last = max(r["step"] for r in run.rows("samples.jsonl") if r["split"] == "heldout")
-    before, after = ({r["id"]: r for r in run.rows("samples.jsonl") if r["split"] == "heldout" and r["step"] == s} for s in (0, last))
+    before, after = ({row["id"]: row for row in run.shown["heldout"][step]} for step in sorted(run.shown["heldout"]))
     reward = lambda part, i: math.nan if part[i]["reward"] is None else part[i]["reward"]
     gains = [reward(after, i) - reward(before, i) for i in before]
     low, high = rar.bootstrap(gains)

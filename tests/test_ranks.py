@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from test_arlrr import forms  # noqa: F401  (a fixture)
-from test_train import few, lines, run  # noqa: F401
+from test_train import few, lines  # noqa: F401
 
 import grpo
 import train
@@ -69,6 +69,8 @@ def test_another_number_of_processes_goes_on(tiny, few, forms, tmp_path):  # noq
     assert settings["steps"] == 2
     assert train.main(["--resume", str(tmp_path / "two"), "--steps", "4"]) == 0
     assert [row["step"] for row in lines(tmp_path / "two" / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+    status, said = together(2, "--resume", tmp_path / "two", "--steps", "5")
+    assert status == 0 and lines(tmp_path / "two" / "metrics.jsonl")[-1]["step"] == 5, said
     shared = lambda folder: [row["text"] for row in lines(folder / "samples.jsonl") if row["step"] == 1 and row["split"] == "train"]
     assert shared(tmp_path / "one") == shared(tmp_path / "two")
 
