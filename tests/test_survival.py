@@ -70,20 +70,20 @@ def test_killed_at_random_moments_it_is_the_same_run(tiny, few, forms, tmp_path,
     duration, reached = time.time() - started, set()
     assert process.exitcode == 0, Path(f"{whole}.log").read_text()
     for _ in range(60):
-        process = start(cut)
-        process.join(rng.uniform(0.2, 0.9) * duration if kills < 7 else None)
+        process, unfinished = start(cut), kills < 7 or len(reached) < 2
+        process.join(rng.uniform(0.2, 0.9) * duration * max(1, kills / 7) ** 2 if unfinished else None)  # a busy machine: later kills
         if process.exitcode is None:
             os.kill(process.pid, signal.SIGKILL)
             process.join()
             kills += 1
             reached.add(len(lines_so_far(cut / "metrics.jsonl")))
-        elif kills < 7:  # it came to its end in spite of everything: the next one begins anew
+        elif unfinished:  # it came to its end in spite of everything: the next one begins anew
             assert process.exitcode == 0, Path(f"{cut}.log").read_text()
             same_run(whole, cut)
             cut = tmp_path / f"cut{kills}-{len(reached)}-{rng.random()}"
         else:
             break
-    assert kills == 7 and process.exitcode == 0, Path(f"{cut}.log").read_text()
+    assert kills >= 7 and process.exitcode == 0, Path(f"{cut}.log").read_text()
     same_run(whole, cut)
     assert len(reached) > 1  # not always the same moment
 
