@@ -816,12 +816,13 @@ class Stop:
         self.asked = number
         print("\nstopping after this step; once more to stop now", file=sys.stderr, flush=True)
 
-    def agree(self) -> None:
-        """Several processes stop after the same step: as soon as one of them was asked."""
-        if grpo.ranks()[1] > 1:
-            asked = [0] * grpo.ranks()[1]
-            torch.distributed.all_gather_object(asked, int(self.asked))
-            self.asked = max(asked)
+    def agree(self) -> bool:
+        """Whether this step is the last one. Of several processes all stop after the same step, when one of them was asked."""
+        asked = [int(self.asked)] * grpo.ranks()[1]
+        if len(asked) > 1:
+            torch.distributed.all_gather_object(asked, asked[0])
+        self.asked = max(self.asked, *asked)
+        return any(asked)
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
@@ -855,7 +856,8 @@ def loop(run: Run, policy: Policy, reference, optimizer, method, train_set: list
     else:
         score = [row["eval_score"] for row in run.metrics() if "eval_score" in row][-1]
     with tqdm(total=config.steps, initial=step, desc="steps", unit="step", disable=None) as bar:
-        while step < config.steps and not stop.asked:
+        ending = False
+        while step < config.steps and not ending:
             try:
                 chosen = method.before_step(train_set, lab.at(step))
                 pool, visit = method.pool(train_set, step)
@@ -867,7 +869,7 @@ def loop(run: Run, policy: Policy, reference, optimizer, method, train_set: list
             except torch.OutOfMemoryError:  # perhaps in the middle of an update, so nothing is saved
                 raise UserError(f"step {step + 1}: the GPU's memory is full; try --checkpointing 1, --vllm_sleep 1, fewer "
                                 f"--prompts_per_step or --max_new_tokens in a new run") from None  # fmt: skip
-            stop.agree()
+            ending = stop.agree()  # asked once a step: a signal from here on is for the next one, so that no step goes unsaved
             metrics |= chosen | method.after_step(groups)
             step += 1
             run.samples(step, "train", groups)
@@ -877,7 +879,7 @@ def loop(run: Run, policy: Policy, reference, optimizer, method, train_set: list
                 metrics |= evaluated
                 score = metrics["eval_score"]
             run.append("metrics.jsonl", [metrics])
-            if step % config.save_every == 0 or step == config.steps or stop.asked:
+            if step % config.save_every == 0 or step == config.steps or ending:
                 run.save(policy, optimizer, method, step)
             if "eval_score" in metrics:
                 report(run)

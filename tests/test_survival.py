@@ -114,6 +114,26 @@ def test_asked_to_stop_it_finishes_the_step_and_saves(tiny, few, forms, tmp_path
     assert train.main(["--resume", str(tmp_path / "run"), "--steps", str(step + 1)]) == 0
 
 
+@pytest.mark.parametrize("where", ["save", "samples", "report", "append"])
+def test_a_signal_at_any_place_of_the_loop_leaves_a_checkpoint_of_the_last_step(tiny, few, tmp_path, monkeypatch, where):  # noqa: F811
+    """Also after the step's checkpoint was passed over, or while it is written."""
+    owner, calls = (train, 0) if where == "report" else (train.Run, 0)
+    original = getattr(owner, where)
+
+    def interrupted(*args):
+        nonlocal calls
+        calls += 1
+        original(*args)
+        if calls == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(owner, where, interrupted)
+    flags = ["--steps", "8", "--save_every", "2" if where == "save" else "100", "--eval_every", "1"]
+    assert run(tiny, few, tmp_path / "run", *flags) == 130
+    step = lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"]
+    assert 0 < step < 8 and torch.load(tmp_path / "run" / "checkpoint" / "trainer.pt", weights_only=True)["step"] == step
+
+
 def test_a_run_without_a_checkpoint_begins_again(tiny, few, tmp_path, monkeypatch):  # noqa: F811
     def breaks(*args):
         raise KeyboardInterrupt
