@@ -534,11 +534,11 @@ class LLMJudge:
             )
         return verdicts
 
-    def write(self, prompts: list[str], read: Callable[[dict], object], max_tokens: int = 2048, progress: bool = False) -> list:
+    def write(self, prompts: list[str], read: Callable[[str, dict], object], max_tokens: int = 2048, progress: bool = False) -> list:
         """Has the model write a JSON object for each prompt (rubrics, say), all prompts at once; in order, None where it failed.
 
-        read turns the object into what the caller wants and raises ValueError with a reason when it is not usable; the model
-        is then told the reason and asked once more. The last usable object of an answer counts. Raises JudgeError on a refusal.
+        read(prompt, object) makes of it what the caller wants and raises ValueError with a reason when it is not usable; the
+        model is then told the reason and asked once more. The last usable object of an answer counts. Raises JudgeError.
         """
         made = dict(self.run(list(dict.fromkeys(prompts)), partial(self.draft, read=read, max_tokens=max_tokens), progress))
         return [made[prompt] for prompt in prompts]
@@ -647,7 +647,7 @@ class LLMJudge:
                 self.count(asked_again=1)
         return best, note if all(v.score is not None for v in best) else None
 
-    def draft(self, prompt: str, read: Callable[[dict], object], max_tokens: int) -> tuple[object, dict | None]:
+    def draft(self, prompt: str, read: Callable[[str, dict], object], max_tokens: int) -> tuple[object, dict | None]:
         """One call of `write`: what read makes of the answer (None: nothing usable came), and the note for the audit log."""
         messages, problem = [{"role": "user", "content": prompt}], ""
         key = hashlib.sha256(json.dumps([self.model, self.temperature, max_tokens, messages]).encode()).hexdigest()
@@ -656,7 +656,7 @@ class LLMJudge:
         def accept(value: dict):
             nonlocal problem, written
             try:
-                made = read(value)
+                made = read(prompt, value)
                 written = value
                 return made
             except ValueError as error:

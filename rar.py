@@ -751,7 +751,7 @@ POINTS_AWAY = re.compile(
 QUOTE = 12  # words in a row that an item may not share with the reference answer
 
 
-def writer_prompt(example: Example, domain: str) -> str:
+def writer_prompt(example: Example, domain: str = "medicine") -> str:
     """What the model is asked. Without a reference both sentences about it are left out (the paper's own wording for
     that case is not published)."""
     role, look = DOMAINS[domain]
@@ -767,9 +767,9 @@ def runs_of_words(text: str) -> set[tuple]:
     return set(zip(*(words[k:] for k in range(QUOTE))))
 
 
-def checked_rubric(answer: dict, quotes: set[tuple]) -> list[dict]:
+def checked_rubric(example: Example, answer: dict) -> list[dict]:
     """A model's answer as items in our own format. Raises ValueError with what is wrong, for the model to read."""
-    items = answer.get("rubric")
+    items, quotes = answer.get("rubric"), runs_of_words(example.reference)
     if not isinstance(items, list) or not 7 <= len(items) <= 20:
         raise ValueError('"rubric" must be a list of 7 to 20 items' + (f", not {len(items)}" if isinstance(items, list) else ""))
     rubric = []
@@ -797,11 +797,12 @@ def checked_rubric(answer: dict, quotes: set[tuple]) -> list[dict]:
     return rubric
 
 
-def write_rubrics(judge, source: str, out: str, domain: str = "medicine") -> dict:
+def write_rubrics(judge, source: str, out: str, prompt, read) -> dict:
     """Writes a row in our own format to `out` for every question of `source` that is not in it yet.
 
-    judge.write asks once more where a check fails. Questions go out in batches, and each batch is on disk before the
-    next: a run that was stopped goes on there. Returns counts, the ids that were dropped, and why answers were refused.
+    prompt(example) is what the judge's model is asked ("": nothing), read(example, answer) the rubric in its answer; where
+    that raises ValueError, the model is told why and asked once more. Questions go out in batches, and each batch is on disk
+    before the next: a run that was stopped goes on there. Returns counts, dropped ids, and why answers were refused.
     """
     out, refused = Path(out), Counter()
     known = out.read_bytes() if out.exists() else b""
@@ -814,19 +815,20 @@ def write_rubrics(judge, source: str, out: str, domain: str = "medicine") -> dic
         file.truncate(file.seek(len(known)))
         for start in range(0, len(todo), 32):
             part = todo[start : start + 32]
-            quotes = set().union(*(runs_of_words(e.reference) for e in part))
+            asked = {text: example for example in part if (text := prompt(example))}
 
-            def read(answer: dict) -> list[dict]:
+            def checked(text: str, answer: dict) -> list[dict]:
                 try:
-                    return checked_rubric(answer, quotes)
+                    return read(asked[text], answer)
                 except ValueError as error:
                     refused[re.sub(r"^item \d+ \(.*\): ", "", str(error))] += 1
                     raise
 
-            for example, rubric in zip(part, judge.write([writer_prompt(e, domain) for e in part], read)):
-                row = {"id": example.id, "prompt": example.prompt, "reference": example.reference, "example_tags": example.tags}
-                row |= {"canary": example.canary} if example.canary else {}
-                if rubric:
+            written = {asked[text].id: rubric for text, rubric in zip(asked, judge.write(list(asked), checked))}
+            for example in part:
+                if rubric := written.get(example.id):
+                    row = {"id": example.id, "prompt": example.prompt, "reference": example.reference, "example_tags": example.tags}
+                    row |= {"canary": example.canary} if example.canary else {}
                     file.write(json.dumps(row | {"rubric": rubric}, ensure_ascii=False).encode() + b"\n")
                 else:
                     dropped.append(example.id)
@@ -991,7 +993,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.write:
             if not (args.judge and args.judge_model):
                 raise DataError("--write needs a language model; give --judge URL and --judge_model NAME")
-            report = write_rubrics(LLMJudge(args.judge, args.judge_model), args.write, args.out, args.domain)
+            judge, prompt = LLMJudge(args.judge, args.judge_model), partial(writer_prompt, domain=args.domain)
+            report = write_rubrics(judge, args.write, args.out, prompt, checked_rubric)
             print(json.dumps({"out": args.out} | report, ensure_ascii=False))
         elif args.judge_noise:
             judge_noise(args.plot)

@@ -49,12 +49,11 @@ from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
 import requests
-from tqdm import tqdm
 from urllib3.util import Retry
 
 import judge as judges
 from judge import STOP, Question, Verdict, clean, content_words, fenced, fill, material
-from rar import Criterion, DataError, Example, group_rewards, judge_groups, mean, parse_row, read_examples, rows
+from rar import Criterion, DataError, Example, group_rewards, judge_groups, mean, read_examples, write_rubrics
 
 CORPUS = Path(__file__).resolve().parent / "data" / "corpus.jsonl"
 
@@ -396,7 +395,7 @@ class RLER:
         todo = [pair for pair in zip(visits, texts) if pair[1] and self.select != "static"]
         if self.writes:
             prompts = [write_prompt(visit.example, said, visit.buffer, self.flaws) for visit, said in todo]
-            answers = self.judge.write(prompts, read_proposal, progress=progress) if prompts else []
+            answers = self.judge.write(prompts, lambda _, answer: read_proposal(answer), progress=progress) if prompts else []
         else:
             answers = [detect(visit.example, said, visit.buffer) for visit, said in todo]
         found = {visit.example.id: answer for (visit, _), answer in zip(todo, answers, strict=True)}
@@ -602,29 +601,29 @@ def read_grounded(found: list[Snippet], answer: dict) -> list[dict]:
     return list(items.values())
 
 
-def ground(judge, search, examples: list[Example]) -> list[dict]:
-    """Rows of our own data format with a rubric written from what a search finds; without those that could not be written."""
-    grounded = []
-    for example in tqdm(examples, "ground", disable=None):
-        found = search(example.question)
-        passages = "\n\n".join(f"Snippet {n}, {clean(s.title)}:\n{fenced(s.text)}" for n, s in enumerate(found, 1))
-        prompt = fill(GROUND, question=fenced(example.question), snippets=passages)
-        if found and (rubric := judge.write([prompt], partial(read_grounded, found))[0]):
-            grounded.append({"id": example.id, "prompt": example.prompt, "reference": example.reference, "rubric": rubric})
-    return grounded
+def ground(judge, search, source: str, out: str) -> dict:
+    """rar.write_rubrics with what a search finds for each question; where it finds nothing, nothing is asked."""
+    found: dict[str, list[Snippet]] = {}
+
+    def prompt(example: Example) -> str:
+        found[example.id] = search(example.question)
+        passages = "\n\n".join(f"Snippet {n}, {clean(s.title)}:\n{fenced(s.text)}" for n, s in enumerate(found[example.id], 1))
+        return fill(GROUND, question=fenced(example.question), snippets=passages) if passages else ""
+
+    return write_rubrics(judge, source, out, prompt, lambda example, answer: read_grounded(found[example.id], answer))
 
 
 def write_grounded(args) -> int:
     """--ground: writes the rows; says for which questions there is none."""
-    examples = [parse_row(row, where, rubric=False) for where, row in rows(args.ground)]
     if not args.judge or not args.judge_model:
         raise DataError("--ground needs --judge URL and --judge_model NAME: a language model writes the rubrics")
     search = {"web": web_search, "scholar": scholar_search}.get(args.search, partial(local_search, args.search))()
-    grounded = ground(judges.LLMJudge(args.judge, args.judge_model, cache_path=args.judge_cache), search, examples)
-    Path(args.out).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in grounded), encoding="utf8")
-    without = sorted({e.id for e in examples} - {row["id"] for row in grounded})
-    print(f"{len(grounded)} of {len(examples)} questions have a rubric, in {args.out}; none: {', '.join(without) or '-'}")
-    return 0 if grounded else 2
+    judge = judges.LLMJudge(args.judge, args.judge_model, cache_path=args.judge_cache)
+    counts = ground(judge, search, args.ground, args.out)
+    have = counts["written"] + counts["already_there"]
+    total = have + len(counts["dropped"])
+    print(f"{have} of {total} questions have a rubric, in {args.out}; none: {', '.join(counts['dropped']) or '-'}")
+    return 0 if have else 2
 
 
 # ------------------------------------------------------------------------------------------- the history of a run

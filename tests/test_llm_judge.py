@@ -44,7 +44,7 @@ class Writer(JudgeServer):
         return self.said.pop(0)
 
 
-def wanted(value):
+def wanted(prompt, value):
     if value.get("n", 0) < 1:
         raise ValueError('"n" must be at least 1')
     return value["n"]
@@ -64,7 +64,7 @@ def test_a_model_writes_and_a_broken_answer_is_asked_for_once_more_with_the_reas
         again = client(server, cache_path=cache, workers=1)
         assert again.write(["a", "b", "c"], wanted) == [7, 5, 9] and again.take_stats()["judge_cache_hits"] == 2
         server.said = ['{"n": 30}']
-        strict = lambda value: wanted({"n": value["n"] - 20})  # the reader has changed: what it rejects now is asked anew
+        strict = lambda prompt, value: wanted(prompt, {"n": value["n"] - 20})  # the reader has changed: what it rejects now is asked anew
         assert client(server, cache_path=cache).write(["a"], strict) == [10]
     rows = [json.loads(line) for line in open(cache) if line.strip()]
     assert rows[0]["prompt"] == "a" and rows[0]["written"] == {"n": 7, "inner": {"n": 3}}

@@ -233,3 +233,23 @@ def test_what_cannot_work_is_one_line(tmp_path, capsys, monkeypatch, flags, word
     assert rler.main(["--ground", str(questions), "--out", str(tmp_path / "out.jsonl"), *flags]) == 2
     said = capsys.readouterr().err.strip()
     assert words in said and "\n" not in said and not (tmp_path / "out.jsonl").exists()
+
+
+def test_grounding_goes_on_where_it_was_stopped(tmp_path, capsys):
+    """A row that is there is not asked for again; a search service is billed by the call, so it is not searched for either."""
+    questions, out = tmp_path / "q.jsonl", tmp_path / "grounded.jsonl"
+    questions.write_text("".join(json.dumps({"id": f"q{n}", "question": q}) + "\n" for n, q in enumerate(["What helps against a common cold?", "Why is the sky blue?"])))
+    searched = []
+
+    def search(query):
+        searched.append(query)
+        return rler.local_search(rler.CORPUS)(query)
+
+    with Writer() as server:
+        judge = LLMJudge(server.url, "m")
+        assert rler.ground(judge, search, str(questions), str(out))["written"] == 2
+        whole = out.read_bytes()
+        out.write_bytes(whole[: whole.index(b"\n") + 40])  # killed while the second row was written
+        counts = rler.ground(judge, search, str(questions), str(out))
+    assert counts["written"] == counts["already_there"] == 1 and out.read_bytes() == whole
+    assert searched == ["What helps against a common cold?", "Why is the sky blue?", "Why is the sky blue?"]

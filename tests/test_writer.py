@@ -36,6 +36,10 @@ class Writer(JudgeServer):
         return waiting.pop(0) if waiting else json.dumps({"rubric": rubric()})
 
 
+def written(server, questions, out):
+    return rar.write_rubrics(LLMJudge(server.url, "m"), str(questions), str(out), rar.writer_prompt, rar.checked_rubric)
+
+
 @pytest.fixture
 def questions(tmp_path):
     path = tmp_path / "questions.jsonl"
@@ -79,12 +83,12 @@ def test_a_broken_rubric_is_asked_for_once_more_then_dropped_and_reported(questi
     out = tmp_path / "rubrics.jsonl"
     with Writer() as server:
         server.said = {"What helps": [json.dumps({"rubric": broken})] * 2}
-        report = rar.write_rubrics(LLMJudge(server.url, "m"), str(questions), str(out))
+        report = written(server, questions, out)
         corrections = [b["messages"][2]["content"] for b in server.bodies if len(b["messages"]) == 3]
     assert report["dropped"] == ["cold"] and report["written"] == 1 and len(corrections) == 1 and why in corrections[0]
     assert sum(report["refused"].values()) == 2 and [e.id for e in rar.read_examples(out)] == ["sky"]
     with Writer() as server:  # the next run asks only for what is not there
-        report = rar.write_rubrics(LLMJudge(server.url, "m"), str(questions), str(out))
+        report = written(server, questions, out)
         assert report["written"] == 1 and report["already_there"] == 1 and len(server.bodies) == 1
     assert [e.id for e in rar.read_examples(out)] == ["sky", "cold"]
 
@@ -92,11 +96,11 @@ def test_a_broken_rubric_is_asked_for_once_more_then_dropped_and_reported(questi
 def test_a_line_cut_off_by_a_kill_is_written_again(questions, tmp_path):
     out = tmp_path / "rubrics.jsonl"
     with Writer() as server:
-        rar.write_rubrics(LLMJudge(server.url, "m"), str(questions), str(out))
+        written(server, questions, out)
         whole = out.read_bytes()
         for cut in (0, 10, whole.index(b"\n") + 1, whole.index(b"\n") + 30, len(whole) - 1):
             out.write_bytes(whole[:cut])
-            rar.write_rubrics(LLMJudge(server.url, "m"), str(questions), str(out))
+            written(server, questions, out)
             assert out.read_bytes() == whole
 
 
