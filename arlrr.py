@@ -24,7 +24,7 @@ HealthBench at 1.7B to 14B. No number, algorithm box or theorem was available. E
 6. The variance theorem at `contraction` is textbook mathematics. Whether it is the paper's, we cannot tell.
 
 Reading order: classes, the three scalar rewards to compare with, contraction, ARLRR (the method object, as RubricReward is in
-rar.py), search.
+rar.py), search and what it may try out (Lab).
 
     python arlrr.py                                             # the theorem on made-up classes: measured and predicted
     python arlrr.py --structure data/train.jsonl                # which classes a data set has, and what each costs to judge
@@ -36,6 +36,8 @@ import math
 import random
 import statistics
 import sys
+import time
+from collections import Counter
 from copy import deepcopy
 from dataclasses import dataclass, field
 
@@ -250,7 +252,7 @@ class ARLRR:
     # ---- which class, which prompts
 
     def before_step(self, examples: list[Example], lab) -> dict:
-        """Begins a new stage where the last one has ended. lab: what a schedule may try out (train.Lab). Returns metrics."""
+        """Begins a new stage where the last one has ended. lab: what a schedule may try out. Returns metrics."""
         if self.schedule in SCALARS or self.turns.left:
             return {"class": self.turns.active or "all"}
         counts = {k: sum(k in self.places(e) for e in examples) for e in examples for k in self.places(e)}
@@ -424,6 +426,54 @@ def restore(model, optimizer, state: dict) -> None:
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
     random.setstate(state["python"])
+
+
+COSTS = ("updates", "rollouts", "verdicts", "tokens")  # what a comparison at equal budgets counts, besides seconds
+
+
+class Lab:
+    """What a schedule may try out between two steps: updates that are taken back, a look at the validation prompts.
+
+    Everything is counted, because a search pays for its trials in every comparison. update(step) does the run's own update
+    of that step and returns its metrics; validate() gives groups of one judged rollout; restored() is called when old
+    weights are back, for a sampler that holds a copy of them.
+    """
+
+    def __init__(self, model, optimizer, update, validate, restored=lambda: None):
+        self.model, self.optimizer = model, optimizer
+        self.do_update, self.do_validate, self.restored = update, validate, restored
+        self.at(0)
+
+    def at(self, step: int) -> "Lab":
+        """Opens a new account, for the decision before this step."""
+        self.step, self.cost, self.started = step, Counter(), time.perf_counter()
+        return self
+
+    def save(self) -> dict:
+        """The state to come back to."""
+        return snapshot(self.model, self.optimizer)
+
+    def restore(self, state: dict) -> None:
+        """Takes back every update since `save`."""
+        restore(self.model, self.optimizer, state)
+        self.restored()
+
+    def update(self, ahead: int) -> None:
+        """The update that the run would do now, or `ahead` steps from now."""
+        metrics = self.do_update(self.step + ahead)
+        self.cost.update({"updates": 1} | {key: metrics[key] for key in COSTS[1:]})
+
+    def validate(self) -> list[tuple[Example, list]]:
+        """The greedy answers to the validation prompts, judged by their whole rubrics: groups of one rollout."""
+        groups = self.do_validate()
+        answers = [rollout for _, [rollout] in groups]
+        verdicts, tokens = sum(len(r.verdicts) for r in answers), sum(len(r.ids) for r in answers)
+        self.cost.update(rollouts=len(answers), verdicts=verdicts, tokens=tokens)
+        return groups
+
+    def spent(self) -> dict:
+        """What this decision has cost so far, as metrics."""
+        return {f"search_{key}": self.cost[key] for key in COSTS} | {"search_seconds": time.perf_counter() - self.started}
 
 
 # ------------------------------------------------------------------------------------------- command line

@@ -27,7 +27,6 @@ import random
 import shutil
 import sys
 import tempfile
-import warnings
 from collections import Counter
 from contextlib import contextmanager
 from copy import deepcopy
@@ -42,6 +41,9 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging
+
+logging.disable_progress_bar()  # of loading and saving: a run has its own bars and says its own lines
 
 
 def padded(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,9 +86,8 @@ def load_policy(name: str, device: str = "cpu", bfloat16: bool | None = None):
     Raises FileNotFoundError with the command to run when the package of the default model is missing.
     """
     folder = smollm2_folder() if name == "smollm2" else name
-    with quiet():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     model.bfloat16_layers = device != "cpu" if bfloat16 is None else bfloat16
     return model, tokenizer
 
@@ -111,41 +112,18 @@ def smollm2_folder() -> Path:
     package = Path(spec.origin).parent
     gguf = next(package.glob("*.gguf")).name
     print("converting SmolLM2-135M-Instruct once (half a minute) ...", file=sys.stderr, flush=True)
-    with quiet():
-        model = AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=gguf)
-    # The weights are plain float32 now, but the model still carries the marks of a quantised one and would refuse to be saved.
-    for mark in ("hf_quantizer", "quantization_method"):
-        if hasattr(model, mark):
-            delattr(model, mark)
-    model.is_quantized = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.config._name_or_path = "SmolLM2-135M-Instruct"
+    loaded = AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf, dtype=torch.float32)
+    # Its weights are plain float32 now, but it still passes for a quantised model and would refuse to be saved.
+    del loaded.config.quantization_config
+    model = type(loaded)(loaded.config)
+    model.load_state_dict(loaded.state_dict())
     cache.parent.mkdir(parents=True, exist_ok=True)
     side = Path(tempfile.mkdtemp(dir=cache.parent))
-    with quiet():
-        model.save_pretrained(side)
-        tokenizer.save_pretrained(side)
+    model.save_pretrained(side)
+    AutoTokenizer.from_pretrained(package, gguf_file=gguf).save_pretrained(side)
     shutil.rmtree(cache, ignore_errors=True)
     os.replace(side, cache)
     return cache
-
-
-@contextmanager
-def quiet():
-    """Silences the loading bars of transformers: a run has its own bars and says its own lines."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def encode(tokenizer, messages: list[dict]) -> list[int]:
@@ -170,30 +148,24 @@ class FixedLayer(DynamicLayer):
 
     def __init__(self, capacity: int):
         super().__init__()
-        self.capacity, self.length = capacity, 0
+        self.capacity = capacity
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Writes the new positions and returns views of everything so far (the parent class concatenates)."""
+        start = self.get_seq_length()
         if not self.is_initialized:
             rows, heads, _, width = key_states.shape
             self.buffers = [key_states.new_empty(rows, heads, self.capacity, width) for _ in range(2)]
             self.is_initialized = True
-        start, self.length = self.length, self.length + key_states.shape[2]
-        self.buffers[0][:, :, start : self.length] = key_states
-        self.buffers[1][:, :, start : self.length] = value_states
-        self.keys, self.values = (b[:, :, : self.length] for b in self.buffers)
+        self.keys, self.values = (buffer[:, :, : start + key_states.shape[2]] for buffer in self.buffers)
+        self.keys[:, :, start:], self.values[:, :, start:] = key_states, value_states
         return self.keys, self.values
-
-    def get_seq_length(self) -> int:
-        """Number of positions filled."""
-        return self.length
 
     def pick(self, rows: torch.Tensor) -> None:
         """Keeps (or repeats) the given rows: from one row a prompt to G, and later only those not finished."""
-        for i, buffer in enumerate(self.buffers):
-            fresh = buffer.new_empty(len(rows), *buffer.shape[1:])
-            fresh[:, :, : self.length] = buffer[rows, :, : self.length]
-            self.buffers[i] = fresh
+        for i, filled in enumerate((self.keys, self.values)):
+            self.buffers[i] = filled.new_empty(len(rows), filled.shape[1], self.capacity, filled.shape[3])
+            self.buffers[i][:, :, : filled.shape[2]] = filled[rows]
 
 
 def folded_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -338,14 +310,11 @@ class VLLMSampler:
         each = [self.parameters(**common, seed=seed + i * group_size) for i in range(len(prompts))][share[0] :: share[1]]
         prompts = prompts[share[0] :: share[1]]
         outputs = self.engine.generate([{"prompt_token_ids": p} for p in prompts], each, use_tqdm=False)
-        groups = []
-        for prompt, output in zip(prompts, outputs):
-            groups.append([])
-            for c in output.outputs:
-                logp = [entry[token].logprob for token, entry in zip(c.token_ids, c.logprobs)]
-                groups[-1].append(Rollout(prompt, list(c.token_ids), logp, "stop" if c.finish_reason == "stop" else "length"))
-                if progress:
-                    progress(len(c.token_ids))
+        logp = lambda c: [entry[token].logprob for token, entry in zip(c.token_ids, c.logprobs)]
+        finish = lambda c: "stop" if c.finish_reason == "stop" else "length"
+        groups = [[Rollout(p, list(c.token_ids), logp(c), finish(c)) for c in o.outputs] for p, o in zip(prompts, outputs)]
+        if progress:
+            progress(sum(len(r.ids) for group in groups for r in group))
         return groups
 
     def sleep(self) -> None:
@@ -374,6 +343,11 @@ class VLLMSampler:
 CHUNK = 128  # completion tokens whose logits exist at once: 128 x 49k float32 = 25 MB, the size of a CPU's cache
 
 
+def chunks(count: int) -> list[slice]:
+    """[0, count) in parts of CHUNK."""
+    return [slice(start, start + CHUNK) for start in range(0, count, CHUNK)]
+
+
 class TokenLogprobs(torch.autograd.Function):
     """log softmax(h W^T / temperature) at the chosen token, and its entropy, without ever holding all logits.
 
@@ -386,8 +360,7 @@ class TokenLogprobs(torch.autograd.Function):
         """hidden [N, H], weight [V, H], ids [N] -> logp [N], entropy [N] (entropy carries no gradient)."""
         scaled, exact = hidden / temperature, torch.promote_types(hidden.dtype, torch.float32)  # softmax never in bfloat16
         logp, entropy, total = (hidden.new_empty(len(ids), dtype=exact) for _ in range(3))
-        for part in torch.arange(len(ids), device=ids.device).split(CHUNK):
-            at = slice(int(part[0]), int(part[-1]) + 1)
+        for at in chunks(len(ids)):
             logits = F.linear(scaled[at], weight).to(exact)  # [n, V]
             total[at] = logits.logsumexp(-1)
             logp[at] = logits.gather(1, ids[at, None])[:, 0] - total[at]
@@ -403,8 +376,7 @@ class TokenLogprobs(torch.autograd.Function):
         """grad [N] -> gradients of hidden [N, H] and weight [V, H]."""
         scaled, weight, ids, total = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(scaled), torch.zeros_like(weight)
-        for part in torch.arange(len(ids), device=ids.device).split(CHUNK):
-            at = slice(int(part[0]), int(part[-1]) + 1)
+        for at in chunks(len(ids)):
             d = (F.linear(scaled[at], weight).to(total.dtype) - total[at, None]).exp_().mul_(-grad[at, None])  # -g p   [n, V]
             d.scatter_add_(1, ids[at, None], grad[at, None])  # + g onehot
             d = d.to(weight.dtype)
@@ -527,16 +499,39 @@ def ranks() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def add_over_ranks(model, log: dict) -> None:
-    """Adds up all processes' gradients and log. Each pass weighs its tokens by counts over the whole batch, so the sum over
-    the processes is what one process would have got; an average would not be, with rollouts of different lengths."""
+def add_over_ranks(model, sums: dict[str, float]) -> None:
+    """Adds up all processes' gradients and sums. Each pass weighs its tokens by counts over the whole batch, so the sum
+    over the processes is what one process would have got; an average would not be, with rollouts of different lengths."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             dist.all_reduce(parameter.grad)
-    values = torch.tensor([log[key] for key in sorted(log)], dtype=torch.float64).to("cuda" if dist.get_backend() == "nccl" else "cpu")
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    values = torch.tensor([sums[key] for key in sorted(sums)], dtype=torch.float64, device=device)
     dist.all_reduce(values)
-    log.update(zip(sorted(log), values.tolist()))
+    for key, value in zip(sorted(sums), values.tolist()):
+        sums[key] = value
+
+
+@dataclass
+class Settings:
+    """How `update` turns advantages into a step; the defaults are GRPO's, on-policy, without KL."""
+
+    loss: str = "grpo"  # token weights: grpo, dr_grpo, dapo
+    temperature: float = 1.0  # that of the rollouts: scoring at another one is off-policy without saying so
+    max_new_tokens: int = 64  # dr_grpo's constant length
+    epochs: int = 1  # passes over the batch; from the second on the ratio leaves 1 and the clip has work
+    minibatches: int = 1  # optimiser steps in an epoch, each on a part of the groups and with its own token counts
+    clip_low: float = 0.2  # PPO's epsilon
+    clip_high: float = 0.2  # its upper side; DAPO takes 0.28
+    beta: float = 0.0  # weight of the KL term
+    tis_cap: float = 0.0  # truncated importance sampling: a token weighs min(trainer's / sampler's probability, cap); 0 = off
+    mask_truncated: bool = False  # completions that ran into the length limit leave the loss (they stay in the baseline)
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm
+    max_tokens: int = 3072  # of one pass (about 2 MB each for SmolLM2); the result does not depend on it
+    share_prompt: bool = True  # run a prompt once for its group; off: full sequences, the same numbers, slower
+    checkpointing: bool = False  # keep one tensor a layer, compute the rest again in backward: for models that do not fit
+
 
 def micro_batches(groups: list[list[Rollout]], max_tokens: int, share_prompt: bool = True) -> list[list[list[Rollout]]]:
     """Groups packed into passes of at most max_tokens tokens, padding counted; rows of like length share a pass.
@@ -596,113 +591,81 @@ class Pass:
         """The sampler's log-probs of the same tokens, [B, T]."""
         return torch.zeros_like(like).masked_scatter(mask, like.new_tensor([p for r in self.rows for p in r.logp]))
 
-    def loss(self, logp, mask, log: dict, s: "Settings") -> torch.Tensor:
-        """This pass's share of the batch's loss, a scalar; adds sums over its tokens to log. logp, mask [B, T]."""
-        advantage = logp.new_tensor([r.advantage for r in self.rows])[:, None]  # [B, 1]
-        token_loss = policy_loss(logp, self.old, advantage, s.clip_low, s.clip_high)  # [B, T]
+    def loss(self, logp, entropy, mask, s: Settings) -> tuple[torch.Tensor, dict[str, float]]:
+        """(this pass's share of the batch's loss, sums over its tokens for the log). logp, entropy, mask [B, T]."""
+        advantage, weight = (logp.new_tensor(v)[:, None] for v in ([r.advantage for r in self.rows], self.weight))  # [B, 1]
         drift = self.old - self.sampled(logp, mask)  # [B, T] log of trainer's over sampler's probability; 0 on padding
-        log["gap"] += drift.abs().sum().item()
-        if s.tis_cap:
-            trust = drift.exp().clamp(max=s.tis_cap)
-            token_loss = token_loss * trust
-            log["tis"] += (trust * mask).sum().item()
-        if s.beta:
-            kl = kl_k3(logp, self.reference)
-            token_loss = token_loss + s.beta * kl
-            log["kl"] += (kl.detach() * mask).sum().item()
+        trust = drift.exp().clamp(max=s.tis_cap) if s.tis_cap else torch.ones_like(drift)
+        kl = kl_k3(logp, self.reference) if s.beta else torch.zeros_like(logp)
+        token_loss = policy_loss(logp, self.old, advantage, s.clip_low, s.clip_high) * trust + s.beta * kl  # [B, T]
+        total = (token_loss * mask * weight).sum()
         ratio = (logp.detach() - self.old).exp()
         clipped = torch.where(advantage > 0, ratio > 1 + s.clip_high, (ratio < 1 - s.clip_low) & (advantage < 0))
-        log["clipped"] += clipped.sum().item()
-        log["tokens"] += int(mask.sum())
-        return (token_loss * mask * logp.new_tensor(self.weight)[:, None]).sum()
+        parts = (total, mask, entropy * mask, clipped, drift.abs(), trust * mask, kl * mask)
+        return total, {key: part.detach().sum().item() for key, part in zip(SUMS, parts, strict=True)}
 
 
-@dataclass
-class Settings:
-    """How `update` turns advantages into a step; the defaults are GRPO's, on-policy, without KL."""
+SUMS = ("loss", "tokens", "entropy", "clipped", "gap", "tis", "kl")
 
-    loss: str = "grpo"
-    "token weights: grpo, dr_grpo, dapo"
-    temperature: float = 1.0
-    "the one the rollouts were sampled at: scoring at another one is off-policy without saying so"
-    max_new_tokens: int = 64
-    "dr_grpo's constant length"
-    epochs: int = 1
-    "passes over the batch; from the second on the ratio leaves 1 and the clip has work"
-    minibatches: int = 1
-    "optimiser steps in an epoch, each on a part of the groups and with its own token counts"
-    clip_low: float = 0.2
-    "PPO's epsilon"
-    clip_high: float = 0.2
-    "its upper side; DAPO takes 0.28"
-    beta: float = 0.0
-    "weight of the KL term"
-    tis_cap: float = 0.0
-    "truncated importance sampling: weigh a token by min(trainer's / sampler's probability, cap); 0 = off"
-    mask_truncated: bool = False
-    "leave completions that ran into the length limit out of the loss (they stay in the baseline)"
-    max_grad_norm: float = 1.0
-    "gradients are scaled down to this norm"
-    max_tokens: int = 3072
-    "tokens of one pass (about 2 MB each for SmolLM2); the result does not depend on it"
-    share_prompt: bool = True
-    "run a prompt once for its group; off: full sequences, the same numbers, slower"
-    checkpointing: bool = False
-    "gradient checkpointing: keep one tensor a layer and compute the rest again in backward; for models that do not fit"
+
+def optimiser_steps(groups: list[list[Rollout]], s: Settings) -> list[list[Pass]]:
+    """The passes of each optimiser step of an epoch; of several processes (torchrun) those of this one.
+
+    Rollouts with advantage 0 have no gradient and spend no pass (with beta > 0 they have a KL term and do), but they count
+    in the normaliser.
+    """
+    rank, world = ranks()
+    counted = {id(r): 0 if s.mask_truncated and r.finish == "length" else len(r.ids) for group in groups for r in group}
+    steps: list[list[Pass]] = []
+    for part in range(min(s.minibatches, len(groups))):
+        chosen = groups[part :: s.minibatches]
+        names = [id(r) for group in chosen for r in group]
+        weight = dict(zip(names, token_weights([counted[i] for i in names], s.loss, s.max_new_tokens)))
+        live = [kept for group in chosen if (kept := [r for r in group if counted[id(r)] and (r.advantage or s.beta)])]
+        if live:
+            steps.append([Pass(batch, weight) for batch in micro_batches(live[rank::world], s.max_tokens, s.share_prompt)])
+    return steps
 
 
 def update(model, optimizer, groups: list[list[Rollout]], s: Settings, reference=None, progress=None) -> dict:
-    """Optimiser steps (epochs x minibatches) on a batch of groups whose advantages are set.
+    """Optimiser steps (epochs x minibatches) on a batch of groups whose advantages are set; every process gets all groups.
 
-    Rollouts with advantage 0 have no gradient and spend no pass (with beta > 0 they have a KL term and do), but they
-    count in the normaliser. Of several processes (torchrun) each is given all groups and runs its share. progress(rows) is called after each pass. Returns mean metrics. Raises FloatingPointError when
-    the gradient is not finite; the weights are then what the last good step left.
+    progress(rows) is called after each pass. Returns mean metrics. Raises FloatingPointError when the gradient is not
+    finite; the weights are then what the last good step left.
     """
-    counted = {id(r): 0 if s.mask_truncated and r.finish == "length" else len(r.ids) for group in groups for r in group}
-    live = [kept for group in groups if (kept := [r for r in group if counted[id(r)] and (r.advantage or s.beta)])]
-    steps: list[list[Pass]] = []
-    rank, world = ranks()
-    for part in range(min(s.minibatches, len(groups))):
-        chosen = [id(r) for group in groups[part :: s.minibatches] for r in group]
-        weight = dict(zip(chosen, token_weights([counted[i] for i in chosen], s.loss, s.max_new_tokens)))
-        if mine := [group for group in live if id(group[0]) in weight]:
-            steps.append([Pass(batch, weight) for batch in micro_batches(mine[rank::world], s.max_tokens, s.share_prompt)])
+    steps = optimiser_steps(groups, s)
     with torch.no_grad():
         for part in (part for passes in steps for part in passes):
             if len(steps) > 1:  # a single step takes `old` from its own first pass: one forward pass less
                 part.old = part.logprobs(model, s.temperature)[0]
             if s.beta:
                 part.reference = part.logprobs(reference, s.temperature)[0]
-    total_log, norms = Counter(), 0.0
+    log, taken = Counter(), max(len(steps) * s.epochs, 1)
     for passes in steps * s.epochs:
         optimizer.zero_grad(set_to_none=True)
-        log = dict.fromkeys(("loss", "tokens", "entropy", "clipped", "gap", "tis", "kl"), 0.0)
-        for part in passes:
-            with recomputed(model, s.checkpointing):
+        sums = Counter(dict.fromkeys(SUMS, 0))
+        with recomputed(model, s.checkpointing):
+            for part in passes:
                 logp, entropy, mask = part.logprobs(model, s.temperature)
-                if part.old is None:
-                    part.old = logp.detach()  # from this very pass: the first ratio is exactly 1
-                total = part.loss(logp, mask, log, s)
-                total.backward()
-            log["loss"] += total.item()
-            log["entropy"] += (entropy * mask).sum().item()
-            if progress:
-                progress(len(logp))
-        if world > 1:
-            add_over_ranks(model, log)
+                part.old = logp.detach() if part.old is None else part.old  # of this very pass: the first ratio is exactly 1
+                loss, noted = part.loss(logp, entropy, mask, s)
+                loss.backward()
+                sums.update(noted)
+                if progress:
+                    progress(len(logp))
+        if ranks()[1] > 1:
+            add_over_ranks(model, sums)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.max_grad_norm)
         if not torch.isfinite(norm):
             optimizer.zero_grad(set_to_none=True)
             raise FloatingPointError("the gradient is not finite: this step was not taken; lower --lr or look at the rewards")
         optimizer.step()
-        norms += norm.item()
-        for key, value in log.items():
-            total_log[key] += value
-    log, taken = total_log, max(len(steps) * s.epochs, 1)
+        log.update(sums)
+        log["norm"] += norm.item()
     tokens = log["tokens"] or math.nan  # nothing trained: nothing to average
     return {
         "loss": log["loss"] / taken,
-        "grad_norm": norms / taken,
+        "grad_norm": log["norm"] / taken,
         "entropy": log["entropy"] / tokens,
         "clip_share": log["clipped"] / tokens,
         "logp_gap": log["gap"] / tokens,
@@ -719,10 +682,9 @@ def measure_kl(reference, groups: list[list[Rollout]], temperature: float) -> fl
 
     For the log when beta = 0: an eighth of the rows and no pass of the policy, where the loss term would need them all.
     """
-    first = [group[0] for group in groups]
-    ref, _, mask = completion_logprobs(reference, [r.prompt_ids for r in first], [[r.ids] for r in first], temperature)
-    logp = torch.zeros_like(ref).masked_scatter(mask, ref.new_tensor([p for r in first for p in r.logp]))
-    return ((kl_k3(logp, ref) * mask).sum() / mask.sum()).item()
+    first = Pass([group[:1] for group in groups], Counter())
+    logp, _, mask = first.logprobs(reference, temperature)
+    return ((kl_k3(first.sampled(logp, mask), logp) * mask).sum() / mask.sum()).item()
 
 
 def freeze(model):
@@ -733,21 +695,19 @@ def freeze(model):
 def main() -> int:
     """The numbers of one small group, from rewards to the gradient of the first token."""
     rewards = torch.tensor([[0.9, 0.4, 0.4, math.nan]])
-    advantage = advantages(rewards)
     print(f"rewards     {rewards[0].tolist()}   (nan: the judge gave no verdict)")
-    print(f"advantages  {[round(a, 3) for a in advantage[0].tolist()]}\n")
-    lengths = [3, 5, 20, 8]
+    print(f"advantages  {[round(a, 3) for a in advantages(rewards)[0].tolist()]}\n")
     print("weight of a token of each completion, by loss (lengths 3, 5, 20, 8):")
     for loss in ("grpo", "dr_grpo", "dapo"):
-        print(f"  {loss:<8} {[round(w, 4) for w in token_weights(lengths, loss, 32)]}")
+        print(f"  {loss:<8} {[round(w, 4) for w in token_weights([3, 5, 20, 8], loss, 32)]}")
     print("\nloss and gradient of one token with advantage 1, by ratio = exp(logp - old):")
     for ratio in (0.5, 1.0, 1.1, 1.5):
         logp = torch.tensor([[math.log(ratio)]], requires_grad=True)
-        value = policy_loss(logp, torch.zeros(1, 1), torch.ones(1, 1))
-        value.sum().backward()
+        value = policy_loss(logp, torch.zeros(1, 1), torch.ones(1, 1)).sum()
+        value.backward()
         print(f"  ratio {ratio:.1f}   loss {value.item():+.2f}   d loss / d logp {logp.grad.item():+.2f}")
-    print("\nAt ratio 1 the loss is minus the advantage, and the advantages of a group sum to 0:")
-    print("the loss reads 0, its gradient does not.")
+    print("\nAt ratio 1 the loss is minus the advantage, and the advantages of a group sum to 0:\n"
+          "the loss reads 0, its gradient does not.")  # fmt: skip
     return 0
 
 

@@ -116,7 +116,7 @@ def test_gdpo_hears_every_class():
 
 
 class Script:
-    """Stands for train.Lab: validation scores per class and per trial are given, and what is asked of it is recorded."""
+    """Stands for arlrr.Lab: validation scores per class and per trial are given, and what is asked of it is recorded."""
 
     def __init__(self, scores, method):
         self.scores, self.method, self.asked = scores, method, []
@@ -357,7 +357,7 @@ def test_a_trial_is_taken_back_bit_by_bit(tiny, forms, trained):
     for e in examples:
         e.tokens = grpo.encode(policy.tokenizer, e.prompt)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.01)
-    lab = train.Lab(policy, None, optimizer, method, examples[:4], examples[4:], config).at(0)
+    lab = train.lab_of(train.Session(config, policy, None, optimizer, method, examples[:4], [], examples[4:])).at(0)
     method.turns.active = "communication_quality"
     for ahead in range(trained):
         lab.update(ahead)

@@ -1,6 +1,7 @@
 """report.html and --plot, looked at by a parser and, where there is one, by a real browser."""
 
 import base64
+import hashlib
 import json
 import re
 import shutil
@@ -46,42 +47,67 @@ def hostile_run(tmp_path):
     return tmp_path / "run" / "report.html"
 
 
+def record_of(text):
+    """The JSON in the page."""
+    return json.loads(re.search(r'<script type="application/json" id="record">(.*?)</script>', text, re.S)[1])
+
+
 def test_a_hostile_completion_stays_text(tmp_path):
     text = hostile_run(tmp_path).read_text(encoding="utf8")
     page = Page(text)
-    assert not {"script", "b", "iframe", "link"} & {tag for tag, _ in page.tags}
-    images = [attrs for tag, attrs in page.tags if tag == "img"]
-    assert len(images) == 1 and base64.b64decode(images[0]["src"].removeprefix("data:image/png;base64,"))[:4] == b"\x89PNG"
+    scripts = [attrs for tag, attrs in page.tags if tag == "script"]
+    assert scripts == [{"type": "application/json", "id": "record"}, {}]  # the record, and the page's own
+    assert not {"b", "iframe", "link", "img", "pre"} & {tag for tag, _ in page.tags}  # nothing else before the script has run
     assert not any(key.startswith("on") for _, attrs in page.tags for key in attrs)
-    assert HOSTILE in "".join(page.text) and "default-src 'none'" in text
-    assert not re.search(r"https?://", text.replace(HOSTILE, ""))  # nothing is loaded from anywhere
-    heads = [t for t in page.text if re.match(r"(Rollouts of|Held-out answers)", t)]
-    assert heads == ["Rollouts of training step 1", "Rollouts of training step 3", "Held-out answers at step 3"]
-    kinds = [attrs["class"] for tag, attrs in page.tags if tag == "tr" and "class" in attrs]
-    assert kinds[:3] == ["good", "bad", "none"]
-    for cell in ("+2", "2", "-1", "missing", "reward +0.500, advantage -0.700, 2 tokens, stop"):
-        assert cell in page.text
+    record = record_of(text)
+    assert [name for name, _ in record["rollouts"]] == ["Rollouts of training step 1", "Rollouts of training step 3", "Held-out answers at step 3"]
+    [row] = record["rollouts"][0][1]
+    assert row["text"] == row["id"] == row["verdicts"][0]["title"] == row["verdicts"][0]["reason"] == HOSTILE
+    assert record["prompts"][HOSTILE][0]["content"] == HOSTILE and base64.b64decode(record["png"])[:4] == b"\x89PNG"
+    assert not re.search(r"(src|href)=.?https?://|@import|fetch\(|innerHTML|insertAdjacentHTML|document\.write", text)
+
+
+def test_the_pages_policy_allows_its_own_script_and_nothing_else(tmp_path):
+    text = hostile_run(tmp_path).read_text(encoding="utf8")
+    own = re.findall(r"<script>(.*?)</script>", text, re.S)
+    assert len(own) == 1 and re.findall(r"script-src '([^']*)'", text) == ["sha256-" + base64.b64encode(hashlib.sha256(own[0].encode()).digest()).decode()]
+    assert "default-src 'none'" in text
 
 
 def test_a_real_run_has_its_page(tiny, few, tmp_path):  # noqa: F811
     assert run(tiny, few, tmp_path / "run") == 0
-    page = Page((tmp_path / "run" / "report.html").read_text(encoding="utf8"))
-    rollouts = [tag for tag, _ in page.tags if tag == "details"]
-    assert len(rollouts) == 1 + 2 * 6 + 2 * 2  # last metrics; rollouts of the first and last step, of the first and last evaluation
-    sample = lines(tmp_path / "run" / "samples.jsonl")[-1]
-    assert any(sample["verdicts"][0]["reason"] == t for t in page.text)
+    record = record_of((tmp_path / "run" / "report.html").read_text(encoding="utf8"))
+    assert [len(rows) for _, rows in record["rollouts"]] == [6, 6, 2, 2]  # the first and the last step, the first and the last evaluation
+    assert record["rollouts"][-1][1][-1]["text"] == lines(tmp_path / "run" / "samples.jsonl")[-1]["text"]
+    assert [row["step"] for row in record["metrics"]] == [0, 1, 2, 3] and "steps 3" in record["settings"]
+
+
+def chromium(tmp_path, width, *what):
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync", "--disable-component-update",
+             f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900"]  # fmt: skip
+    return subprocess.run(["chromium", *flags, *what], capture_output=True, text=True, timeout=120, check=True).stdout
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
 @pytest.mark.parametrize("width", [1280, 390])
 def test_in_a_real_browser(tmp_path, width):
+    """What the browser has made of the page: every hostile text is text, and each verdict has its colour."""
     path = hostile_run(tmp_path)
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync", "--disable-component-update",
-             f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900"]  # fmt: skip
-    dumped = subprocess.run(["chromium", *flags, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120, check=True).stdout
-    assert re.search(r"<title>(.*?)</title>", dumped)[1] == "explicit, seed 0: run"  # no script has changed it
+    dumped = chromium(tmp_path, width, "--dump-dom", path.as_uri())
+    assert re.search(r"<title>(.*?)</title>", dumped)[1] == "explicit, seed 0: run"  # no other script has changed it
+    page = Page(dumped)
+    tags = [tag for tag, _ in page.tags]
+    assert tags.count("script") == 2 and tags.count("img") == 1 and tags.count("details") == 3 and not {"b", "iframe"} & set(tags)
+    assert not any(key.startswith("on") for _, attrs in page.tags for key in attrs)
+    shown = [t for t in page.text if t == HOSTILE]
+    assert len(shown) >= 3 * 3  # of each rollout the response, a criterion's title and the judge's reason
+    kinds = [attrs["class"] for tag, attrs in page.tags if tag == "tr" and "class" in attrs]
+    assert kinds[:3] == ["good", "bad", "none"]
+    for cell in ("+2", "2", "-1", "missing", "reward +0.500, advantage -0.700, 2 tokens, stop", "Rollouts of training step 1"):
+        assert cell in page.text
+    assert dumped.count("<circle") == 3  # the chosen metric has three steps
     shot = tmp_path / "shot.png"
-    subprocess.run(["chromium", *flags, f"--screenshot={shot}", path.as_uri()], capture_output=True, timeout=120, check=True)
+    chromium(tmp_path, width, f"--screenshot={shot}", path.as_uri())
     assert shot.read_bytes()[:4] == b"\x89PNG"
 
 

@@ -1,6 +1,7 @@
 """train.py as a user meets it: real runs of a tiny model, resumed runs, and one-line answers to bad input."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -250,3 +251,21 @@ def test_the_default_model_is_real():
 def test_each_file_runs_by_itself(name):
     done = subprocess.run([sys.executable, ROOT / f"{name}.py"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and len(done.stdout.split("\n")) > 8
+
+
+def test_the_folder_can_be_copied_and_one_concept_deleted(tiny, tmp_path):
+    """Somewhere else, without rler.py: everything runs but for the flags of that method, which say so."""
+    fork = tmp_path / "fork"
+    fork.mkdir()
+    for name in ("rar", "judge", "grpo", "arlrr", "train"):
+        shutil.copy(ROOT / f"{name}.py", fork)
+    shutil.copytree(ROOT / "data", fork / "data")
+    start = lambda *flags: subprocess.run([sys.executable, "train.py", *map(str, flags)], cwd=fork, capture_output=True, text=True, timeout=300)
+    small = [*SMALL, "--steps", "1", "--model", tiny, "--eval_data", "few.jsonl"]
+    (fork / "few.jsonl").write_text("\n".join((ROOT / "data" / "heldout.jsonl").read_text(encoding="utf8").split("\n")[:2]) + "\n", encoding="utf8")
+    for method in ("explicit", "arlrr"):
+        done = start(*small, "--method", method, "--out", method)
+        assert done.returncode == 0 and (fork / method / "report.html").exists(), done.stderr
+    for flags in (["--method", "rler"], ["--flaws", "zero"], ["--evolve", "fifo"]):
+        done = start(*small, *flags)
+        assert done.returncode == 2 and flags[0] in done.stderr and done.stderr.count("\n") == 1, done.stderr
