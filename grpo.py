@@ -186,17 +186,6 @@ AttentionInterface.register("folded", folded_attention)
 AttentionMaskInterface.register("folded", sdpa_mask)
 
 
-@contextmanager
-def attention(model, name: str):
-    """Runs the model with another attention function, then puts the old one back."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(name)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
 def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """One token a row by inverse CDF. logits [B, V], uniform [B] in [0, 1) -> ids [B], log-probs [B].
 
@@ -242,29 +231,31 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
     running = torch.ones(len(rollouts), dtype=torch.bool, device=device)  # [B]
     # From one row a prompt to one row a rollout. mask [B, L] grows to [B, L + t]; positions [B, 1] count real tokens only.
     hidden, mask, positions = keep(cache, index // group_size, hidden, mask.long(), last)
-    with attention(model, "folded"):
-        for step in range(max_new_tokens):
-            token, logp = draw(head(hidden), uniform[index, step], temperature)  # [B], [B]
-            for i, go, t, p in zip(index.tolist(), running.tolist(), token.tolist(), logp.tolist()):
-                if go:
-                    rollouts[i].ids.append(t)
-                    rollouts[i].logp.append(p)
-                    rollouts[i].finish = "stop" if t in ends else "length"
-            running &= torch.tensor([t not in ends for t in token.tolist()], device=device)
-            left = int(running.sum())
-            if progress:
-                progress(left)
-            if left == 0 or step == max_new_tokens - 1:
-                break
-            if left <= 0.9 * len(index):  # dropping finished rows copies the cache: do it when it pays
-                rows = running.nonzero()[:, 0]
-                token, running = token[rows], running[rows]
-                mask, positions, index = keep(cache, rows, mask, positions, index)
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            positions = positions + 1
-            where = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
-            with precision(model):
-                hidden = base(token[:, None], **where, use_cache=True)[0][:, 0].to(head.weight.dtype)  # [B, H]
+    usual = model.config._attn_implementation
+    model.set_attn_implementation("folded")  # right for longer queries too: no harm if an exception leaves it set
+    for step in range(max_new_tokens):
+        token, logp = draw(head(hidden), uniform[index, step], temperature)  # [B], [B]
+        for i, go, t, p in zip(index.tolist(), running.tolist(), token.tolist(), logp.tolist()):
+            if go:
+                rollouts[i].ids.append(t)
+                rollouts[i].logp.append(p)
+                rollouts[i].finish = "stop" if t in ends else "length"
+        running &= torch.tensor([t not in ends for t in token.tolist()], device=device)
+        left = int(running.sum())
+        if progress:
+            progress(left)
+        if left == 0 or step == max_new_tokens - 1:
+            break
+        if left <= 0.9 * len(index):  # dropping finished rows copies the cache: do it when it pays
+            rows = running.nonzero()[:, 0]
+            token, running = token[rows], running[rows]
+            mask, positions, index = keep(cache, rows, mask, positions, index)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        positions = positions + 1
+        where = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+        with precision(model):
+            hidden = base(token[:, None], **where, use_cache=True)[0][:, 0].to(head.weight.dtype)  # [B, H]
+    model.set_attn_implementation(usual)
     return [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
 
 

@@ -65,6 +65,8 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass
 class Config:
+    """Every setting of a run. A field is a flag of the command line, the comment above it is the flag's help."""
+
     # reward: explicit (RaR, Eq. 1), points (HealthBench: signed points over positive points), rler (evolving rubrics), arlrr
     # (one class of criteria at a time); with a model as judge also implicit, predefined, likert, reference_likert
     method: str = "explicit"
@@ -172,6 +174,7 @@ class Config:
     plot: str = ""
 
 
+# Read by parse_config: the values that a flag may have.
 CHOICES = {
     "method": (*rar.METHODS, *["rler"] * bool(rler), "arlrr"), "loss": ("grpo", "dr_grpo", "dapo"), "advantage": ("std", "mean", "none"),
     "dtype": ("auto", "float32", "bfloat16"), "sampler": ("torch", "vllm"), "evolve": getattr(rler, "SELECTIONS", ()),
@@ -185,7 +188,8 @@ LIMITS = {  # what to give: (flags, what holds of a good value)
     "a number above 0": ("temperature lr", lambda v: 0 < v < math.inf),
     "a share from 0 to 1": ("audit form_share judge_max_missing", lambda v: 0 <= v <= 1),
 }
-RESUMABLE = {"steps", "eval_every", "save_every", "resume", "judge_cache"}  # may differ from the run that is resumed
+# What may differ from the run that is resumed. Everything else would make one log out of two experiments.
+RESUMABLE = {"steps", "eval_every", "save_every", "resume", "judge_cache"}
 
 
 class UserError(Exception):
@@ -237,7 +241,11 @@ def parse_config(argv: list[str]) -> tuple[Config, set[str]]:
 
 
 def settings(config: Config) -> grpo.Settings:
-    """What grpo.update needs to know: the fields of the same name, and the two whose default follows from others."""
+    """What grpo.update needs to know: the fields of the same name, and the two whose default follows from others.
+
+    clip-higher is DAPO's (arXiv 2503.14476, section 3.1). vLLM's kernels give other log-probs than the trainer's, so
+    importance weights are on with it; the sampler of grpo.py scores as the trainer does, and they would all be 1.
+    """
     values = {f.name: getattr(config, f.name) for f in fields(grpo.Settings) if hasattr(config, f.name)}
     values["clip_high"] = config.clip_high or (0.28 if config.loss == "dapo" else config.clip_low)
     values["tis_cap"] = config.tis_cap if config.tis_cap >= 0 else 2.0 * (config.sampler == "vllm")
@@ -423,7 +431,8 @@ def one_step(session: Session, examples: list[rar.Example], step: int) -> tuple[
     method.score(groups, progress=True)
     groups = exchanged(groups, method)
     clock.append(time.perf_counter())
-    # 3. Learn: better or worse than the other answers to the same prompt?
+    # 3. Learn: better or worse than the other answers to the same prompt? A method may normalise for itself (gdpo, which
+    # needs the rewards of each class before they are added up).
     rewards = torch.tensor([[r.reward for r in rollouts] for _, rollouts in groups])  # [P, G]
     own = getattr(method, "own_advantages", False)
     advantages = method.advantages(groups) if own else grpo.advantages(rewards, config.advantage).tolist()
@@ -435,7 +444,7 @@ def one_step(session: Session, examples: list[rar.Example], step: int) -> tuple[
     seconds = {f"seconds_{name}": b - a for name, a, b in zip(("rollout", "judge", "train"), clock, clock[1:])}
     rollouts = [r for _, group in groups for r in group]
     verdicts = [v.score for r in rollouts for v in r.verdicts]
-    known = [[r for r in group if not math.isnan(r.reward)] for _, group in groups]
+    known = [[r for r in group if not math.isnan(r.reward)] for _, group in groups]  # nan: could not be scored
     tokens = sum(len(r.ids) for r in rollouts)
     return {
         "step": step + 1,
@@ -459,6 +468,8 @@ def one_step(session: Session, examples: list[rar.Example], step: int) -> tuple[
 def learn(session: Session, groups: list[list], step: int) -> dict:
     """Moves the policy by the advantages of these rollouts. Returns grpo.update's metrics, the KL among them."""
     config, policy, reference = session.config, session.policy, session.reference
+    # Warm-up over a tenth of the steps: Adam's first steps divide by moments estimated from one gradient. It follows from the
+    # step alone, so that there is no scheduler to save.
     for options in session.optimizer.param_groups:
         options["lr"] = config.lr * min(1.0, (step + 1) / max(1, round(config.steps * 0.1)))
     if policy.engine:
@@ -486,7 +497,11 @@ def exchanged(groups: list, method) -> list:
 
 
 def correlation(pairs: list[tuple[float, float]]) -> float:
-    """Pearson's; nan where one of the two has no spread."""
+    """Pearson's; nan where one of the two has no spread.
+
+    >>> correlation([(10, 0.2), (20, 0.4), (30, 0.6)]), correlation([(10, 0.2), (10, 0.4)])
+    (1.0, nan)
+    """
     if any(len(set(column)) < 2 for column in zip(*pairs)) or not pairs:
         return math.nan
     return statistics.correlation(*zip(*((float(a), b) for a, b in pairs)))
@@ -544,6 +559,7 @@ def train(config: Config, given: set[str]) -> int:
 
 def begin(config: Config, folder: Path, state: dict | None) -> Session:
     """Data, judge, method, policy and optimiser, new or as the checkpoint in `folder` left them. Raises UserError."""
+    # In the order of what it costs to be wrong: data and flags first, the model after them.
     examples, heldout = read_data(config)
     method = make_method(config, make_judge(config))  # a method that the judge cannot serve should cost no half minute
     policy = Policy(str(folder / "checkpoint") if state else config.model, config.dtype)
@@ -557,7 +573,10 @@ def begin(config: Config, folder: Path, state: dict | None) -> Session:
     examples = [e for e in examples[: config.prompts or (len(examples) if config.data else 20)] if method.eligible(e)]
     if not examples:
         raise UserError(f"--method {config.method} can learn from none of the training prompts (reference_likert needs references)")
+    # Second moments that forget in about 20 steps (0.95, not 0.999): a run has tens to hundreds of steps. No weight decay: it
+    # would pull the policy away from where it started, whatever the reward says.
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    # The reference is always the model that the run began with, also when the policy comes from a checkpoint.
     reference = grpo.freeze(policy.model if not state else Policy(config.model, config.dtype).model)
     if state:
         optimizer.load_state_dict(state["optimizer"])
@@ -600,6 +619,8 @@ def loop(run: "Run", session: Session, step: int, stop: "Stop") -> None:
             with one_line_errors(run, session, step):
                 chosen = method.before_step(session.examples, lab.at(step))
                 metrics, groups = next_step(session, step)
+            # From here to the end of the step nothing can fail but the disk; the log comes before the checkpoint, because
+            # resuming cuts the log back to the checkpoint's step, but cannot write lines that are missing.
             ending = stop.agree()  # asked once a step: a signal from here on is for the next one, so that no step goes unsaved
             metrics |= chosen | method.after_step(groups)
             step += 1
@@ -749,22 +770,27 @@ class Run:
 
     def truncate(self, step: int) -> None:
         """Drops lines after `step` and a last line cut off by a kill: a resumed run writes them again."""
-
-        def wanted(line: str) -> bool:
-            try:
-                return json.loads(line)["step"] <= step
-            except ValueError:
-                return False
-
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.folder / name
             if self.writes and path.exists():
-                kept = [line for line in path.read_text(encoding="utf8").split("\n") if line and wanted(line)]
+                kept = [line for line in path.read_text(encoding="utf8").split("\n") if step_of(line) <= step]
                 path.write_text("".join(line + "\n" for line in kept), encoding="utf8")
         if torch.distributed.is_initialized():
             torch.distributed.barrier()  # the others read what the first one has just rewritten
         for row in self.rows("samples.jsonl"):
             self.show(row)
+
+
+def step_of(line: str) -> float:
+    """The step that a line of a log tells of; infinity for a line that was cut off.
+
+    >>> step_of('{"step": 3}'), step_of('{"step": 3, "rew'), step_of("")
+    (3, inf, inf)
+    """
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
 
 
 def versions() -> dict[str, str]:
@@ -775,7 +801,11 @@ def versions() -> dict[str, str]:
 
 
 def finite(value):
-    """The same value with nan and infinity replaced by None, at any depth."""
+    """The same value with nan and infinity replaced by None (JSON knows neither), and six decimals, at any depth.
+
+    >>> finite({"reward": math.nan, "scores": [1 / 3, 2]})
+    {'reward': None, 'scores': [0.333333, 2]}
+    """
     if isinstance(value, float):
         return round(value, 6) if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -785,6 +815,7 @@ def finite(value):
 
 # ------------------------------------------------------------------------------------------- pictures
 
+# What is worth a look in every run: is it learning, does it carry over, at what length, how far from where it started?
 PANELS = {
     "reward": "training reward, mean of a step",
     "eval_score": "held-out score (points met / positive points)",
@@ -961,7 +992,10 @@ def keep_memory() -> None:
 
 
 def several_processes() -> None:
-    """Joins the others when torchrun has started more than one of us; all but the first are silent."""
+    """Joins the others when torchrun has started more than one of us; all but the first are silent.
+
+    nccl talks between GPUs, gloo between CPUs (which is how it is tested).
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) < 2:
         return
     if torch.cuda.is_available():
