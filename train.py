@@ -168,9 +168,9 @@ class Config:
     eval_every: int = 10
     # steps between checkpoints (there is always one at the end)
     save_every: int = 10
-    # only evaluate: a run, a checkpoint, smollm2, or saved answers (.jsonl); two of them with a comma between: their difference
+    # only evaluate: a run, a checkpoint, smollm2, or saved answers (.jsonl); two of them: their difference, paired
     eval_only: str = ""
-    # only draw the curves of runs: their folders with a comma between; the picture goes to --out, default runs.png
+    # only draw the curves of runs (their folders); the picture goes to --out, default runs.png
     plot: str = ""
 
 
@@ -220,14 +220,15 @@ def field_notes() -> dict[str, str]:
 def parse_config(argv: list[str]) -> tuple[Config, set[str]]:
     """Flags from the fields of Config. Returns the config and the names that were given. Raises UserError."""
     plain = argparse.RawDescriptionHelpFormatter  # keeps the line breaks of the text at the top of this file
-    parser = Parser(prog="train.py", description=__doc__, formatter_class=plain, allow_abbrev=False)
+    parser = Parser(prog="train.py", usage="python train.py [--flag value ...]", description=__doc__, formatter_class=plain, allow_abbrev=False)
     notes = field_notes()
     for f in fields(Config):
         note = notes[f.name] + (f" [{f.default}]" if f.default != "" else "")
         # SUPPRESS keeps flags that were not given out of the result: a resumed run must know which ones were.
         options = {"type": f.type, "default": argparse.SUPPRESS, "choices": CHOICES.get(f.name)}
+        options |= {"nargs": "+"} if f.name in ("plot", "eval_only") else {}
         parser.add_argument(f"--{f.name}", help=note.replace("%", "%%"), **options)
-    given = vars(parser.parse_args(argv))
+    given = {k: ",".join(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
     config = Config(**given)
     for wanted, (names, holds) in LIMITS.items():
         for name in names.split():
@@ -935,10 +936,10 @@ def summary(run: Run, heldout: list[rar.Example], seconds: float) -> None:
 
 
 def evaluate_only(config: Config) -> int:
-    """Greedy held-out answers of one model, or of two with a comma between: tables on stderr, one JSON line on stdout."""
+    """Greedy held-out answers of one model, or of two: tables on stderr, one JSON line on stdout."""
     names = config.eval_only.split(",")
     if len(names) > 2:
-        raise UserError(f"--eval_only {config.eval_only}: give one model, or two with a comma between")
+        raise UserError(f"--eval_only {config.eval_only}: give one model, or two")
     judge = make_judge(config)
     metrics, answers = zip(*(evaluate_one(config, name, judge) for name in names))
     line = metrics[0]

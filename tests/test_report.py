@@ -114,8 +114,10 @@ def test_in_a_real_browser(tmp_path, width):
 def test_runs_are_compared_in_a_picture(tiny, few, tmp_path, capsys):  # noqa: F811
     for seed, method in ((0, "explicit"), (1, "explicit"), (0, "points")):
         assert run(tiny, few, tmp_path / f"{method}{seed}", "--seed", str(seed), "--method", method) == 0
-    folders = ",".join(str(tmp_path / name) for name in ("explicit0", "explicit1", "points0"))
-    assert train.main(["--plot", folders, "--out", str(tmp_path / "runs.png")]) == 0
+    folders = [str(tmp_path / name) for name in ("explicit0", "explicit1", "points0")]
+    assert train.main(["--plot", ",".join(folders), "--out", str(tmp_path / "commas.png")]) == 0
+    capsys.readouterr()
+    assert train.main(["--plot", *folders, "--out", str(tmp_path / "runs.png")]) == 0
     assert "3 runs" in capsys.readouterr().out and (tmp_path / "runs.png").read_bytes()[:4] == b"\x89PNG"
     assert train.main(["--plot", str(tmp_path / "nothing")]) == 2
     assert "no run there" in capsys.readouterr().err
