@@ -1,0 +1,103 @@
+"""What the README says can be done can be done: names exist, flags exist, and its three worked examples apply and run."""
+
+import importlib
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+from conftest import ROOT
+from judge_server import JudgeServer
+from test_train import SMALL, lines
+
+import train
+
+TEXT = (ROOT / "README.md").read_text(encoding="utf8")
+FILES = ("rar", "judge", "grpo", "rler", "arlrr", "train")
+
+
+def test_every_name_in_the_table_of_papers_exists():
+    part = TEXT.partition("## From paper to function to test")[2].partition("\n## ")[0]
+    functions = re.findall(r"`((?:rar|judge|grpo|rler|arlrr)\.\w+)`", part)
+    assert len(functions) >= 10
+    for name in functions:
+        module, _, attribute = name.partition(".")
+        assert hasattr(importlib.import_module(module), attribute), name
+    tests = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", part)
+    assert len(tests) >= 10
+    for file, test in tests:
+        assert f"def {test}" in (ROOT / "tests" / file).read_text(encoding="utf8"), (file, test)
+
+
+def test_every_picture_and_file_it_names_is_there():
+    named = re.findall(r"\]\((data/[\w.]+)\)", TEXT) + re.findall(r"python ((?:tests/)?\w+\.py)", TEXT)
+    assert len(set(named)) > 8
+    assert not [name for name in named if not (ROOT / name).is_file()]
+
+
+def test_every_flag_in_its_commands_exists(capsys):
+    known = {"train": {f"--{f.name}" for f in fields(train.Config)}}
+    for name in ("rar", "judge", "rler", "arlrr"):
+        with pytest.raises(SystemExit):
+            importlib.import_module(name).main(["--help"])
+        known[name] = set(re.findall(r"--\w+", capsys.readouterr().out))
+    commands = re.findall(r"(?:python |torchrun [^`\n]*?)(rar|judge|rler|arlrr|train)\.py([^`\n|]*)", TEXT)
+    assert len(commands) > 15
+    for file, rest in commands:
+        flags = set(re.findall(r"(?<!\S)--\w+", rest))
+        assert flags <= known[file] | {"--png"}, (file, flags - known[file])
+
+
+@pytest.fixture
+def fork(tmp_path):
+    """A copy of the repository's files, as somebody who wants to change them would make it."""
+    folder = tmp_path / "fork"
+    folder.mkdir()
+    for name in FILES:
+        shutil.copy(ROOT / f"{name}.py", folder)
+    shutil.copytree(ROOT / "data", folder / "data")
+    (folder / "few.jsonl").write_text("\n".join((ROOT / "data" / "heldout.jsonl").read_text(encoding="utf8").split("\n")[:2]) + "\n", encoding="utf8")
+    return folder
+
+
+EXAMPLES = re.findall(r"```diff\n(.*?)```", TEXT, re.S)
+
+
+def test_there_are_three_worked_examples_of_under_twenty_lines():
+    assert len(EXAMPLES) == 3
+    for diff in EXAMPLES:
+        changed = [line for line in diff.split("\n") if re.match(r"[+-](?![+-]{2} )", line)]
+        assert 3 <= len(changed) < 20
+
+
+def forked(fork, number, *flags):
+    """The fork with one example applied, and one step of training in it."""
+    diff = EXAMPLES[number].encode()
+    done = subprocess.run(["git", "apply", "--recount", "-"], cwd=fork, input=diff, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    command = [sys.executable, "train.py", *SMALL, "--steps", "2", "--eval_data", "few.jsonl", "--out", "run", *map(str, flags)]
+    done = subprocess.run(command, cwd=fork, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return lines(fork / "run" / "samples.jsonl")
+
+
+def test_a_new_aggregation(fork, tiny):
+    rows = [row for row in forked(fork, 0, "--model", tiny, "--method", "weakest") if row["split"] == "train" and row["text"].strip()]
+    for row in rows:
+        wrong = [v for v in row["verdicts"] if v["score"] != (v["weight"] > 0)]
+        assert 0 <= row["reward"] <= 1 and (row["reward"] == 1) == (not wrong)
+
+
+def test_a_new_judge(fork, tiny):
+    with JudgeServer() as one, JudgeServer() as two:
+        flags = ["--model", tiny, "--judge", f"{one.url},{two.url}", "--judge_model", "m", "--judge_cache", "cache.jsonl"]
+        rows = forked(fork, 1, *flags)
+        assert len(one.bodies) > 10 and len(one.bodies) == len(two.bodies)  # both are asked
+    assert all(v["score"] in (0, 0.5, 1) for row in rows for v in row["verdicts"])
+
+
+def test_a_new_schedule(fork, tiny):
+    forked(fork, 2, "--model", tiny, "--method", "arlrr", "--schedule", "sticky", "--stage", "1", "--prompts", "10")
+    assert [row["stage"] for row in lines(fork / "run" / "metrics.jsonl")[1:]] == [1, 2]
