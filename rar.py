@@ -2,7 +2,7 @@
 
 Reading order: Criterion and Example (what a rubric is), the readers (where rubrics come from), the rewards (how verdicts
 become one number), METHODS (the paper's six designs as one table), RubricReward (the object that train.py calls), the
-evaluation scores, the rubric writer, two simulated studies.
+evaluation scores, the rubric writer. Two simulated studies of the rewards are in tests/reproduce_rar.py.
 
   RaR-Explicit, Eq. 1:   r(x, y) = sum_j w_j c_j(x, y) / sum_j w_j        c_j in {0, 1}, judged independently
   weights (section 4.4, v2): Essential 1.0, Important 0.7, Optional 0.3, Pitfall 0.9
@@ -36,6 +36,7 @@ import json
 import math
 import random
 import re
+import runpy
 import statistics
 import sys
 from collections import Counter
@@ -837,117 +838,7 @@ def write_rubrics(judge, source: str, out: str, prompt, read) -> dict:
     return {"written": len(todo) - len(dropped), "already_there": len(examples) - len(todo), "dropped": dropped, "refused": dict(refused)}
 
 
-# ------------------------------------------------------------------------------------------- two simulated studies
-
-
-def simulated_group(rng: random.Random, size: int = 8, items: int = 12) -> tuple[list[Criterion], list[list[float]]]:
-    """(rubric, verdicts [size][items]) of a made-up group: all that the studies below know about answers.
-
-    A rubric of HealthBench's shape (a third of the items are faults); verdicts from a logistic model with a difficulty for
-    each item and a quality for each answer. Quality raises the chance of the good items and lowers that of the faults.
-    """
-    rubric = [Criterion("", rng.choice((3, 5, 7, 10)) * (1 if rng.random() > 0.33 else -1)) for _ in range(items)]
-    hard = [rng.gauss(0, 1.5) for _ in rubric]
-    quality = [rng.gauss(0, 0.5) for _ in range(size)]
-    chance = lambda q, c, h: 1 / (1 + math.exp(h - math.copysign(q, c.weight)))
-    return rubric, [[float(rng.random() < chance(q, c, h)) for c, h in zip(rubric, hard)] for q in quality]
-
-
-def simulate_missing(rate: float, groups: int = 1000, seed: int = 0) -> dict[str, float]:
-    """Correlation of GRPO's advantages with those of complete verdicts when `rate` of them fail, by rule. Simulated:
-    groups from `simulated_group`, failures independent of everything."""
-    import torch
-
-    from grpo import advantages
-
-    rng, rewards = random.Random(seed), {}
-    for _ in range(groups):
-        rubric, full = simulated_group(rng)
-        holes = [[None if rng.random() < rate else v for v in row] for row in full]
-        whole = [k for k in range(len(rubric)) if all(row[k] is not None for row in holes)]
-        for rule, values in {
-            "complete": [points_reward(rubric, row) for row in full],
-            "counted as 0": [points_reward(rubric, [v or 0.0 for v in row]) for row in holes],
-            "left out per rollout": [left_out(rubric, row) for row in holes],
-            "criterion dropped for the group": [left_out([rubric[k] for k in whole], [row[k] for k in whole]) for row in holes],
-            "rollout unscored": [points_reward(rubric, row) for row in holes],
-            "group mean (used here)": group_rewards(points_reward, rubric, holes),
-        }.items():
-            rewards.setdefault(rule, []).append(values)
-    learned = {rule: advantages(torch.tensor(values)).flatten().tolist() for rule, values in rewards.items()}
-    clean = learned.pop("complete")
-    return {rule: statistics.correlation(clean, values) for rule, values in learned.items()}
-
-
-def left_out(rubric: list[Criterion], scores: list[float | None]) -> float:
-    """The points over the criteria that were judged: the rule that compares rollouts on different rubrics."""
-    judged = [(c, s) for c, s in zip(rubric, scores) if s is not None]
-    return points_reward([c for c, _ in judged], [s for _, s in judged])
-
-
-def simulate_noise(rate: float, groups: int = 400, seed: int = 0) -> dict[str, float]:
-    """How often a reward orders two answers right (ties count half) when `rate` of the judge's verdicts are flipped.
-
-    Simulated, and these are all the assumptions: answers come from `simulated_group`; the better of two has the higher
-    Eq. 1 by true verdicts; each verdict is flipped independently.
-
-      explicit        Eq. 1 of the flipped verdicts
-      implicit-like   the same sum, said as a whole number from 1 to 10: the whole rubric in view, one coarse answer
-      Likert-like     without the rubric the judge thinks of half of the criteria, holds them equally important, flips them at
-                      the same rate, and says a whole number from 1 to 10
-
-    So implicit-like cannot beat explicit here, and the paper, where it does, is not contradicted: a judge that weighs
-    better than the category weights is not in the model.
-    """
-    rng, right, pairs = random.Random(seed), Counter(), 0
-    to_ten = lambda r: round(9 * r)
-    for _ in range(groups):
-        rubric, truth = simulated_group(rng)
-        seen = [[1 - v if rng.random() < rate else v for v in row] for row in truth]
-        half = rubric[::2]
-        best = [explicit_reward(rubric, row) for row in truth]
-        explicit = [explicit_reward(rubric, row) for row in seen]
-        likert = [statistics.fmean(good(c, v) for c, v in zip(half, row[::2])) for row in seen]
-        by_reward = {"explicit": explicit, "implicit-like": list(map(to_ten, explicit)), "Likert-like": list(map(to_ten, likert))}
-        for a in range(len(truth)):
-            for b in range(len(truth)):
-                if best[a] > best[b] + 1e-9:
-                    pairs += 1
-                    for name, r in by_reward.items():
-                        right[name] += 1.0 if r[a] > r[b] + 1e-9 else 0.5 if r[a] > r[b] - 1e-9 else 0.0
-    return {name: share / pairs for name, share in right.items()}
-
-
-def print_study(title: str, simulate, rates: tuple[float, ...]) -> dict[str, list[float]]:
-    """A table of means over five seeds: one line a rule or reward, one column a rate."""
-    columns = [[simulate(rate, seed=seed) for seed in range(5)] for rate in tqdm(rates, leave=False, disable=None)]
-    print(f"simulated: {title}\n\n{'':<34}" + "".join(f"{rate:>8.0%}" for rate in rates))
-    several = {name: [[found[name] for found in column] for column in columns] for name in columns[0][0]}
-    table = {name: list(map(statistics.fmean, values)) for name, values in several.items()}
-    for name, values in table.items():
-        print(f"{name:<34}" + "".join(f"{value:>8.3f}" for value in values))
-    error = max(statistics.stdev(v) / 5**0.5 for values in several.values() for v in values)
-    print(f"\nmeans over seeds 0 to 4; standard error at most {error:.4f}")
-    return table
-
-
-def judge_noise(picture: str) -> None:
-    """The study of `simulate_noise` as a table and a picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rates = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
-    table = print_study("share of pairs of answers in the right order, by share of flipped verdicts", simulate_noise, rates)
-    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    for name, values in table.items():
-        axis.plot(rates, values, marker="o", label=name)
-    axis.axhline(0.5, color="grey", linestyle=":", label="chance")
-    axis.set(xlabel="share of verdicts flipped", ylabel="pairs in the right order", title="simulated answers and judge, see simulate_noise")
-    axis.legend()
-    figure.savefig(picture, dpi=110)
-    print(f"\npicture: {picture}")
+# ------------------------------------------------------------------------------------------- the command line
 
 
 def trace() -> None:
@@ -996,11 +887,8 @@ def main(argv: list[str] | None = None) -> int:
             judge, prompt = LLMJudge(args.judge, args.judge_model), partial(writer_prompt, domain=args.domain)
             report = write_rubrics(judge, args.write, args.out, prompt, checked_rubric)
             print(json.dumps({"out": args.out} | report, ensure_ascii=False))
-        elif args.judge_noise:
-            judge_noise(args.plot)
-        elif args.missing:
-            title = "correlation of the advantages with those of complete verdicts, by share of verdicts that fail"
-            print_study(title, simulate_missing, (0.01, 0.02, 0.05, 0.10, 0.25))
+        elif args.judge_noise or args.missing:
+            runpy.run_path(str(Path(__file__).parent / "tests" / "reproduce_rar.py"))["main"](argv)
         else:
             trace()
     except (DataError, JudgeError, OSError) as error:
