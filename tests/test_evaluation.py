@@ -148,6 +148,8 @@ def test_missing_verdicts_leave_an_example_out():
 
     m = rar.evaluate(Half(), [(example("a"), [answer("Rest.")]), (example("b"), [answer("Rest, water.")])])
     assert m["eval_n"] == 1 and m["eval_score"] == 1.0 and m["eval_n/axis/accuracy"] == 1 and m["eval_n/axis/completeness"] == 2
+    m = rar.evaluate(Half(), [(example("a"), [answer("Rest.")])])
+    assert m["eval_n"] == 0 and math.isnan(m["eval_score"]) and math.isnan(m["eval_clipped"])  # unknown is not 0
 
 
 def test_multiple_choice_is_accuracy_over_questions():
