@@ -129,7 +129,8 @@ def draw(table: dict[str, list[float]], rates: tuple[float, ...], picture: str) 
     for name, values in table.items():
         axis.plot(rates, values, marker="o", label=name)
     axis.axhline(0.5, color="grey", linestyle=":", label="chance")
-    axis.set(xlabel="share of verdicts flipped", ylabel="pairs in the right order", title="simulated answers and judge, see simulate_noise")
+    axis.set(xlabel="share of verdicts flipped", ylabel="pairs in the right order")
+    axis.set_title("simulated answers and judge, see simulate_noise")
     axis.legend()
     figure.savefig(picture, dpi=110)
     plt.close(figure)
@@ -140,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     """Command line; at least one of the two studies must be named. rar.py hands its own arguments on."""
     parser = argparse.ArgumentParser(description="What wrong and failed verdicts do to rubric rewards, simulated.")
     parser.add_argument("--judge_noise", action="store_true", help="what flipped verdicts do to the order of answers")
-    parser.add_argument("--plot", metavar="PNG", default="judge_noise.png", help="for --judge_noise: the picture [judge_noise.png]")
+    parser.add_argument("--plot", metavar="PNG", default="judge_noise.png", help="for --judge_noise: the picture")
     parser.add_argument("--missing", action="store_true", help="what failed verdicts do to the advantages")
     args = parser.parse_args(argv)
     if args.judge_noise:
