@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from judge_server import JudgeServer
+from reproduce_rar import simulate_noise
 from test_train import few, lines, run  # noqa: F401  (few is a fixture)
 
 import grpo
@@ -147,6 +148,8 @@ def test_missing_verdicts_leave_an_example_out():
 
     m = rar.evaluate(Half(), [(example("a"), [answer("Rest.")]), (example("b"), [answer("Rest, water.")])])
     assert m["eval_n"] == 1 and m["eval_score"] == 1.0 and m["eval_n/axis/accuracy"] == 1 and m["eval_n/axis/completeness"] == 2
+    m = rar.evaluate(Half(), [(example("a"), [answer("Rest.")])])
+    assert m["eval_n"] == 0 and math.isnan(m["eval_score"]) and math.isnan(m["eval_clipped"])  # unknown is not 0
 
 
 def test_multiple_choice_is_accuracy_over_questions():
@@ -202,13 +205,19 @@ def test_the_canary_stays_with_the_answers(tmp_path):
 
 
 def test_noise_hurts_and_a_rubric_helps(tmp_path, capsys):
-    quiet, loud = rar.simulate_noise(0.0, groups=60), rar.simulate_noise(0.4, groups=60)
+    quiet, loud = simulate_noise(0.0, groups=60), simulate_noise(0.4, groups=60)
     assert quiet["explicit"] == 1.0 > quiet["implicit-like"] > quiet["Likert-like"] > 0.5
     assert all(0.5 < loud[name] < quiet[name] for name in quiet) and loud["explicit"] > loud["Likert-like"]
-    assert rar.simulate_noise(0.0, groups=60) == quiet
+    assert simulate_noise(0.0, groups=60) == quiet
     picture = tmp_path / "noise.png"
     assert rar.main(["--judge_noise", "--plot", str(picture)]) == 0
     assert "simulated" in capsys.readouterr().out and picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_without_the_script_the_studies_are_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rar, "__file__", str(tmp_path / "rar.py"))
+    assert rar.main(["--missing"]) == 2
+    assert "reproduce_rar.py" in (said := capsys.readouterr().err) and said.count("\n") == 1
 
 
 def test_the_two_examples_of_the_repository_are_no_copies():

@@ -437,10 +437,12 @@ def test_group_rewards_treat_a_missing_verdict_as_neutral():
 
 
 def test_the_simulation_prefers_the_rule_in_use():
+    from reproduce_rar import simulate_missing
+
     for rate in (0.02, 0.1):
-        table = rar.simulate_missing(rate, groups=200)
+        table = simulate_missing(rate, groups=200)
         assert max(table, key=table.get) == "group mean (used here)" and table["group mean (used here)"] > 0.9
-    assert rar.simulate_missing(0.0, groups=50)["rollout unscored"] == pytest.approx(1.0)
+    assert simulate_missing(0.0, groups=50)["rollout unscored"] == pytest.approx(1.0)
 
 
 def train_with(server, tiny, out, *more):

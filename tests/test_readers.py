@@ -83,7 +83,7 @@ def test_multiple_choice_is_asked_several_times_in_other_orders(tmp_path, row):
     assert [e.options for e in again] == [e.options for e in examples]  # the same orders for every run and policy
 
 
-@pytest.mark.parametrize("row", [MEDQA | {"answer_idx": "D"}, MEDQA | {"options": {"A": "x"}}, MEDQA | {"options": {"A": "x", "B": "x"}}, GPQA | {"Question": None}])
+@pytest.mark.parametrize("row", [MEDQA | {"answer_idx": "D"}, MEDQA | {"options": {"A": "x"}}, MEDQA | {"options": {"A": "x", "B": "x"}}, MEDQA | {"options": ["Iron", "Lead"]}, GPQA | {"Question": None}])
 def test_broken_multiple_choice_is_one_line(tmp_path, row):
     with pytest.raises(rar.DataError, match=r"a\.jsonl:1: needs a question"):
         rar.read_examples(write(tmp_path / "a.jsonl", row))
@@ -108,18 +108,22 @@ def test_files_of_every_kind(tmp_path):
 
 
 def test_parquet(tmp_path):
-    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(arrow.Table.from_pylist([HUB, HUB | {"prompt": [{"role": "user", "content": "Other."}]}]), tmp_path / "a.parquet")
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_list([HUB, HUB | {"prompt": [{"role": "user", "content": "Other."}]}])
+    table.to_parquet(tmp_path / "a.parquet")
     first, second = rar.read_examples(tmp_path / "a.parquet")
-    assert first.question == "Plan a trip." and second.rubric[0].weight == 4
+    assert first.question == "Plan a trip." and second.rubric[0].weight == 4 and second.id == "a.parquet:2"
+    assert len(rar.read_examples(tmp_path)) == 2  # also among the files of a folder
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(rar.DataError, match="a.parquet: ") as caught:
+        rar.read_examples(tmp_path / "a.parquet")
+    assert "\n" not in str(caught.value)
 
 
 def test_packages_that_are_not_there_cost_one_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     monkeypatch.setitem(sys.modules, "datasets", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(rar.DataError, match="pip install pyarrow"):
+    with pytest.raises(rar.DataError, match="pip install datasets"):
         rar.read_examples(tmp_path / "a.parquet")
     with pytest.raises(rar.DataError, match="pip install datasets"):
         rar.read_examples("someone/some-rows")
@@ -137,6 +141,8 @@ def test_rows_of_the_hub(monkeypatch):
     with pytest.raises(rar.DataError, match="no such data set") as caught:
         rar.read_examples("someone/else")
     assert "\n" not in str(caught.value)
+    with pytest.raises(rar.DataError, match="someone/rows:dev: .*'dev'"):
+        rar.read_examples("someone/rows:dev")
 
 
 def test_a_question_in_two_files_is_reported(tmp_path, capsys):

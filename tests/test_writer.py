@@ -104,9 +104,20 @@ def test_a_line_cut_off_by_a_kill_is_written_again(questions, tmp_path):
             assert out.read_bytes() == whole
 
 
+def test_a_question_that_stands_twice_is_asked_once_and_written_twice(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(QUESTIONS[1] | {"id": name}) + "\n" for name in ("sky", "air")))
+    with Writer() as server:
+        report = written(server, path, tmp_path / "out.jsonl")
+        assert report["written"] == 2 and report["dropped"] == [] and len(server.bodies) == 1
+    assert [e.id for e in rar.read_examples(tmp_path / "out.jsonl")] == ["sky", "air"]
+
+
 def test_what_cannot_work_is_one_line(questions, tmp_path, capsys):
     assert rar.main(["--write", str(questions)]) == 2
     assert "give --judge URL and --judge_model NAME" in capsys.readouterr().err
     assert rar.main(["--write", str(tmp_path / "none.jsonl"), "--judge", "http://127.0.0.1:9", "--judge_model", "m", "--out", str(tmp_path / "o")]) == 2
     error = capsys.readouterr().err
     assert "none.jsonl" in error and error.count("\n") == 1
+    assert rar.main(["--write", str(questions), "--judge", "http://127.0.0.1:9", "--judge_model", "m", "--out", str(tmp_path / "o.json")]) == 2
+    assert "name a .jsonl file" in capsys.readouterr().err and not (tmp_path / "o.json").exists()
