@@ -342,7 +342,8 @@ def points_reward(rubric: list[Criterion], scores: list[float | None]) -> float:
     return sum(c.weight * s for c, s in zip(rubric, scores)) / (sum(c.weight for c in rubric if c.weight > 0) or math.nan)
 
 
-AGGREGATIONS = {"explicit": explicit_reward, "points": points_reward}  # the two that need no opinion: they run offline too
+# From the verdicts on a rubric's own criteria to one number. They need no opinion, so they run with the offline judge too.
+AGGREGATIONS = {"explicit": explicit_reward, "points": points_reward}
 
 
 def group_rewards(aggregate, rubric: list[Criterion], matrix: list[list[float | None]]) -> list[float]:
@@ -435,8 +436,8 @@ METHODS = {
     "reference_likert": (lambda e: OVERALL, partial(rating, REFERENCE), explicit_reward),
     "implicit": (lambda e: OVERALL, partial(rating, IMPLICIT), explicit_reward),  # Eq. 2, the paper's best
     "predefined": (lambda e: GENERIC, each_criterion, explicit_reward),
-    "explicit": (lambda e: e.rubric, each_criterion, explicit_reward),  # Eq. 1
-    "points": (lambda e: e.rubric, each_criterion, points_reward),  # HealthBench's signed points
+    # explicit (Eq. 1), points (HealthBench's signed points): the example's rubric, each criterion judged by itself
+    **{name: (lambda e: e.rubric, each_criterion, aggregate) for name, aggregate in AGGREGATIONS.items()},
 }
 
 

@@ -75,7 +75,7 @@ def test_there_are_three_worked_examples_of_under_twenty_lines():
 def forked(fork, number, *flags):
     """The fork with one example applied, and one step of training in it."""
     diff = EXAMPLES[number].encode()
-    done = subprocess.run(["git", "apply", "--recount", "-"], cwd=fork, input=diff, capture_output=True, check=False)
+    done = subprocess.run(["git", "apply", "-"], cwd=fork, input=diff, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
     command = [sys.executable, "train.py", *SMALL, "--steps", "2", "--eval_data", "few.jsonl", "--out", "run", *map(str, flags)]
     done = subprocess.run(command, cwd=fork, capture_output=True, text=True, timeout=300, check=False)
@@ -92,7 +92,7 @@ def test_a_new_aggregation(fork, tiny):
 
 def test_a_new_judge(fork, tiny):
     with JudgeServer() as one, JudgeServer() as two:
-        flags = ["--model", tiny, "--judge", f"{one.url},{two.url}", "--judge_model", "m", "--judge_cache", "cache.jsonl"]
+        flags = ["--model", tiny, "--judge", f"{one.url},{two.url}", "--judge_model", "m,n", "--judge_cache", "cache.jsonl"]
         rows = forked(fork, 1, *flags)
         assert len(one.bodies) > 10 and len(one.bodies) == len(two.bodies)  # both are asked
     assert all(v["score"] in (0, 0.5, 1) for row in rows for v in row["verdicts"])
