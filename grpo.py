@@ -163,9 +163,11 @@ class FixedLayer(DynamicLayer):
 
     def pick(self, rows: torch.Tensor) -> None:
         """Keeps (or repeats) the given rows: from one row a prompt to G, and later only those not finished."""
-        for i, filled in enumerate((self.keys, self.values)):
-            self.buffers[i] = filled.new_empty(len(rows), filled.shape[1], self.capacity, filled.shape[3])
-            self.buffers[i][:, :, : filled.shape[2]] = filled[rows]
+        filled, length = (self.keys, self.values), self.get_seq_length()
+        self.buffers = [part.new_empty(len(rows), part.shape[1], self.capacity, part.shape[3]) for part in filled]
+        for buffer, part in zip(self.buffers, filled):
+            buffer[:, :, :length] = part[rows]
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
 
 
 def folded_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):

@@ -123,6 +123,16 @@ def test_sampler_and_trainer_agree_on_every_log_prob(tiny_model, temperature):
             assert ended or len(rollout.ids) == 40
 
 
+def test_rows_that_end_with_their_first_token_are_dropped_before_the_next(tiny_model):
+    """Finished rows leave the cache right after it was spread over the group, before it has grown."""
+    ends = set(range(130))  # about half of a random model's first tokens
+    groups = sample(tiny_model, PROMPTS, 12, 20, 1.0, ends, seed=0)
+    assert sum(len(r.ids) == 1 for g in groups for r in g) >= 8 and max(len(r.ids) for g in groups for r in g) > 3
+    for rollout in (r for g in groups for r in g):
+        want = plain_logprobs(tiny_model, rollout.prompt_ids, rollout.ids, 1.0)
+        assert torch.allclose(torch.tensor(rollout.logp, dtype=torch.float64), want, atol=1e-10)
+
+
 def test_same_seed_same_rollouts_and_rows_do_not_depend_on_their_neighbours(tiny_model):
     ids = lambda groups: [[r.ids for r in g] for g in groups]
     first = ids(sample(tiny_model, PROMPTS, 4, 12, 1.0, MANY, seed=1))
