@@ -44,11 +44,11 @@ from dataclasses import dataclass, field
 import torch
 from tqdm import tqdm
 
-from rar import Criterion, DataError, Example, bootstrap, group_rewards, judge_groups, mean, points_reward, read_examples
+from rar import FLAT, Criterion, DataError, Example, bootstrap, correlation, group_rewards, judge_groups, mean
+from rar import points_reward, read_examples
 
 TURNS = ("cyclic", "random", "lowest_score", "search")
 SCALARS = ("points", "axis_mean", "gdpo")  # no turns: every class, every step
-FLAT = 1e-9  # a std up to here is none: equal fractions may differ by rounding
 
 # ------------------------------------------------------------------------------------------- meta-classes
 
@@ -173,12 +173,6 @@ def contraction(weights: list[float], rewards: list[list[float]]) -> tuple[float
     """
     combined = [sum(w * r for w, r in zip(weights, row)) for row in zip(*rewards)]
     return statistics.pvariance(combined), sum(w * statistics.pvariance(r) for w, r in zip(weights, rewards))
-
-
-def correlation(a: list[float], b: list[float]) -> float:
-    """Pearson's; nan where one of the two has no spread."""
-    flat = min(statistics.pstdev(a), statistics.pstdev(b)) <= FLAT
-    return math.nan if flat else statistics.correlation(a, b)
 
 
 def spreads(groups: list[tuple[list[Criterion], list[list[float | None]]]], by: str = "axis") -> dict[str, float]:

@@ -582,6 +582,19 @@ def mean(values) -> float:
     return statistics.fmean(values) if values else math.nan
 
 
+FLAT = 1e-9  # a std up to here is none: equal fractions may differ by rounding
+
+
+def correlation(a: list[float], b: list[float]) -> float:
+    """Pearson's; nan where one of the two has no spread.
+
+    >>> correlation([1.0, 2.0, 3.0], [0.2, 0.4, 0.6]), correlation([0.1 + 0.2, 0.3], [0.0, 1.0])
+    (1.0, nan)
+    """
+    flat = len(a) < 2 or min(statistics.pstdev(a), statistics.pstdev(b)) <= FLAT
+    return math.nan if flat else statistics.correlation(a, b)
+
+
 def bootstrap(values: list[float], seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
     """95 % percentile interval of the mean over resampled values; a fixed seed, so the same data give the same interval.
 

@@ -455,7 +455,7 @@ def one_step(session: Session, examples: list[rar.Example], step: int) -> tuple[
         "completion_tokens": tokens / len(rollouts),
         "truncated": rar.mean(float(r.finish == "length") for r in rollouts),
         # Within the groups; high values mean that length is being paid for.
-        "length_reward_corr": rar.mean(correlation([(len(r.ids), r.reward) for r in group]) for group in known),
+        "length_reward_corr": rar.mean(rar.correlation([float(len(r.ids)) for r in g], [r.reward for r in g]) for g in known),
         **learned,
         **seconds,
         "tokens_per_second": tokens / seconds["seconds_rollout"],
@@ -495,17 +495,6 @@ def exchanged(groups: list, method) -> list:
         add = operator.or_ if type(parts[0]) is dict else operator.add
         setattr(method, name, functools.reduce(add, parts))
     return [everyone[place % world][0][place // world] for place in range(sum(len(part) for part, _ in everyone))]
-
-
-def correlation(pairs: list[tuple[float, float]]) -> float:
-    """Pearson's; nan where one of the two has no spread.
-
-    >>> correlation([(10, 0.2), (20, 0.4), (30, 0.6)]), correlation([(10, 0.2), (10, 0.4)])
-    (1.0, nan)
-    """
-    if any(len(set(column)) < 2 for column in zip(*pairs)) or not pairs:
-        return math.nan
-    return statistics.correlation(*zip(*((float(a), b) for a, b in pairs)))
 
 
 def next_step(session: Session, step: int) -> tuple[dict, list]:
