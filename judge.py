@@ -502,7 +502,7 @@ class LLMJudge:
                         problem = str(error)
                 return usable, problem
 
-            if kind := self.settle((max_tokens, [{"role": "user", "content": prompt}]), 1, last, {"prompt": prompt}, {}):
+            if kind := self.settle((max_tokens, chat([Question(prompt)])), 1, last, {"prompt": prompt}, {}):
                 self.count(**{f"missing_{kind}": 1})
 
         self.run(draft, list(dict.fromkeys(prompts)), progress)
@@ -511,8 +511,8 @@ class LLMJudge:
     def run(self, work: Callable, calls: list, progress: bool) -> None:
         """work(call) for all calls, `workers` of them at a time; the first error ends the batch.
 
-        The threads are daemons: after a refusal or Ctrl-C the program ends without waiting for calls under way. They take
-        the calls themselves: results handed from thread to thread, one for each call, would cost 8 % of the time.
+        The threads are daemons: after a refusal or Ctrl-C the program ends without waiting for calls under way. They
+        take the calls themselves: results handed from thread to thread, one for each call, would cost 8 % of the time.
         """
         self.stopping, todo = threading.Event(), iter(calls)
 
@@ -548,8 +548,8 @@ class LLMJudge:
     def settle(self, how: tuple, size: int, read: Callable, about: dict, form: dict) -> str:
         """Looks in the cache, then asks, at most twice, until `read` is content. Returns "" or the kind of failure.
 
-        how: tokens for one of `size` answers, messages, and what else decides how the answer is read: with the model and
-        the temperature it is the key in the cache. read(text, or what the cache holds) returns what the cache shall hold
+        how: tokens for one of `size` answers, messages, and what else decides how the answer is read: with model and
+        temperature it is the key in the cache. read(text, or what the cache holds) returns what the cache shall hold
         (None: not usable) and what to tell the model. about: for the audit log. form: constrains the first answer.
 
         Asked again where the answer is cut off (with four times the tokens) or not usable: with the problem where there
@@ -567,8 +567,8 @@ class LLMJudge:
             text = message.get("content") or ""
             usable, problem = read(text)
             if usable is not None:
-                note = about | {"model": self.model, "attempt": attempt, "answer": text[:2000], "usage": choice["usage"]}
-                self.cache.add(key, usable, note)
+                about |= {"model": self.model, "attempt": attempt, "answer": text[:2000], "usage": choice["usage"]}
+                self.cache.add(key, usable, about)
                 return ""
             if message.get("refusal") or finish == "content_filter":
                 return "refused"
@@ -576,7 +576,7 @@ class LLMJudge:
                 body["max_tokens"] *= 4
             elif problem:
                 again = f"Your answer cannot be used: {problem}. Give the whole JSON object again, corrected."
-                body["messages"] = how[1] + [{"role": "assistant", "content": clean(text)}, {"role": "user", "content": again}]
+                body["messages"] = how[1] + [{"role": "assistant", "content": clean(text)}, *chat([Question(again)])]
             else:
                 body["temperature"] = max(self.temperature, 0.5)
             self.count(asked_again=attempt == 1)

@@ -59,7 +59,8 @@ def test_a_clinical_criterion_is_not_mistaken_for_one_of_form():
 
 
 def test_a_criterion_without_content_words_is_missing_not_zero():
-    assert lexical_verdict("It is so.", "Anything.").score is None
+    for criterion in ("It is so.", "Does not.", "Avoids this."):
+        assert lexical_verdict(criterion, "Anything.").score is None
 
 
 def test_fault_needs_more_words_than_a_fact():

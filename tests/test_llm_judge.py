@@ -80,6 +80,14 @@ def test_writing_survives_faults_and_longer_answers_and_stops_where_it_is_refuse
             client(server).write(["d"], wanted)
 
 
+def test_a_refused_piece_of_writing_is_not_asked_for_again():
+    with Writer(script=["refuse"]) as server:
+        server.said = ['{"n": 1}']
+        judge = client(server)
+        assert judge.write(["a"], wanted) == [None]
+        assert len(server.bodies) == 1 and judge.take_stats()["judge_missing_refused"] == 1
+
+
 def test_verdicts_and_written_objects_share_one_log(tmp_path):
     cache = str(tmp_path / "cache.jsonl")
     with Writer() as server:
@@ -161,6 +169,18 @@ def test_retry_after_is_honoured():
         started = time.monotonic()
         assert right(questions(1), client(server).ask(questions(1))) == (True, 0)
         assert time.monotonic() - started >= 1.0
+
+
+@pytest.mark.parametrize("value", ["Wed, 21 Oct 2015 07:28:00 GMT", "soon", "1.5", "-1", ""])
+def test_a_retry_after_in_the_past_or_in_no_known_form_costs_no_verdict(value):
+    class Odd(JudgeServer):
+        async def answer(self, head, body):
+            return await super().answer(head, body) if len(self.bodies) > 1 else raw(429, b"{}", f"Retry-After: {value}\r\n")
+
+    with Odd() as server:
+        started = time.monotonic()
+        assert right(questions(1), client(server).ask(questions(1))) == (True, 0)
+        assert time.monotonic() - started < 1
 
 
 def test_a_server_that_is_not_there_is_missing_not_a_hang():
@@ -363,6 +383,17 @@ def test_the_cache_answers_without_a_call_and_keeps_only_valid_answers(tmp_path)
         assert client(server, cache_path=path, temperature=0.5).ask(asked) and len(server.bodies) == before + 7  # other settings
     rows = [json.loads(line) for line in open(path) if line.strip()]
     assert {"key", "model", "statements", "answer", "usage", "verdicts"} <= set(rows[0])
+
+
+def test_a_cache_of_earlier_versions_is_still_read(tmp_path):
+    """Its keys are hashes of model, temperature, tokens, messages, key and scale; lines of any other form are skipped."""
+    path = tmp_path / "cache.jsonl"
+    verdict = {"key": "de0431098f05ab0466e0d9629c13b24457b422773ddbedfb3d15666f453eb29f", "verdicts": [{"score": 1.0, "reason": "r"}]}
+    rows = [verdict, {"key": "0530abab4bd04ca579dec9f91a41961797dcb4ba5833cfcc36347489ab083643", "written": {"n": 7}}, 5, [1], "x", None, {}, {"key": "k", "verdicts": [3]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judge = LLMJudge("http://127.0.0.1:9/v1", "m", cache_path=str(path), patience=0.1)
+    assert judge.ask([Question("c", "s")]) == [(1.0, "r")] and judge.write(["p"], wanted) == [7]
+    assert judge.take_stats()["judge_cache_hits"] == 2 and len(judge.cache.known) == 2
 
 
 def test_the_cache_survives_a_kill_at_any_byte(tmp_path):
