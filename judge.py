@@ -454,10 +454,11 @@ class LLMJudge:
         self.shown = re.sub(r"//[^/@]*@", "//", self.url)  # without a user name or password
         if not self.url.startswith(("http://", "https://")) or not urllib3.util.parse_url(self.url).host:
             raise JudgeError(f"--judge {self.shown}: not a URL; give one such as http://localhost:8000/v1")
-        # No session: its cookies, redirects, default headers and looks into the environment cost time in every call.
+        self.session = requests.Session()
         # One connection a worker; by default 10 are kept, and the rest opened and dropped.
-        self.adapter = requests.adapters.HTTPAdapter(pool_maxsize=self.workers)
-        self.proxies = requests.utils.get_environ_proxies(self.url)
+        self.session.mount(self.url, requests.adapters.HTTPAdapter(pool_maxsize=self.workers))
+        # The environment is asked for proxies once, and the request prepared once: each would cost time in every call.
+        self.session.trust_env, self.proxies = False, requests.utils.get_environ_proxies(self.url)
         headers = {"Authorization": f"Bearer {self.secret}"} if self.secret else {}
         self.prepared = requests.Request("POST", self.url + "/chat/completions", headers).prepare()
         self.cache, self.structured = Cache(self.cache_path), True
@@ -502,7 +503,7 @@ class LLMJudge:
                         problem = str(error)
                 return usable, problem
 
-            if kind := self.settle((max_tokens, chat([Question(prompt)])), 1, last, {"prompt": prompt}, {}):
+            if kind := self.settle(chat([Question(prompt)]), max_tokens, (), 1, last, {"prompt": prompt}, {}):
                 self.count(**{f"missing_{kind}": 1})
 
         self.run(draft, list(dict.fromkeys(prompts)), progress)
@@ -542,24 +543,24 @@ class LLMJudge:
 
         form = {"response_format": answer_format(len(best) > 1)} if first.statement and self.structured else {}
         about = {"statements": [q.statement or q.context[:200] for q in questions]}
-        kind = self.settle((self.max_tokens, chat(questions), first.key, first.scale), len(best), read, about, form)
+        kind = self.settle(chat(questions), self.max_tokens, (first.key, first.scale), len(best), read, about, form)
         return {q: v if v.score is not None else Verdict(None, kind) for q, v in zip(questions, best)}
 
-    def settle(self, how: tuple, size: int, read: Callable, about: dict, form: dict) -> str:
+    def settle(self, messages: list, tokens: int, reading: tuple, size: int, read: Callable, about: dict, form: dict) -> str:
         """Looks in the cache, then asks, at most twice, until `read` is content. Returns "" or the kind of failure.
 
-        how: tokens for one of `size` answers, messages, and what else decides how the answer is read: with model and
-        temperature it is the key in the cache. read(text, or what the cache holds) returns what the cache shall hold
-        (None: not usable) and what to tell the model. about: for the audit log. form: constrains the first answer.
+        tokens: for each of `size` answers. reading: what else decides how the answer is read, for the cache's key.
+        read(text, or what the cache holds) returns what the cache shall hold (None: not usable) and what to tell the
+        model. about: for the audit log. form: constrains the first answer.
 
         Asked again where the answer is cut off (with four times the tokens) or not usable: with the problem where there
         is one, else as plain text and at a temperature of at least 0.5, because at 0 the same words would come back.
         """
-        key = hashlib.sha256(json.dumps([self.model, self.temperature, *how]).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([self.model, self.temperature, tokens, messages, *reading]).encode()).hexdigest()
         if key in self.cache.known and read(self.cache.known[key])[0] is not None:
             self.count(cache_hits=1)
             return ""
-        body = {"model": self.model, "max_tokens": how[0] * size, "messages": how[1], "temperature": self.temperature}
+        body = {"model": self.model, "max_tokens": tokens * size, "messages": messages, "temperature": self.temperature}
         for attempt in (1, 2):
             if (choice := self.complete(body | form if attempt == 1 else body)) is None:
                 return "transport"
@@ -576,7 +577,7 @@ class LLMJudge:
                 body["max_tokens"] *= 4
             elif problem:
                 again = f"Your answer cannot be used: {problem}. Give the whole JSON object again, corrected."
-                body["messages"] = how[1] + [{"role": "assistant", "content": clean(text)}, *chat([Question(again)])]
+                body["messages"] = messages + [{"role": "assistant", "content": clean(text)}, *chat([Question(again)])]
             else:
                 body["temperature"] = max(self.temperature, 0.5)
             self.count(asked_again=attempt == 1)
@@ -592,9 +593,8 @@ class LLMJudge:
             with suppress(requests.RequestException, urllib3.exceptions.InvalidHeader, ValueError):
                 request = self.prepared.copy()
                 request.prepare_body(None, None, json=body)
-                reply = self.adapter.send(request, timeout=self.timeout, proxies=self.proxies)
-                content = reply.content  # read in any case: only then is the connection free again
-                if reply.status_code == 200 and isinstance(answer := json.loads(content), dict):
+                reply = self.session.send(request, timeout=self.timeout, proxies=self.proxies, allow_redirects=False)
+                if reply.status_code == 200 and isinstance(answer := json.loads(reply.content), dict):
                     usage = answer.get("usage") or {}
                     self.count(calls=1, **{k: usage.get(k) or 0 for k in ("prompt_tokens", "completion_tokens")})
                     self.latency.append(time.monotonic() - began)
