@@ -6,8 +6,7 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("name", ["judge", "rar", "grpo", "train"])
+@pytest.mark.parametrize("name", ["judge", "rar", "grpo", "rler", "arlrr", "train"])
 def test_docstring_examples(name):
     failed, tried = doctest.testmod(importlib.import_module(name))
-    assert failed == 0
-    assert tried > 0 or name == "train"
+    assert failed == 0 and tried > 0
