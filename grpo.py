@@ -567,6 +567,9 @@ def recomputed(model, on: bool):
             layer.training = False
 
 
+SUMS = ("loss", "tokens", "entropy", "clipped", "gap", "tis", "kl")  # what a pass adds to the log, over its tokens
+
+
 class Pass:
     """The rows of one forward and backward pass, and what stays fixed for them over the inner epochs."""
 
@@ -596,9 +599,6 @@ class Pass:
         clipped = torch.where(advantage > 0, ratio > 1 + s.clip_high, (ratio < 1 - s.clip_low) & (advantage < 0))
         parts = (total, mask, entropy * mask, clipped, drift.abs(), trust * mask, kl * mask)
         return total, {key: part.detach().sum().item() for key, part in zip(SUMS, parts, strict=True)}
-
-
-SUMS = ("loss", "tokens", "entropy", "clipped", "gap", "tis", "kl")
 
 
 def optimiser_steps(groups: list[list[Rollout]], s: Settings) -> list[list[Pass]]:

@@ -747,6 +747,7 @@ def checked_rubric(example: Example, answer: dict) -> list[dict]:
     """A model's answer as items in our own format. Raises ValueError with what is wrong, for the model to read."""
     items, rubric, keys = answer.get("rubric"), [], ("title", "description", "category", "weight", "axis")
     items = items if isinstance(items, list) else []
+    quotes = runs_of_words(example.reference)
     require(7 <= len(items) <= 20, f'"rubric" must be a list of 7 to 20 items, not {len(items)}')
     for k, item in enumerate(items, 1):
         whole = isinstance(item, dict) and set(item) == set(keys)
@@ -761,7 +762,7 @@ def checked_rubric(example: Example, answer: dict) -> list[dict]:
             (not 1 <= len(c.title.split()) <= 6, "the title must have two to four words"),
             (POINTS_AWAY.search(c.text), "cannot be checked alone; name what is meant"),
             (low < 0 and (NEGATED.match(c.text) or AVOIDS.match(c.text)), "a Pitfall must name the mistake itself, unnegated"),
-            (runs_of_words(c.text) & runs_of_words(example.reference), f"copies {QUOTE} words or more of the reference answer"),
+            (runs_of_words(c.text) & quotes, f"copies {QUOTE} words or more of the reference answer"),
             (c.text.lower() in (other["text"].strip().lower() for other in rubric), "stands there twice"),
         ):
             require(not wrong, f"item {k} ({c.text[:80]}): {why}")

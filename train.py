@@ -609,8 +609,8 @@ def loop(run: "Run", session: Session, step: int, stop: "Stop") -> None:
             with one_line_errors(run, session, step):
                 chosen = method.before_step(session.examples, lab.at(step))
                 metrics, groups = next_step(session, step)
-            # From here to the end of the step nothing can fail but the disk; the log comes before the checkpoint, because
-            # resuming cuts the log back to the checkpoint's step, but cannot write lines that are missing.
+            # The log comes before the checkpoint: resuming cuts the log back to the checkpoint's step, but cannot write lines
+            # that are missing. So what fails below (the disk, the judge of the held-out answers) costs steps, not the run.
             ending = stop.agree()  # asked once a step: a signal from here on is for the next one, so that no step goes unsaved
             metrics |= chosen | method.after_step(groups)
             step += 1

@@ -1,5 +1,6 @@
 """What the tests share: the files under test on the path, a tiny random model, and the optional real data."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,6 +21,25 @@ def shared():
         return SHARED / name
 
     return find
+
+
+@pytest.fixture
+def few(tmp_path):
+    """Two held-out prompts, so that evaluations take no time."""
+    path = tmp_path / "few.jsonl"
+    path.write_text("\n".join((ROOT / "data" / "heldout.jsonl").read_text(encoding="utf8").split("\n")[:2]) + "\n", encoding="utf8")
+    return str(path)
+
+
+@pytest.fixture
+def fork(tmp_path):
+    """A copy of the repository's files, as somebody who wants to change them would make it."""
+    folder = tmp_path / "fork"
+    folder.mkdir()
+    for name in ("rar", "judge", "grpo", "rler", "arlrr", "train"):
+        shutil.copy(ROOT / f"{name}.py", folder)
+    shutil.copytree(ROOT / "data", folder / "data")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import statistics
 import pytest
 import torch
 from conftest import ROOT
-from test_train import few, lines, run  # noqa: F401  (few is a fixture)
+from test_train import lines, run
 
 import arlrr
 import grpo
@@ -394,7 +394,7 @@ def killed(monkeypatch, when):
 
 
 @pytest.mark.parametrize(("schedule", "when", "at"), [("cyclic", 4, 3), ("search", 6, 2), ("search", 9, 4), ("lowest_score", 2, 1)])
-def test_killed_inside_a_stage_or_a_trial_it_is_the_same_run(tiny, few, forms, tmp_path, monkeypatch, schedule, when, at):  # noqa: F811
+def test_killed_inside_a_stage_or_a_trial_it_is_the_same_run(tiny, few, forms, tmp_path, monkeypatch, schedule, when, at):
     """A search's first stage is two trials and two steps: calls 5 and 6 are the next trials, 9 and 10 those after."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert run(tiny, few, whole, *ALTERNATING, "--data", forms, "--schedule", schedule) == 0
@@ -412,7 +412,7 @@ def test_killed_inside_a_stage_or_a_trial_it_is_the_same_run(tiny, few, forms, t
     assert same(strip(states[0])) == same(strip(states[1]))
 
 
-def test_a_search_costs_trials_and_the_metrics_count_them(tiny, few, forms, tmp_path):  # noqa: F811
+def test_a_search_costs_trials_and_the_metrics_count_them(tiny, few, forms, tmp_path):
     assert run(tiny, few, tmp_path / "run", *ALTERNATING, "--data", forms, "--schedule", "search") == 0
     rows = lines(tmp_path / "run" / "metrics.jsonl")[1:]
     assert [row.get("search_updates", 0) for row in rows] == [2, 0, 2, 0, 2]
@@ -421,7 +421,7 @@ def test_a_search_costs_trials_and_the_metrics_count_them(tiny, few, forms, tmp_
 
 
 @pytest.mark.parametrize("schedule", ["random", "points", "axis_mean", "gdpo"])
-def test_every_schedule_trains(tiny, few, forms, tmp_path, schedule):  # noqa: F811
+def test_every_schedule_trains(tiny, few, forms, tmp_path, schedule):
     assert run(tiny, few, tmp_path / "run", *ALTERNATING, "--data", forms, "--schedule", schedule, "--stage_by", "epoch", "--audit", "1") == 0
     rows = lines(tmp_path / "run" / "metrics.jsonl")[1:]
     assert any(row["dead"] < 1 for row in rows) and all(0 <= row["dead"] <= 1 and "std_scalar" in row for row in rows)
@@ -438,7 +438,7 @@ def test_every_schedule_trains(tiny, few, forms, tmp_path, schedule):  # noqa: F
         (["--stage", "0"], "--stage 0: give at least 1"),
     ],
 )
-def test_bad_settings_cost_one_line(tiny, few, tmp_path, capsys, flags, words):  # noqa: F811
+def test_bad_settings_cost_one_line(tiny, few, tmp_path, capsys, flags, words):
     assert run(tiny, few, tmp_path / "run", "--method", "arlrr", *flags) == 2
     said = capsys.readouterr().err.strip()
     assert words in said and "\n" not in said

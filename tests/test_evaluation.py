@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from judge_server import JudgeServer
 from reproduce_rar import simulate_noise
-from test_train import few, lines, run  # noqa: F401  (few is a fixture)
+from test_train import lines, run
 
 import grpo
 import rar
@@ -63,7 +63,7 @@ def test_every_design_over_http(method):
 
 
 @pytest.mark.parametrize("method", sorted(set(rar.METHODS) - set(rar.AGGREGATIONS)))
-def test_offline_an_opinion_is_refused_in_one_line(tiny, few, tmp_path, capsys, method):  # noqa: F811
+def test_offline_an_opinion_is_refused_in_one_line(tiny, few, tmp_path, capsys, method):
     with pytest.raises(NoOfflineRule, match="needs a language model"):
         rar.RubricReward(OfflineJudge(), method)
     assert run(tiny, few, tmp_path / "run", "--method", method) == 2
@@ -179,7 +179,7 @@ def test_compare_pairs_prompts_and_its_interval_is_honest():
         rar.compare(before, [{"id": "x", "item": "x", "score": 1.0}])
 
 
-def test_two_runs_are_compared_from_the_command_line(tiny, few, tmp_path, capsys):  # noqa: F811
+def test_two_runs_are_compared_from_the_command_line(tiny, few, tmp_path, capsys):
     assert run(tiny, few, tmp_path / "run", "--lr", "0.05") == 0
     capsys.readouterr()
     flags = ["--eval_data", few, "--max_new_tokens", "6"]

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from test_arlrr import forms  # noqa: F401  (a fixture)
-from test_train import few, lines  # noqa: F401
+from test_train import lines
 
 import grpo
 import train

@@ -2,7 +2,6 @@
 
 import importlib
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -15,7 +14,6 @@ from test_train import SMALL, lines
 import train
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf8")
-FILES = ("rar", "judge", "grpo", "rler", "arlrr", "train")
 
 
 def test_every_name_in_the_table_of_papers_exists():
@@ -50,18 +48,6 @@ def test_every_flag_in_its_commands_exists(capsys):
         assert flags <= known[file] | {"--png"}, (file, flags - known[file])
 
 
-@pytest.fixture
-def fork(tmp_path):
-    """A copy of the repository's files, as somebody who wants to change them would make it."""
-    folder = tmp_path / "fork"
-    folder.mkdir()
-    for name in FILES:
-        shutil.copy(ROOT / f"{name}.py", folder)
-    shutil.copytree(ROOT / "data", folder / "data")
-    (folder / "few.jsonl").write_text("\n".join((ROOT / "data" / "heldout.jsonl").read_text(encoding="utf8").split("\n")[:2]) + "\n", encoding="utf8")
-    return folder
-
-
 EXAMPLES = re.findall(r"```diff\n(.*?)```", TEXT, re.S)
 
 
@@ -72,32 +58,32 @@ def test_there_are_three_worked_examples_of_under_twenty_lines():
         assert 3 <= len(changed) < 20
 
 
-def forked(fork, number, *flags):
+def forked(fork, few, number, *flags):
     """The fork with one example applied, and one step of training in it."""
     diff = EXAMPLES[number].encode()
     done = subprocess.run(["git", "apply", "-"], cwd=fork, input=diff, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
-    command = [sys.executable, "train.py", *SMALL, "--steps", "2", "--eval_data", "few.jsonl", "--out", "run", *map(str, flags)]
+    command = [sys.executable, "train.py", *SMALL, "--steps", "2", "--eval_data", few, "--out", "run", *map(str, flags)]
     done = subprocess.run(command, cwd=fork, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return lines(fork / "run" / "samples.jsonl")
 
 
-def test_a_new_aggregation(fork, tiny):
-    rows = [row for row in forked(fork, 0, "--model", tiny, "--method", "weakest") if row["split"] == "train" and row["text"].strip()]
+def test_a_new_aggregation(fork, few, tiny):
+    rows = [row for row in forked(fork, few, 0, "--model", tiny, "--method", "weakest") if row["split"] == "train" and row["text"].strip()]
     for row in rows:
         wrong = [v for v in row["verdicts"] if v["score"] != (v["weight"] > 0)]
         assert 0 <= row["reward"] <= 1 and (row["reward"] == 1) == (not wrong)
 
 
-def test_a_new_judge(fork, tiny):
+def test_a_new_judge(fork, few, tiny):
     with JudgeServer() as one, JudgeServer() as two:
         flags = ["--model", tiny, "--judge", f"{one.url},{two.url}", "--judge_model", "m,n", "--judge_cache", "cache.jsonl"]
-        rows = forked(fork, 1, *flags)
+        rows = forked(fork, few, 1, *flags)
         assert len(one.bodies) > 10 and len(one.bodies) == len(two.bodies)  # both are asked
     assert all(v["score"] in (0, 0.5, 1) for row in rows for v in row["verdicts"])
 
 
-def test_a_new_schedule(fork, tiny):
-    forked(fork, 2, "--model", tiny, "--method", "arlrr", "--schedule", "sticky", "--stage", "1", "--prompts", "10")
+def test_a_new_schedule(fork, few, tiny):
+    forked(fork, few, 2, "--model", tiny, "--method", "arlrr", "--schedule", "sticky", "--stage", "1", "--prompts", "10")
     assert [row["stage"] for row in lines(fork / "run" / "metrics.jsonl")[1:]] == [1, 2]

@@ -9,7 +9,7 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
-from test_train import few, lines, run  # noqa: F401
+from test_train import lines, run
 
 import grpo
 import rar
@@ -74,7 +74,7 @@ def test_the_pages_policy_allows_its_own_script_and_nothing_else(tmp_path):
     assert "default-src 'none'" in text
 
 
-def test_a_real_run_has_its_page(tiny, few, tmp_path):  # noqa: F811
+def test_a_real_run_has_its_page(tiny, few, tmp_path):
     assert run(tiny, few, tmp_path / "run") == 0
     record = record_of((tmp_path / "run" / "report.html").read_text(encoding="utf8"))
     assert [len(rows) for _, rows in record["rollouts"]] == [6, 6, 2, 2]  # the first and the last step, the first and the last evaluation
@@ -111,7 +111,7 @@ def test_in_a_real_browser(tmp_path, width):
     assert shot.read_bytes()[:4] == b"\x89PNG"
 
 
-def test_runs_are_compared_in_a_picture(tiny, few, tmp_path, capsys):  # noqa: F811
+def test_runs_are_compared_in_a_picture(tiny, few, tmp_path, capsys):
     for seed, method in ((0, "explicit"), (1, "explicit"), (0, "points")):
         assert run(tiny, few, tmp_path / f"{method}{seed}", "--seed", str(seed), "--method", method) == 0
     folders = [str(tmp_path / name) for name in ("explicit0", "explicit1", "points0")]

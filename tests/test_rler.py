@@ -530,13 +530,6 @@ def test_a_grade_that_is_no_number_is_missing_and_spoils_nothing():
 SMALL = "--method rler --steps 4 --prompts_per_step 2 --group_size 3 --max_new_tokens 12 --eval_every 9 --save_every 1 --prompts 2".split()
 
 
-@pytest.fixture
-def few(tmp_path):
-    path = tmp_path / "few.jsonl"
-    path.write_text("\n".join((ROOT / "data" / "heldout.jsonl").read_text(encoding="utf8").split("\n")[:2]) + "\n", encoding="utf8")
-    return str(path)
-
-
 def run(tiny, few, out, *more):
     return train.main(["--model", str(tiny), "--eval_data", few, *SMALL, "--out", str(out), *more])
 

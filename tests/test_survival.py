@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT
 from judge_server import JudgeServer
 from test_arlrr import forms  # noqa: F401  (a fixture)
-from test_train import few, lines, run  # noqa: F401
+from test_train import lines, run
 
 import train
 
