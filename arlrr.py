@@ -40,6 +40,7 @@ import time
 from collections import Counter
 from copy import deepcopy
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -205,6 +206,31 @@ def spreads(groups: list[tuple[list[Criterion], list[list[float | None]]]], by: 
 
 
 @dataclass
+class Settings:
+    """Flags of train.py for --method arlrr: the comment above a field is its help. The last three are those of every run."""
+
+    # arlrr: the next class by search, lowest_score, cyclic or random; or no turns: points, axis_mean, gdpo (see arlrr.py)
+    schedule: Literal[*TURNS, *SCALARS] = "search"
+    # arlrr: updates before the next class is chosen
+    stage: int = 5
+    # arlrr: a stage is --stage updates, an epoch of the class's prompts, or --stage in proportion to the class's weight
+    stage_by: Literal["updates", "epoch", "weight"] = "updates"
+    # arlrr: updates of a class that the search tries out and takes back
+    trial: int = 1
+    # arlrr: training prompts kept back, by which search and lowest_score choose
+    validation: int = 12
+    # arlrr: what makes a class: axis, category, or the kind of a tag (level, cluster)
+    classes: str = "axis"
+    # arlrr: prompts whose criteria in the class are all negative: skip them, or count them as a penalty
+    negative_only: Literal["skip", "penalty"] = "skip"
+    # arlrr: share of the groups judged by their whole rubric to measure variance contraction; it never changes a reward
+    audit: float = 0.25
+    advantage: str = "std"
+    prompts_per_step: int = 4
+    seed: int = 0
+
+
+@dataclass
 class Turns:
     """Where the alternation stands: what a checkpoint holds."""
 
@@ -216,28 +242,24 @@ class Turns:
 
 
 class ARLRR:
-    """The method object: rar.RubricReward's interface; `before_step` chooses the class, `pool` its prompts.
-
-    schedule: one of TURNS or SCALARS. stage, stage_by: its length, see decision 3. by: what makes a class, see class_of.
-    audit: share of the groups that are judged by their full rubric, to measure `spreads`; it never changes a reward.
-    trial: updates of a trial. clip: decision 5.
-    """
+    """The method object: rar.RubricReward's interface; `before_step` chooses the class, `pool` its prompts."""
 
     of_step = ("audited", "extra")
 
-    def __init__(self, judge, schedule="search", stage=5, stage_by="updates", by="axis", negative_only="skip", audit=0.25,
-                 trial=1, seed=0, prompts_per_step=4, clip=False):  # fmt: skip
-        self.judge, self.schedule, self.stage, self.stage_by, self.by = judge, schedule, stage, stage_by, by
-        self.negative_only, self.audit, self.trial, self.seed = negative_only, audit, trial, seed
-        self.prompts_per_step, self.clip = prompts_per_step, clip
-        self.turns = Turns()
-        self.own_advantages = schedule == "gdpo"  # normalised here, not by grpo.advantages
+    def __init__(self, judge, settings: Settings | None = None):
+        self.judge, self.settings, self.turns = judge, settings or Settings(), Turns()
+        self.scalar = self.settings.schedule in SCALARS
+        self.own_advantages = self.settings.schedule == "gdpo"  # normalised here, not by grpo.advantages
         self.trying = False  # inside a trial nothing is audited
         self.audited, self.extra = [], 0  # of the step under way
 
     def places(self, example: Example) -> dict[str, list[int]]:
         """Class -> places of its criteria in the example's rubric."""
-        return classes(example.rubric, self.by, self.negative_only)
+        return classes(example.rubric, self.settings.classes, self.settings.negative_only)
+
+    def vector(self, rubric: list[Criterion], matrix: list[list[float | None]]) -> dict[str, list[float]]:
+        """Class -> [G] rewards of a group."""
+        return vector(rubric, matrix, self.settings.classes, self.settings.negative_only)
 
     def eligible(self, example: Example) -> bool:
         """Whether any class of the example has a reward."""
@@ -247,11 +269,11 @@ class ARLRR:
 
     def before_step(self, examples: list[Example], lab) -> dict:
         """Begins a new stage where the last one has ended. lab: what a schedule may try out. Returns metrics."""
-        if self.schedule in SCALARS or self.turns.left:
+        if self.scalar or self.turns.left:
             return {"class": self.turns.active or "all"}
         counts = {k: sum(k in self.places(e) for e in examples) for e in examples for k in self.places(e)}
         order = sorted(counts, key=lambda k: (-counts[k], k))  # the class that most prompts have goes first
-        chosen, found = getattr(self, self.schedule)(order, lab)
+        chosen, found = getattr(self, self.settings.schedule)(order, lab)
         stage = {"step": self.turns.step + 1, "class": chosen, **found}
         self.turns.history.append(stage)
         self.turns.active, self.turns.left = chosen, self.length(chosen, order, examples)
@@ -259,15 +281,17 @@ class ARLRR:
 
     def length(self, k: str, order: list[str], examples: list[Example]) -> int:
         """Updates of a stage on class k (decision 3)."""
-        if self.stage_by == "epoch":
-            return math.ceil(sum(k in self.places(e) for e in examples) / self.prompts_per_step)
-        if self.stage_by == "weight":
-            return max(1, round(self.stage * len(order) * statistics.fmean(shares(e.rubric, self.by).get(k, 0.0) for e in examples)))
-        return self.stage
+        s = self.settings
+        if s.stage_by == "epoch":
+            return math.ceil(sum(k in self.places(e) for e in examples) / s.prompts_per_step)
+        if s.stage_by == "weight":
+            share = statistics.fmean(shares(e.rubric, s.classes).get(k, 0.0) for e in examples)
+            return max(1, round(s.stage * len(order) * share))
+        return s.stage
 
     def pool(self, examples: list[Example], step: int) -> tuple[list[Example], int]:
         """(prompts to draw from, how many batches were drawn from them before)."""
-        if self.schedule in SCALARS:
+        if self.scalar:
             return examples, step
         active = self.turns.active
         return [e for e in examples if active in self.places(e)], self.turns.updates.get(active, 0)
@@ -283,14 +307,14 @@ class ARLRR:
 
     def random(self, order: list[str], lab) -> tuple[str, dict]:
         """The control: any class, drawn from the seed and the number of the stage."""
-        return random.Random(f"{self.seed}-{len(self.turns.history)}").choice(order), {}
+        return random.Random(f"{self.settings.seed}-{len(self.turns.history)}").choice(order), {}
 
     def lowest_score(self, order: list[str], lab) -> tuple[str, dict]:
         """The class with the lowest score on the validation prompts."""
         groups = lab.validate()
         found: dict[str, list[float]] = {k: [] for k in order}
         for example, [rollout] in groups:
-            for k, [reward] in vector(example.rubric, [[v.score for v in rollout.verdicts]], self.by, self.negative_only).items():
+            for k, [reward] in self.vector(example.rubric, [[v.score for v in rollout.verdicts]]).items():
                 found.setdefault(k, []).append(reward)
         scores = {k: mean(found[k]) for k in order}
         known = [s for s in scores.values() if not math.isnan(s)]
@@ -307,7 +331,7 @@ class ARLRR:
         for k in tqdm(order, desc="search", unit="class", leave=False, disable=None):
             try:
                 self.trying, self.turns.active = True, k
-                for ahead in range(self.trial):
+                for ahead in range(self.settings.trial):
                     lab.update(ahead)
                     self.turns.updates[k] = self.turns.updates.get(k, 0) + 1
                 found[k] = [rollout.reward for _, [rollout] in lab.validate()]
@@ -323,11 +347,13 @@ class ARLRR:
     def score(self, groups: list[tuple[Example, list]], progress: bool = False) -> None:
         """Judges what the stage is about (and, in audited groups, the rest); sets rollout.criteria, .verdicts and .reward."""
         active, self.audited, self.extra = self.turns.active, [], 0
-        wanted = [list(range(len(e.rubric))) if self.schedule in SCALARS else self.places(e)[active] for e, _ in groups]
+        wanted = [list(range(len(e.rubric))) if self.scalar else self.places(e)[active] for e, _ in groups]
         audited = [self.is_audited(example) for example, _ in groups]
-        # The criteria of the stage come first, so that the rewards below can cut off what the audit added.
-        orders = [part + [i for i in range(len(e.rubric)) if i not in part] * more for (e, _), part, more in zip(groups, wanted, audited)]
-        rubrics = [[e.rubric[i] for i in order] for (e, _), order in zip(groups, orders)]
+        rubrics = []
+        for (example, _), part, more in zip(groups, wanted, audited):
+            # The criteria of the stage come first, so that the rewards below can cut off what the audit added.
+            others = [i for i in range(len(example.rubric)) if i not in part] if more else []
+            rubrics.append([example.rubric[i] for i in part + others])
         judge_groups(self.judge, groups, progress, rubrics)
         for (_, rollouts), part, rubric, more in zip(groups, wanted, rubrics, audited):
             matrix = [[v.score for v in rollout.verdicts] for rollout in rollouts]
@@ -337,36 +363,37 @@ class ARLRR:
             mine, rows = rubric[: len(part)], [row[: len(part)] for row in matrix]
             rewards = self.rewards(mine, rows)
             for rollout, reward in zip(rollouts, rewards):
-                low = max(-1.0, min(1.0, reward)) if self.clip else reward
-                rollout.reward = low if rollout.text.strip() else min(0.0, low)  # silence is not a way out (nan becomes 0 too)
+                clipped = reward if self.settings.advantage == "std" else max(-1.0, min(1.0, reward))  # decision 5
+                rollout.reward = clipped if rollout.text.strip() else min(0.0, clipped)  # silence is not a way out (nan becomes 0)
 
     def advantages(self, groups: list[tuple[Example, list]]) -> list[list[float]]:
         """gdpo's, over the whole batch; every other schedule leaves them to grpo.advantages."""
         matrices = [[[v.score for v in rollout.verdicts] for rollout in rollouts] for _, rollouts in groups]
-        return gdpo([vector(part[0].criteria, matrix, self.by, self.negative_only) for (_, part), matrix in zip(groups, matrices)])
+        return gdpo([self.vector(part[0].criteria, matrix) for (_, part), matrix in zip(groups, matrices)])
 
     def rewards(self, rubric: list[Criterion], matrix: list[list[float | None]]) -> list[float]:
         """[G]: r_k of the active class, or the scalar that the schedule names (of gdpo the axis mean, for the log only)."""
-        if self.schedule in TURNS:
+        if not self.scalar:
             return group_rewards(class_reward, rubric, matrix)
-        if self.schedule == "points":
+        if self.settings.schedule == "points":
             return group_rewards(points_reward, rubric, matrix)
-        return axis_mean(vector(rubric, matrix, self.by, self.negative_only))
+        return axis_mean(self.vector(rubric, matrix))
 
     def is_audited(self, example: Example) -> bool:
         """Whether this step's group is judged by its full rubric: a draw that each process and each resumed run repeats."""
-        return not self.trying and random.Random(f"{self.seed}-{self.turns.step}-{example.id}").random() < self.audit
+        drawn = random.Random(f"{self.settings.seed}-{self.turns.step}-{example.id}").random()
+        return not self.trying and drawn < self.settings.audit
 
     def after_step(self, groups: list[tuple[Example, list]]) -> dict:
         """Moves the turn on by one update. Returns `spreads` of the audited groups and the verdicts that only they cost."""
         turns = self.turns
         turns.step += 1
-        if self.schedule in TURNS:
+        if not self.scalar:
             turns.updates[turns.active] = turns.updates.get(turns.active, 0) + 1
             turns.left -= 1
         rewards = [[r.reward for r in rollouts if not math.isnan(r.reward)] for _, rollouts in groups]
         dead = mean(float(statistics.pstdev(row) <= FLAT) for row in rewards if row)
-        return {"dead": dead, "audit_verdicts": self.extra, **spreads(self.audited, self.by)}
+        return {"dead": dead, "audit_verdicts": self.extra, **spreads(self.audited, self.settings.classes)}
 
     def state_dict(self) -> dict:
         """Where the alternation stands, as plain values: what a checkpoint holds."""

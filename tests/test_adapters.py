@@ -18,7 +18,7 @@ METHODS = {
     "explicit": lambda: rar.RubricReward(OfflineJudge()),
     "points": lambda: rar.RubricReward(OfflineJudge(), "points"),
     "rler": lambda: rler.RLER(OfflineJudge()),
-    "arlrr": lambda: arlrr.ARLRR(OfflineJudge(), "cyclic"),
+    "arlrr": lambda: arlrr.ARLRR(OfflineJudge(), arlrr.Settings("cyclic")),
 }
 
 
@@ -62,7 +62,7 @@ def test_what_is_not_scored_is_none_in_trl_and_the_group_mean_in_verl():
 
 def test_a_prompt_whose_class_is_not_in_turn_is_not_scored():
     plain = rar.Example("p", EXAMPLES[0].prompt, [rar.Criterion("Mentions water.", 1, axis="tone")])
-    rewards = rar.as_trl_reward(arlrr.ARLRR(OfflineJudge(), "cyclic"), [*EXAMPLES, plain])(completions=["Water.", "Rest."], id=["p", EXAMPLES[0].id])
+    rewards = rar.as_trl_reward(arlrr.ARLRR(OfflineJudge(), arlrr.Settings("cyclic")), [*EXAMPLES, plain])(completions=["Water.", "Rest."], id=["p", EXAMPLES[0].id])
     assert rewards[0] is None and rewards[1] is not None
 
 

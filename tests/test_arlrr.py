@@ -15,7 +15,7 @@ import grpo
 import rar
 import rler
 import train
-from arlrr import ARLRR
+from arlrr import ARLRR, Settings
 from judge import OfflineJudge
 from rar import Criterion, Example
 
@@ -160,33 +160,33 @@ def turns(method, examples, lab, steps):
 
 def test_cyclic_and_random_turns():
     examples = [RAIN, ICE, SNOW, RAIN]
-    method = ARLRR(OfflineJudge(), "cyclic", stage=2)
+    method = ARLRR(OfflineJudge(), Settings("cyclic", stage=2))
     assert turns(method, examples, None, 6) == ["accuracy"] * 2 + ["completeness"] * 2 + ["accuracy"] * 2
-    draws = [turns(ARLRR(OfflineJudge(), "random", stage=1, seed=seed), examples, None, 30) for seed in (0, 0, 1)]
+    draws = [turns(ARLRR(OfflineJudge(), Settings("random", stage=1, seed=seed)), examples, None, 30) for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2] and {"accuracy", "completeness"} == set(draws[0])
 
 
 def test_lengths_of_a_stage():
     examples = [RAIN, ICE, SNOW, RAIN, RAIN]
-    assert ARLRR(OfflineJudge(), "cyclic", stage_by="epoch", prompts_per_step=2).length("accuracy", ["accuracy"], examples) == 2
-    weighted = ARLRR(OfflineJudge(), "cyclic", stage=10, stage_by="weight")
+    assert ARLRR(OfflineJudge(), Settings("cyclic", stage_by="epoch", prompts_per_step=2)).length("accuracy", ["accuracy"], examples) == 2
+    weighted = ARLRR(OfflineJudge(), Settings("cyclic", stage=10, stage_by="weight"))
     order = ["accuracy", "completeness"]  # mean shares: (3 * 4/7 + 1) / 5 and (3 * 3/7 + 1) / 5
     assert [weighted.length(k, order, examples) for k in order] == [11, 9]
     assert weighted.length("nobody has it", order, examples) == 1
 
 
 def test_the_lowest_score_goes_first_and_ties_to_the_one_that_waited():
-    method = ARLRR(OfflineJudge(), "lowest_score", stage=1)
+    method = ARLRR(OfflineJudge(), Settings("lowest_score", stage=1))
     lab = Script({"": [0.5] * 4, "verdicts": [1, 0, 0, 0]}, method)  # accuracy 1, completeness 0
     assert turns(method, [RAIN], lab, 3) == ["completeness"] * 3
     assert method.turns.history[0]["validation/accuracy"] == 1 and method.turns.history[0]["validation/completeness"] == 0
-    method = ARLRR(OfflineJudge(), "lowest_score", stage=1)
+    method = ARLRR(OfflineJudge(), Settings("lowest_score", stage=1))
     lab = Script({"": [0.5] * 4, "verdicts": [1, 1, 0, 0]}, method)
     assert turns(method, [RAIN], lab, 4) == ["accuracy", "completeness"] * 2
 
 
 def test_search_takes_the_best_trial_and_calls_noise_a_tie():
-    method = ARLRR(OfflineJudge(), "search", stage=1, trial=2)
+    method = ARLRR(OfflineJudge(), Settings("search", stage=1, trial=2))
     lab = Script({"": [0.1] * 4, "accuracy": [0.2] * 4, "completeness": [0.4, 0.4, 0.5, 0.5]}, method)
     assert turns(method, [RAIN, ICE], lab, 3) == ["completeness"] * 3
     first = method.turns.history[0]
@@ -194,12 +194,12 @@ def test_search_takes_the_best_trial_and_calls_noise_a_tie():
     accuracy, completeness = ["accuracy 0", "accuracy 1", "restore start"], ["completeness 0", "completeness 1", "restore start"]
     assert lab.asked[:7] == ["save", *accuracy, *completeness]
     noisy = {"": [0.1] * 4, "accuracy": [0.2, 0.9, 0.1, 0.8], "completeness": [0.9, 0.2, 0.8, 0.2]}  # 0.5 and 0.525
-    method = ARLRR(OfflineJudge(), "search", stage=1)
+    method = ARLRR(OfflineJudge(), Settings("search", stage=1))
     assert turns(method, [RAIN, ICE], Script(noisy, method), 4) == ["accuracy", "completeness"] * 2
 
 
 def test_a_search_that_breaks_off_leaves_the_state_from_before():
-    method = ARLRR(OfflineJudge(), "search", stage=1)
+    method = ARLRR(OfflineJudge(), Settings("search", stage=1))
     lab = Script({"": [0.1], "accuracy": [0.2], "completeness": [0.3]}, method)
     turns(method, [RAIN], lab, 2)
     before = method.state_dict()
@@ -218,7 +218,7 @@ def test_a_search_that_breaks_off_leaves_the_state_from_before():
 
 def test_a_stage_judges_its_class_only_and_an_audit_changes_no_reward():
     texts = ("Clouds and warm air.", "Clouds on the moon, and cheese.", "No idea.", "")
-    plain, audited = ARLRR(OfflineJudge(), "cyclic", audit=0), ARLRR(OfflineJudge(), "cyclic", audit=1)
+    plain, audited = ARLRR(OfflineJudge(), Settings("cyclic", audit=0)), ARLRR(OfflineJudge(), Settings("cyclic", audit=1))
     found = []
     for method in (plain, audited):
         method.before_step([RAIN], None)
@@ -234,19 +234,19 @@ def test_a_stage_judges_its_class_only_and_an_audit_changes_no_reward():
 
 
 def test_the_audit_takes_its_share():
-    method, taken = ARLRR(OfflineJudge(), "cyclic", audit=0.25), []
+    method, taken = ARLRR(OfflineJudge(), Settings("cyclic", audit=0.25)), []
     for _ in range(400):
         taken += [method.is_audited(RAIN), method.is_audited(ICE)]
         method.turns.step += 1
     assert 0.2 < statistics.fmean(taken) < 0.3 and taken[0::2] != taken[1::2]
     method.trying = True
     assert not any(method.is_audited(e) for e in (RAIN, ICE, SNOW))  # a trial measures nothing
-    assert not any(ARLRR(OfflineJudge(), "cyclic", audit=0).is_audited(e) for e in (RAIN, ICE, SNOW))
+    assert not any(ARLRR(OfflineJudge(), Settings("cyclic", audit=0)).is_audited(e) for e in (RAIN, ICE, SNOW))
 
 
 def test_prompts_without_the_class_are_not_rolled_out():
     tone = example("tone", ("Mentions cheese.", -5, "tone"), ("Mentions wine.", 1, "accuracy"))
-    skip, penalty = (ARLRR(OfflineJudge(), "cyclic", negative_only=kind) for kind in ("skip", "penalty"))
+    skip, penalty = (ARLRR(OfflineJudge(), Settings("cyclic", negative_only=kind)) for kind in ("skip", "penalty"))
     for method, expected in ((skip, {"accuracy"}), (penalty, {"accuracy", "tone"})):
         method.before_step([tone, SNOW], None)
         assert set(method.places(tone)) == expected
@@ -260,7 +260,7 @@ def test_prompts_without_the_class_are_not_rolled_out():
 def test_clipping_and_missing_verdicts():
     harsh = example("harsh", ("Mentions clouds.", 1, "accuracy"), ("Mentions cheese.", -6, "accuracy"))
     for clip, expected in ((False, -6), (True, -1)):
-        method = ARLRR(OfflineJudge(), "cyclic", clip=clip)
+        method = ARLRR(OfflineJudge(), Settings("cyclic", advantage="mean" if clip else "std"))
         method.before_step([harsh], None)
         groups = [(harsh, rollouts("Cheese."))]
         method.score(groups)
@@ -271,7 +271,7 @@ def test_clipping_and_missing_verdicts():
             return [v._replace(score=None) for v in super().ask(questions, progress)]
 
     for schedule in ("cyclic", *arlrr.SCALARS):
-        method = ARLRR(Silent(), schedule, audit=1)
+        method = ARLRR(Silent(), Settings(schedule, audit=1))
         method.before_step([RAIN], None)
         groups = [(RAIN, rollouts("Clouds.", "Air."))]
         method.score(groups)
@@ -283,7 +283,7 @@ def test_scalars_are_the_known_ones():
     texts = ("Clouds and warm air.", "Clouds on the moon, and cheese.", "Warm air.")
     scored = {}
     for schedule in arlrr.SCALARS:
-        method = ARLRR(OfflineJudge(), schedule)
+        method = ARLRR(OfflineJudge(), Settings(schedule))
         assert method.before_step([RAIN], None) == {"class": "all"} and method.pool([RAIN, SNOW], 7) == ([RAIN, SNOW], 7)
         groups = [(RAIN, rollouts(*texts)), (SNOW, rollouts("Crystals.", "Sand.", "Crystals."))]
         method.score(groups)
@@ -292,7 +292,7 @@ def test_scalars_are_the_known_ones():
     rar.RubricReward(OfflineJudge(), "points").score(reference)
     assert [r.reward for r in scored["points"][0][1]] == [r.reward for r in reference[0][1]] == [1.0, (4 - 2 - 5) / 7, 3 / 7]
     assert [r.reward for r in scored["axis_mean"][0][1]] == [1.0, 0.25, 0.5]
-    flat = [a for row in ARLRR(OfflineJudge(), "gdpo").advantages(scored["gdpo"]) for a in row]
+    flat = [a for row in ARLRR(OfflineJudge(), Settings("gdpo")).advantages(scored["gdpo"]) for a in row]
     assert statistics.fmean(flat) == pytest.approx(0, abs=1e-9) and statistics.pstdev(flat) == pytest.approx(1, abs=1e-3)
     assert all(r.advantage == 0 for r in scored["points"][0][1])  # grpo.advantages' job there
 
@@ -311,7 +311,7 @@ def test_classes_from_any_tag(shared):
     examples = rar.read_examples(shared("healthbench_200.jsonl"))
     table = {row["class"]: row for row in arlrr.structure(examples, "level")}
     assert set(table) == {"cluster", "example"}
-    method = ARLRR(OfflineJudge(), "cyclic", by="level", stage=1)
+    method = ARLRR(OfflineJudge(), Settings("cyclic", classes="level", stage=1))
     assert sorted(turns(method, examples, None, 2)) == ["cluster", "example"]
     assert {row["class"] for row in arlrr.structure(rar.read_examples(ROOT / "data" / "train.jsonl"), "category")} >= {"Essential", "Pitfall"}
 

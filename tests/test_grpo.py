@@ -30,6 +30,11 @@ def random_groups(prompts=3, size=4, longest=12, seed=0):
     return groups
 
 
+def said(prompt, *completions):
+    """A group with these tokens."""
+    return [Rollout(prompt, ids, [], "stop") for ids in completions]
+
+
 def plain_logprobs(model, prompt, ids, temperature):
     """The obvious way: the whole sequence, one row, no cache, no padding."""
     logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].double() / temperature
@@ -42,23 +47,22 @@ def plain_logprobs(model, prompt, ids, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_shared_prompts_give_the_log_probs_of_full_sequences(tiny_model, temperature):
     groups = random_groups()
-    logp, entropy, mask = completion_logprobs(tiny_model, [g[0].prompt_ids for g in groups], [[r.ids for r in g] for g in groups], temperature)
-    rows = [r for g in groups for r in g]
-    assert mask.sum(1).tolist() == [len(r.ids) for r in rows]
-    for row, rollout in enumerate(rows):
+    logp, entropy = completion_logprobs(tiny_model, groups, temperature)
+    rollouts = [r for g in groups for r in g]
+    lengths = [len(r.ids) for r in rollouts]
+    assert logp.shape == entropy.shape == (sum(lengths),)
+    for rollout, part, spread in zip(rollouts, logp.split(lengths), entropy.split(lengths)):
         want = plain_logprobs(tiny_model, rollout.prompt_ids, rollout.ids, temperature)
-        assert torch.allclose(logp[row, : len(rollout.ids)].double(), want, atol=1e-10)
-        assert (logp[row, len(rollout.ids) :] == 0).all()
+        assert torch.allclose(part.double(), want, atol=1e-10)
         logits = tiny_model(torch.tensor([rollout.prompt_ids + rollout.ids])).logits[0, len(rollout.prompt_ids) - 1 : -1] / temperature
         exact = torch.distributions.Categorical(logits=logits).entropy()
-        assert torch.allclose(entropy[row, : len(rollout.ids)].double(), exact, atol=1e-10)
+        assert torch.allclose(spread.double(), exact, atol=1e-10)
 
 
 def test_shared_prompts_give_the_gradient_of_full_sequences(tiny_model):
     """The prompt's keys and values carry gradient too: every parameter agrees."""
     groups = random_groups()
-    logp, _, mask = completion_logprobs(tiny_model, [g[0].prompt_ids for g in groups], [[r.ids for r in g] for g in groups], 0.8)
-    (logp * mask).sum().backward()
+    completion_logprobs(tiny_model, groups, 0.8)[0].sum().backward()
     shared = {n: p.grad.clone() for n, p in tiny_model.named_parameters()}
     tiny_model.zero_grad()
     sum(plain_logprobs(tiny_model, r.prompt_ids, r.ids, 0.8).sum() for g in groups for r in g).backward()
@@ -68,8 +72,8 @@ def test_shared_prompts_give_the_gradient_of_full_sequences(tiny_model):
 
 
 def test_a_prompt_of_one_token(tiny_model):
-    logp, _, _ = completion_logprobs(tiny_model, [[5]], [[[7, 8], [9]]], 1.0)
-    assert torch.allclose(logp[0].double(), plain_logprobs(tiny_model, [5], [7, 8], 1.0), atol=1e-10)
+    logp, _ = completion_logprobs(tiny_model, [said([5], [7, 8], [9])], 1.0)
+    assert torch.allclose(logp[:2].double(), plain_logprobs(tiny_model, [5], [7, 8], 1.0), atol=1e-10)
 
 
 def test_the_fused_log_prob_and_its_gradient(monkeypatch):
@@ -89,12 +93,12 @@ def test_the_fused_log_prob_and_its_gradient(monkeypatch):
 
 
 def test_completions_that_end_in_the_pad_token_count_it(tiny_model):
-    """pad = eos in many models: the mask comes from lengths, so the end token stays in the loss and in attention."""
-    logp, _, mask = completion_logprobs(tiny_model, [[5, 6]], [[[7, 1], [7, 8, 9, 1]]], 1.0)
-    assert mask.tolist() == [[True, True, False, False], [True] * 4]
-    assert torch.allclose(logp[0, :2].double(), plain_logprobs(tiny_model, [5, 6], [7, 1], 1.0), atol=1e-10)
-    inner, _, _ = completion_logprobs(tiny_model, [[5, 1, 6]], [[[7, 1, 8]]], 1.0)  # end tokens in the middle stay visible
-    assert torch.allclose(inner[0].double(), plain_logprobs(tiny_model, [5, 1, 6], [7, 1, 8], 1.0), atol=1e-10)
+    """pad = eos in many models: what counts comes from lengths, so the end token stays in the loss and in attention."""
+    logp, _ = completion_logprobs(tiny_model, [said([5, 6], [7, 1], [7, 8, 9, 1])], 1.0)
+    assert len(logp) == 6
+    assert torch.allclose(logp[:2].double(), plain_logprobs(tiny_model, [5, 6], [7, 1], 1.0), atol=1e-10)
+    inner, _ = completion_logprobs(tiny_model, [said([5, 1, 6], [7, 1, 8])], 1.0)  # end tokens in the middle stay visible
+    assert torch.allclose(inner.double(), plain_logprobs(tiny_model, [5, 1, 6], [7, 1, 8], 1.0), atol=1e-10)
 
 
 # ------------------------------------------------------------------------------------------- sampling
@@ -254,7 +258,7 @@ OPTIONS = [
     {"tis_cap": 1.5, "epochs": 2},
     {"minibatches": 2, "epochs": 2, "beta": 0.05},
     {"mask_truncated": True, "epochs": 2, "tis_cap": 2.0},
-    {"share_prompt": False, "checkpointing": True, "epochs": 2, "max_tokens": 30},
+    {"share_prompt": False, "checkpointing": True, "epochs": 2, "pass_tokens": 30},
 ]
 
 
@@ -273,7 +277,7 @@ def test_update_equals_the_slow_reading_in_float64(tiny, exact_norms, loss, kind
     """Every loss x advantage x clip, each with one of the other options, on random tokens, lengths and rewards: the weights
     after whole updates agree to 1e-10. The second epoch has ratios off 1, and the tight clip has work."""
     number = ["grpo", "dr_grpo", "dapo"].index(loss) * 6 + ["std", "mean", "none"].index(kind) * 2 + (clip[0] < 0.1)
-    s = Settings(loss=loss, temperature=0.9, max_new_tokens=9, clip_low=clip[0], clip_high=clip[1], max_grad_norm=1e9, max_tokens=40)
+    s = Settings(loss=loss, temperature=0.9, max_new_tokens=9, clip_low=clip[0], clip_high=clip[1], max_grad_norm=1e9, pass_tokens=40)
     for options in (OPTIONS[number % len(OPTIONS)], OPTIONS[(number + 1 + number // 6) % len(OPTIONS)]):
         s = replace(s, **options)
     fast, slow, reference = (AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64).eval() for _ in range(3))
@@ -392,6 +396,15 @@ def test_clip_sides():
         assert (logp.grad.abs().item() > 0) == alive, (ratio, advantage)
 
 
+def test_dapo_clips_higher_where_nothing_else_is_said():
+    """A ratio of 1.25 is beyond 1 + 0.2 and within 1 + 0.28."""
+    [rollout] = said([5], [7])
+    rollout.advantage, rollout.weight, rollout.logp = 1.0, 1.0, [0.0]
+    part = grpo.Pass([[rollout]], old=torch.zeros(1))
+    for settings, clipped in ((Settings(loss="dapo"), 0), (Settings(loss="grpo"), 1), (Settings(loss="dapo", clip_high=0.1), 1), (Settings(clip_high=0.3), 0)):
+        assert part.loss(torch.tensor([math.log(1.25)]), torch.zeros(1), settings)[1]["clipped"] == clipped
+
+
 def test_k3_is_never_negative_and_zero_at_equality():
     logp, ref = torch.randn(1000, dtype=torch.float64), torch.randn(1000, dtype=torch.float64)
     assert (grpo.kl_k3(logp, ref) >= 0).all() and (grpo.kl_k3(logp, logp) == 0).all()
@@ -417,7 +430,7 @@ def test_the_step_does_not_depend_on_micro_batches_or_order(tiny, loss):
         groups = random_groups(prompts=4)
         if flip:
             groups = [g[::-1] for g in groups[::-1]]
-        update(model, optimizer, groups, Settings(loss=loss, max_new_tokens=12, max_tokens=tokens, max_grad_norm=1e9))
+        update(model, optimizer, groups, Settings(loss=loss, max_new_tokens=12, pass_tokens=tokens, max_grad_norm=1e9))
         results.append(weights(model))
     for other in results[1:]:
         assert torch.allclose(results[0], other, atol=1e-6)

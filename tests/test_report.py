@@ -1,7 +1,5 @@
 """report.html and --plot, looked at by a parser and, where there is one, by a real browser."""
 
-import base64
-import hashlib
 import json
 import re
 import shutil
@@ -16,7 +14,7 @@ import rar
 import train
 from judge import Verdict
 
-HOSTILE = '</pre><script>document.title="owned"</script><img src=x onerror=\'document.title="owned"\'>"&amp; <b>{png}{title}</b>\u2028'
+HOSTILE = '</pre><script>document.title="owned"</script><img src=x onerror=\'document.title="owned"\'>"&amp; <b>{record}{nonce}</b>\u2028'
 
 
 class Page(HTMLParser):
@@ -56,22 +54,26 @@ def test_a_hostile_completion_stays_text(tmp_path):
     text = hostile_run(tmp_path).read_text(encoding="utf8")
     page = Page(text)
     scripts = [attrs for tag, attrs in page.tags if tag == "script"]
-    assert scripts == [{"type": "application/json", "id": "record"}, {}]  # the record, and the page's own
+    assert [list(attrs) for attrs in scripts] == [["type", "id"], ["nonce"]]  # the record, and the page's own
     assert not {"b", "iframe", "link", "img", "pre"} & {tag for tag, _ in page.tags}  # nothing else before the script has run
     assert not any(key.startswith("on") for _, attrs in page.tags for key in attrs)
     record = record_of(text)
     assert [name for name, _ in record["rollouts"]] == ["Rollouts of training step 1", "Rollouts of training step 3", "Held-out answers at step 3"]
     [row] = record["rollouts"][0][1]
     assert row["text"] == row["id"] == row["verdicts"][0]["title"] == row["verdicts"][0]["reason"] == HOSTILE
-    assert record["prompts"][HOSTILE][0]["content"] == HOSTILE and base64.b64decode(record["png"])[:4] == b"\x89PNG"
+    assert record["prompts"][HOSTILE][0]["content"] == HOSTILE
     assert not re.search(r"(src|href)=.?https?://|@import|fetch\(|innerHTML|insertAdjacentHTML|document\.write", text)
 
 
 def test_the_pages_policy_allows_its_own_script_and_nothing_else(tmp_path):
-    text = hostile_run(tmp_path).read_text(encoding="utf8")
-    own = re.findall(r"<script>(.*?)</script>", text, re.S)
-    assert len(own) == 1 and re.findall(r"script-src '([^']*)'", text) == ["sha256-" + base64.b64encode(hashlib.sha256(own[0].encode()).digest()).decode()]
-    assert "default-src 'none'" in text
+    """By a number that differs from page to page, and that a text which asks for it does not get."""
+    numbers = set()
+    for folder in ("a", "b"):
+        text = hostile_run(tmp_path / folder).read_text(encoding="utf8")
+        [number] = re.findall(r"script-src 'nonce-([0-9a-f]{32,})'", text)
+        assert "default-src 'none'" in text and text.count(number) == 2 and f'<script nonce="{number}">' in text
+        numbers.add(number)
+    assert len(numbers) == 2
 
 
 def test_a_real_run_has_its_page(tiny, few, tmp_path):
@@ -97,7 +99,7 @@ def test_in_a_real_browser(tmp_path, width):
     assert re.search(r"<title>(.*?)</title>", dumped)[1] == "explicit, seed 0: run"  # no other script has changed it
     page = Page(dumped)
     tags = [tag for tag, _ in page.tags]
-    assert tags.count("script") == 2 and tags.count("img") == 1 and tags.count("details") == 3 and not {"b", "iframe"} & set(tags)
+    assert tags.count("script") == 2 and tags.count("details") == 3 and not {"b", "iframe", "img"} & set(tags)
     assert not any(key.startswith("on") for _, attrs in page.tags for key in attrs)
     shown = [t for t in page.text if t == HOSTILE]
     assert len(shown) >= 3 * 3  # of each rollout the response, a criterion's title and the judge's reason
@@ -105,7 +107,7 @@ def test_in_a_real_browser(tmp_path, width):
     assert kinds[:3] == ["good", "bad", "none"]
     for cell in ("+2", "2", "-1", "missing", "reward +0.500, advantage -0.700, 2 tokens, stop", "Rollouts of training step 1"):
         assert cell in page.text
-    assert dumped.count("<circle") == 3  # the chosen metric has three steps
+    assert dumped.count("<figure>") == 4 and dumped.count("<circle") == 12  # three panels that have values and the chosen metric
     shot = tmp_path / "shot.png"
     chromium(tmp_path, width, f"--screenshot={shot}", path.as_uri())
     assert shot.read_bytes()[:4] == b"\x89PNG"
