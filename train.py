@@ -177,7 +177,7 @@ class Config:
 # Read by parse_config: the values that a flag may have.
 CHOICES = {
     "method": (*rar.METHODS, *["rler"] * bool(rler), "arlrr"), "loss": ("grpo", "dr_grpo", "dapo"), "advantage": ("std", "mean", "none"),
-    "dtype": ("auto", "float32", "bfloat16"), "sampler": ("torch", "vllm"), "evolve": getattr(rler, "SELECTIONS", ()),
+    "dtype": ("auto", "float32", "bfloat16"), "sampler": ("torch", "vllm"), "evolve": ("std", "fifo", "random", "static") * bool(rler),
     "schedule": (*arlrr.TURNS, *arlrr.SCALARS), "stage_by": ("updates", "epoch", "weight"), "negative_only": ("skip", "penalty"),
 }  # fmt: skip
 FLAWS = getattr(rler, "FLAWS", {})
@@ -279,8 +279,7 @@ def make_judge(config: Config):
 def make_method(config: Config, judge):
     """The reward that the settings name: all methods have the interface of rar.RubricReward."""
     if config.method == "rler":
-        flaws = [flaw for flaw in config.flaws.split(",") if flaw]
-        return rler.RLER(judge, config.rubrics_kept, config.evolve, flaws, config.form_share)
+        return rler.RLER(judge, rler.Settings(config.evolve, config.rubrics_kept, config.form_share, config.flaws))
     if config.method == "arlrr":
         names = ("schedule", "stage", "stage_by", "negative_only", "audit", "trial", "seed", "prompts_per_step")
         values = {name: getattr(config, name) for name in names}
