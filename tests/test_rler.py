@@ -18,7 +18,7 @@ import rler
 import train
 from judge import JudgeError, LLMJudge, OfflineJudge, Verdict
 from rar import Criterion, Example
-from rler import RLER
+from rler import RLER, Settings
 
 EXAMPLE = Example("cold", [{"role": "user", "content": "What helps against a cold?"}], [Criterion("States that rest helps.", 1), Criterion("Mentions water.", 1)])
 
@@ -101,7 +101,7 @@ def test_one_visit_computed_by_hand():
 def test_the_most_discriminative_stay_and_ties_go_to_the_older():
     names = [f"Item {k}." for k in range(7)]
     patterns = [row(1, 1, 0, 0), row(1, 0, 0, 0), row(0.5, 0, 0, 0), row(1, 1, 0, 0), row(1, 1, 0, 0), row(1, 1, 1, 1), row(1, 1, 0, 0)]
-    method = RLER(Script(dict(zip(names, patterns)), [positive(*names[:4]), positive(*names[4:])]), keep=3)
+    method = RLER(Script(dict(zip(names, patterns)), [positive(*names[:4]), positive(*names[4:])]), Settings(rubrics_kept=3))
     visit(method, ALL)
     assert texts(method.buffers["cold"].active) == ["Item 0.", "Item 1.", "Item 3."]
     assert [(i.text, i.retired, i.why) for i in method.buffers["cold"].retired] == [("Item 2.", 1, "crowded out: 4 for 3 places")]
@@ -114,7 +114,7 @@ def test_the_most_discriminative_stay_and_ties_go_to_the_older():
 @pytest.mark.parametrize("select, kept", [("std", {"A.", "B."}), ("fifo", {"C.", "B."}), ("static", set())])
 def test_selections(select, kept):
     scores = {"A.": row(1, 1, 0, 0), "B.": row(1, 0.5, 0, 0), "C.": row(0.5, 0, 0, 0)}
-    method = RLER(Script(scores, [positive("A.", "B.", "C.")]), keep=2, select=select)
+    method = RLER(Script(scores, [positive("A.", "B.", "C.")]), Settings(rubrics_kept=2, evolve=select))
     visit(method, ALL)
     assert set(texts(method.buffers["cold"].active)) == kept
     assert all(i.born == 0 for i in method.buffers["cold"].persistent)
@@ -124,7 +124,7 @@ def test_random_selection_is_a_control_that_repeats():
     scores = {f"{k}.": row(1, 0, 0, 0) for k in range(5)}
     kept = []
     for _ in range(2):
-        method = RLER(Script(scores, [positive(*scores)] * 3), keep=2, select="random")
+        method = RLER(Script(scores, [positive(*scores)] * 3), Settings(rubrics_kept=2, evolve="random"))
         for _ in range(3):
             visit(method, ALL)
         kept.append(texts(method.buffers["cold"].active))
@@ -142,7 +142,7 @@ def test_unequal_initial_weights_keep_their_proportions_and_mean_one():
 
 
 def test_a_form_term_can_be_switched_on():
-    plain, formed = (RLER(OfflineJudge(), select="static", form=share) for share in (0.0, 0.2))
+    plain, formed = (RLER(OfflineJudge(), Settings(evolve="static", form_share=share)) for share in (0.0, 0.2))
     rewards = []
     for method in (plain, formed):
         group = rollouts("Rest helps a lot.", "Rest helps a")
@@ -150,6 +150,11 @@ def test_a_form_term_can_be_switched_on():
         method.score([(EXAMPLE, group)])
         rewards.append([r.reward for r in group])
     assert rewards[0][0] == rewards[0][1] and rewards[1] == [pytest.approx(0.8 * rewards[0][0] + 0.2), pytest.approx(0.8 * rewards[0][0])]
+
+
+def test_an_unknown_flaw_is_named():
+    with pytest.raises(rar.DataError, match="^--flaws a, nosuch: not known; use drop, zero, silent"):
+        RLER(OfflineJudge(), Settings(flaws="zero,nosuch,,a"))
 
 
 def test_the_interface_is_that_of_rubric_reward():
@@ -167,7 +172,7 @@ def test_a_failed_proposal_keeps_the_current_set():
     visit(method, ALL)
     [(_, group)], metrics = visit(method, ALL)
     assert texts(group[0].criteria)[2:] == ["Kind."] == texts(method.buffers["cold"].active) and metrics["rubric_failed"] == 1
-    flawed = RLER(Script(GOOD, [positive("Kind."), None]), flaws=["drop"])
+    flawed = RLER(Script(GOOD, [positive("Kind."), None]), Settings(flaws="drop"))
     visit(flawed, ALL)
     [(_, group)], _ = visit(flawed, ALL)
     assert len(group[0].criteria) == 2 and texts(flawed.buffers["cold"].active) == ["Kind."]
@@ -184,8 +189,8 @@ def test_a_missing_title_is_made_up_for_and_a_missing_text_is_an_error():
 
 def test_at_most_five_are_taken_and_the_cap_holds():
     twenty = {f"Says {k}.": row(1, 0, 0, k / 40) for k in range(20)}
-    for flaws, judged in (((), 5), (("many",), 20)):
-        method = RLER(Script(twenty, [positive(*twenty), positive(*reversed(twenty))]), flaws=flaws)
+    for flaws, judged in (("", 5), ("many", 20)):
+        method = RLER(Script(twenty, [positive(*twenty), positive(*reversed(twenty))]), Settings(flaws=flaws))
         [(_, group)], metrics = visit(method, ALL)
         assert len(group[0].criteria) == 2 + judged and metrics["rubric_proposed"] == 20 and metrics["rubric_new"] == judged
         visit(method, ALL)
@@ -197,7 +202,7 @@ def test_the_same_item_at_three_visits_is_one_item():
     method = RLER(Script(GOOD, same))
     counts = [visit(method, ALL)[1] for _ in same]
     assert len(method.buffers["cold"].active) == 1 and [c["rubric_duplicates"] for c in counts] == [0, 1, 1]
-    flawed = RLER(Script(GOOD, [positive("Kind.")] * 3), flaws=["copies"])
+    flawed = RLER(Script(GOOD, [positive("Kind.")] * 3), Settings(flaws="copies"))
     for _ in same:
         [(_, group)], _ = visit(flawed, ALL)
     assert texts(group[0].criteria)[2:] == ["Kind."] * 3  # judged and paid three times
@@ -231,8 +236,8 @@ def test_equal_fractions_have_no_spread():
 
 def test_an_empty_response_keeps_no_saturated_rubric_alive():
     scores = {"Kind.": {"a": 1, "b": 1, "c": 1, "": 0}}
-    for flaws, alive in (((), []), (("silent",), ["Kind."])):
-        method = RLER(Script(scores, [positive("Kind.")]), flaws=flaws)
+    for flaws, alive in (("", []), ("silent", ["Kind."])):
+        method = RLER(Script(scores, [positive("Kind.")]), Settings(flaws=flaws))
         visit(method, ["a", "b", "c", ""])
         assert texts(method.buffers["cold"].active) == alive
 
@@ -243,14 +248,14 @@ def test_a_missing_verdict_is_neither_zero_nor_spread():
     method = RLER(Script(scores, proposals))
     [(_, group)], _ = visit(method, ALL)
     assert group[3].reward == pytest.approx(group[0].reward) and not method.buffers["cold"].active
-    flawed = RLER(Script(scores, proposals), flaws=["zero"])
+    flawed = RLER(Script(scores, proposals), Settings(flaws="zero"))
     [(_, group)], _ = visit(flawed, ALL)
     assert len(flawed.buffers["cold"].active) == 2 and group[3].verdicts[2].score is None  # what was said stays as it was
 
 
 def test_an_item_without_any_verdict_keeps_its_rank_within_the_cap():
     scores = {"Kind.": row(1, 0, 1, 0)}
-    method = RLER(Script(scores, [positive("Kind."), positive("Shouts.", "Sings.")]), keep=2)
+    method = RLER(Script(scores, [positive("Kind."), positive("Shouts.", "Sings.")]), Settings(rubrics_kept=2))
     visit(method, ALL)
     method.judge.scores = {"Kind.": row(None, None, None, None), "Shouts.": row(None, None, None, 1), "Sings.": row(1, 0, 0, 0)}
     visit(method, ALL)
@@ -346,15 +351,15 @@ def test_a_thousand_random_histories(tmp_path):
     vocabulary = [f"Says {k}." for k in range(9)] + ["Initial 0 of p."]
     for seed in range(1000):
         rng = random.Random(seed)
-        keep, select = rng.randint(1, 4), rng.choice(("std", "std", "fifo", "random"))
-        method = RLER(Dice({}), keep, select)
+        settings = Settings(rubrics_kept=rng.randint(1, 4), evolve=rng.choice(("std", "std", "fifo", "random")))
+        method = RLER(Dice({}), settings)
         method.writes = True
         revive = seed % 2  # half of the histories play the detectors' part: retired items may come back
         born: dict[tuple, str] = {}
         for step in range(rng.randint(2, 7)):
             played = random_step(rng, ["a", "b", "c", "", " "], vocabulary)
             before = deepcopy(method.state_dict())
-            twin = RLER(Dice({}), keep, select)
+            twin = RLER(Dice({}), settings)
             twin.load_state_dict(before)
             if revive:
                 for m in (method, twin):
@@ -368,9 +373,9 @@ def test_a_thousand_random_histories(tmp_path):
             batch_twin, metrics_twin = play(twin, examples, played)
             assert repr((batch, metrics)) == repr((batch_twin, metrics_twin)) and method.state_dict() == twin.state_dict()
             for example, group in batch:
-                assert all(len(r.verdicts) == len(r.criteria) <= 3 + keep + rler.LIMIT for r in group)
+                assert all(len(r.verdicts) == len(r.criteria) <= 3 + settings.rubrics_kept + rler.LIMIT for r in group)
             for prompt, buffer in method.buffers.items():
-                assert len(buffer.active) <= keep
+                assert len(buffer.active) <= settings.rubrics_kept
                 everything = buffer.persistent + buffer.active + buffer.retired
                 assert len({i.id for i in everything}) == len(everything) == len({rler.name("", i.text) for i in everything})
                 assert [(i.text, i.retired) for i in buffer.persistent] == [(c.text, None) for c in initial[prompt]]
@@ -477,7 +482,7 @@ def test_stuffed_words_pay_less_once_the_group_has_shown_them():
     for select in ("static", "std"):
         group = rollouts(COLD.reference, stuffed, TEXTS["broken"], "Rest and drink plenty of fluids.")
         example = Example("x", COLD.prompt, [c for c in COLD.rubric if c.axis in ("accuracy", "completeness") and c.weight > 0], COLD.reference)
-        RLER(OfflineJudge(), select=select).score([(example, group)])
+        RLER(OfflineJudge(), Settings(evolve=select)).score([(example, group)])
         rewards[select] = [r.reward for r in group]
     assert rewards["static"][1] == rewards["static"][0] == 1 and rewards["std"][1] < rewards["std"][0] - 0.3
 
