@@ -26,8 +26,6 @@ import os
 import random
 import shutil
 import sys
-import tempfile
-from collections import Counter
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,6 +88,7 @@ def load_policy(name: str, device: str = "cpu", bfloat16: bool | None = None):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model.bfloat16_layers = device != "cpu" if bfloat16 is None else bfloat16
+    model.set_attn_implementation("folded")
     return model, tokenizer
 
 
@@ -118,8 +117,7 @@ def smollm2_folder() -> Path:
     del loaded.config.quantization_config
     model = type(loaded)(loaded.config)
     model.load_state_dict(loaded.state_dict())
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    side = Path(tempfile.mkdtemp(dir=cache.parent))
+    side = cache.with_name(f"{cache.name}.{os.getpid()}")
     model.save_pretrained(side)
     AutoTokenizer.from_pretrained(package, gguf_file=gguf).save_pretrained(side)
     shutil.rmtree(cache, ignore_errors=True)
@@ -234,8 +232,6 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
     running = torch.ones(len(rollouts), dtype=torch.bool, device=device)  # [B]
     # From one row a prompt to one row a rollout. mask [B, L] grows to [B, L + t]; positions [B, 1] count real tokens only.
     hidden, mask, positions = keep(cache, index // group_size, hidden, mask.long(), last)
-    usual = model.config._attn_implementation
-    model.set_attn_implementation("folded")  # right for longer queries too: no harm if an exception leaves it set
     for step in range(max_new_tokens):
         token, logp = draw(head(hidden), uniform[index, step], temperature)  # [B], [B]
         for i, go, t, p in zip(index.tolist(), running.tolist(), token.tolist(), logp.tolist()):
@@ -258,7 +254,6 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
         where = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
         with precision(model):
             hidden = base(token[:, None], **where, use_cache=True)[0][:, 0].to(head.weight.dtype)  # [B, H]
-    model.set_attn_implementation(usual)
     return [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
 
 
@@ -297,7 +292,8 @@ class VLLMSampler:
         self.parameters, self.sleep_mode, self.asleep = SamplingParams, sleep, False
 
     def sample(self, prompts, group_size, max_new_tokens, temperature, ends, seed=0, progress=None, share=(0, 1)) -> list[list[Rollout]]:
-        """As the function `sample`; the draws are vLLM's own, so the same seed gives other completions than there."""
+        """As the function `sample`; the draws are vLLM's own, so the same seed gives other completions than there.
+        progress is not called: all completions come back together."""
         common = {"n": group_size, "temperature": temperature, "top_p": 1.0, "top_k": 0, "max_tokens": max_new_tokens}
         common |= {"logprobs": 0, "stop_token_ids": sorted(ends), "detokenize": False}  # 0: only the sampled token's
         # vLLM gives the n completions of a request the seeds seed, seed + 1, ...: none may come twice.
@@ -306,10 +302,7 @@ class VLLMSampler:
         outputs = self.engine.generate([{"prompt_token_ids": p} for p in prompts], each, use_tqdm=False)
         logp = lambda c: [entry[token].logprob for token, entry in zip(c.token_ids, c.logprobs)]
         finish = lambda c: "stop" if c.finish_reason == "stop" else "length"
-        groups = [[Rollout(p, list(c.token_ids), logp(c), finish(c)) for c in o.outputs] for p, o in zip(prompts, outputs)]
-        if progress:
-            progress(sum(len(r.ids) for group in groups for r in group))
-        return groups
+        return [[Rollout(p, list(c.token_ids), logp(c), finish(c)) for c in o.outputs] for p, o in zip(prompts, outputs)]
 
     def sleep(self) -> None:
         """Drops weights and cache (level 2: the weights are about to change) until `sync`; nothing without sleep mode."""
@@ -492,17 +485,14 @@ def ranks() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def add_over_ranks(model, sums: dict[str, float]) -> None:
+def add_over_ranks(model, sums: torch.Tensor) -> None:
     """Adds up all processes' gradients and sums. Each pass weighs its tokens by counts over the whole batch, so the sum
     over the processes is what one process would have got; an average would not be, with rollouts of different lengths."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             dist.all_reduce(parameter.grad)
-    values = torch.tensor(list(sums.values()), dtype=torch.float64, device=model.device)
-    dist.all_reduce(values)
-    for key, value in zip(sums, values.tolist()):
-        sums[key] = value
+    dist.all_reduce(sums)
 
 
 @dataclass
@@ -540,6 +530,21 @@ class Settings:
     checkpointing: int = 0
 
 
+def packed(items: list, fits) -> list[list]:
+    """The items in their order, cut into lists: one more goes in as long as fits(list with it) holds.
+
+    >>> packed([3, 1, 4, 1, 5], lambda part: sum(part) <= 5)
+    [[3, 1], [4, 1], [5]]
+    """
+    parts: list[list] = []
+    for item in items:
+        if parts and fits([*parts[-1], item]):
+            parts[-1].append(item)
+        else:
+            parts.append([item])
+    return parts
+
+
 def micro_batches(groups: list[list[Rollout]], pass_tokens: int, share_prompt: bool = True) -> list[list[list[Rollout]]]:
     """Groups packed into passes of at most pass_tokens tokens, padding counted; rows of like length share a pass.
 
@@ -548,21 +553,9 @@ def micro_batches(groups: list[list[Rollout]], pass_tokens: int, share_prompt: b
     single rollouts: full sequences, as other trainers run them.
     """
     length = lambda piece: len(piece[0].prompt_ids) + sum(len(r.ids) for r in piece)  # of its row, see completion_logprobs
-    pieces: list[list[Rollout]] = []
-    for group in groups:
-        limit = max(pass_tokens, 2 * len(group[0].prompt_ids))
-        pieces.append([])
-        for rollout in group:
-            if pieces[-1] and (not share_prompt or length([*pieces[-1], rollout]) > limit):
-                pieces.append([])
-            pieces[-1].append(rollout)
-    batches: list[list[list[Rollout]]] = []
-    for piece in sorted(pieces, key=length, reverse=True):
-        if batches and (len(batches[-1]) + 1) * length(batches[-1][0]) <= pass_tokens:
-            batches[-1].append(piece)
-        else:
-            batches.append([piece])
-    return batches
+    fits = lambda piece: share_prompt and length(piece) <= max(pass_tokens, 2 * len(piece[0].prompt_ids))
+    pieces = sorted((piece for group in groups for piece in packed(group, fits)), key=length, reverse=True)
+    return packed(pieces, lambda rows: len(rows) * length(rows[0]) <= pass_tokens)  # the first one is the longest
 
 
 def recompute(model, on: bool) -> None:
@@ -586,8 +579,8 @@ class Pass:
     old: torch.Tensor | None = None  # [N] log-probs of the policy before the step
     reference: torch.Tensor | None = None  # [N] those of the reference
 
-    def loss(self, logp: torch.Tensor, entropy: torch.Tensor, s: Settings) -> tuple[torch.Tensor, dict[str, float]]:
-        """(this pass's share of the batch's loss, sums over its tokens for the log). logp, entropy [N]."""
+    def loss(self, logp: torch.Tensor, entropy: torch.Tensor, s: Settings) -> tuple[torch.Tensor, torch.Tensor]:
+        """(this pass's share of the batch's loss, SUMS over its tokens). logp, entropy [N]."""
         rollouts = [r for piece in self.pieces for r in piece]
         each = lambda name: logp.new_tensor([getattr(r, name) for r in rollouts for _ in r.ids])  # [N]
         advantage, high = each("advantage"), s.clip_high or (0.28 if s.loss == "dapo" else s.clip_low)
@@ -599,7 +592,7 @@ class Pass:
         ratio = (logp.detach() - self.old).exp()
         clipped = torch.where(advantage > 0, ratio > 1 + high, (ratio < 1 - s.clip_low) & (advantage < 0))
         parts = (total, torch.ones_like(logp), entropy, clipped, drift.abs(), trust, kl)
-        return total, {key: part.detach().sum().item() for key, part in zip(SUMS, parts, strict=True)}
+        return total, torch.stack([part.detach().sum(dtype=logp.dtype).double() for part in parts])
 
 
 def optimiser_steps(groups: list[list[Rollout]], s: Settings) -> list[list[Pass]]:
@@ -635,17 +628,18 @@ def update(model, optimizer, groups: list[list[Rollout]], s: Settings, reference
                 part.old = completion_logprobs(model, part.pieces, s.temperature)[0]
             if s.beta:
                 part.reference = completion_logprobs(reference, part.pieces, s.temperature)[0]
-    log, taken = Counter(), max(len(steps) * s.epochs, 1)
+    totals = torch.zeros(len(SUMS), dtype=torch.float64, device=model.device)
+    norms, taken = 0.0, max(len(steps) * s.epochs, 1)
     for passes in steps * s.epochs:
         optimizer.zero_grad(set_to_none=True)
-        sums = Counter(dict.fromkeys(SUMS, 0))
+        sums = torch.zeros_like(totals)
         recompute(model, bool(s.checkpointing))
         for part in passes:
             logp, entropy = completion_logprobs(model, part.pieces, s.temperature)
             part.old = logp.detach() if part.old is None else part.old  # of this very pass: the first ratio is exactly 1
             loss, noted = part.loss(logp, entropy, s)
             loss.backward()
-            sums.update(noted)
+            sums += noted  # stays on the device: reading it would wait for the backward pass
             if progress:
                 progress(sum(map(len, part.pieces)))
         recompute(model, False)
@@ -656,12 +650,12 @@ def update(model, optimizer, groups: list[list[Rollout]], s: Settings, reference
             optimizer.zero_grad(set_to_none=True)
             raise FloatingPointError("the gradient is not finite: this step was not taken; lower --lr or look at the rewards")
         optimizer.step()
-        log.update(sums)
-        log["norm"] += norm.item()
+        totals, norms = totals + sums, norms + norm.item()
+    log = dict(zip(SUMS, totals.tolist()))
     tokens = log["tokens"] or math.nan  # nothing trained: nothing to average
     return {
         "loss": log["loss"] / taken,
-        "grad_norm": log["norm"] / taken,
+        "grad_norm": norms / taken,
         "entropy": log["entropy"] / tokens,
         "clip_share": log["clipped"] / tokens,
         "logp_gap": log["gap"] / tokens,
@@ -693,9 +687,6 @@ def main() -> None:
     rewards = [0.9, 0.4, 0.4, math.nan]
     print(f"rewards     {rewards}   (nan: the judge gave no verdict)")
     print(f"advantages  {[round(a, 3) for a in advantages(torch.tensor([rewards]))[0].tolist()]}")
-    print("\nweight of a token of each completion, by loss (lengths 3, 5, 20, 8):")
-    for loss in ("grpo", "dr_grpo", "dapo"):
-        print(f"  {loss:<8} {[round(w, 4) for w in token_weights([3, 5, 20, 8], loss, 32)]}")
     print("\nloss and gradient of one token with advantage 1, by ratio = exp(logp - old):")
     for ratio in (0.5, 1.0, 1.1, 1.5):
         logp = torch.tensor(math.log(ratio), requires_grad=True)

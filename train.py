@@ -325,9 +325,8 @@ def gathered(value) -> list:
 
 def evaluate(policy: Policy, judge, examples: list[rar.Example], max_new_tokens: int) -> tuple[dict, list]:
     """Greedy answers to the held-out prompts, scored by rar.evaluate. Returns (metrics, groups of one rollout)."""
-    longest = max(len(e.tokens) for e in examples) + max_new_tokens
-    size = max(1, 8192 // longest)  # prompts at once, padding counted: keys and values of so many tokens fit anywhere
-    parts = [examples[start : start + size] for start in range(0, len(examples), size)]
+    # As many prompts at once as keep keys and values small, padding counted.
+    parts = grpo.packed(examples, lambda part: len(part) * (max(len(e.tokens) for e in part) + max_new_tokens) <= 8192)
     groups = [group for part in parts for group in policy.rollouts(part, 1, max_new_tokens, 0.0, 0, "held-out")]
     place = {e.id: number for number, e in enumerate(examples)}
     groups = sorted((group for part in gathered(groups) for group in part), key=lambda group: place[group[0].id])
@@ -496,7 +495,7 @@ def begin(config: Config, folder: Path, state: dict | None) -> Session:
     # would pull the policy away from where it started, whatever the reward says.
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     # The reference is always the model that the run began with, also when the policy comes from a checkpoint.
-    reference = grpo.freeze(policy.model if not state else Policy(config.model, config.dtype).model)
+    reference = Policy(config.model, config.dtype).model.requires_grad_(False) if state else grpo.freeze(policy.model)
     if state:
         optimizer.load_state_dict(state["optimizer"])
         method.load_state_dict(state["method"])

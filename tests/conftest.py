@@ -76,4 +76,8 @@ def tiny_model(tiny):
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64).eval()
+    import grpo  # noqa: F401  (registers the attention that sampling uses)
+
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64).eval()
+    model.set_attn_implementation("folded")
+    return model
