@@ -196,8 +196,9 @@ def parse_config(argv: list[str]) -> tuple[Config, set[str]]:
     return config, set(given)
 
 
-def resumed_config(config: Config, given: set[str], folder: Path) -> Config:
-    """The settings of the run in `folder`; only those in RESUMABLE may be given anew. Raises UserError."""
+def resumed(config: Config, given: set[str], folder: Path) -> tuple[Config, dict | None]:
+    """(settings of the run in `folder`, its checkpoint's state if it has one). Only what is in RESUMABLE may be given anew.
+    Raises UserError."""
     if (folder / "checkpoint.old").exists() and not (folder / "checkpoint").exists():
         os.replace(folder / "checkpoint.old", folder / "checkpoint")  # killed between the two renames of Run.save
     if not (folder / "config.json").is_file():
@@ -208,7 +209,12 @@ def resumed_config(config: Config, given: set[str], folder: Path) -> Config:
         said = ", ".join(f"--{name} {getattr(config, name)} (the run has {saved.get(name)})" for name in changed)
         raise UserError(f"--resume {folder}: would mix two experiments: {said}; leave them out or start a new run")
     known = {f.name for f in fields(Config)}
-    return Config(**{k: v for k, v in saved.items() if k in known} | {name: getattr(config, name) for name in given})
+    config = Config(**{k: v for k, v in saved.items() if k in known} | {name: getattr(config, name) for name in given})
+    path = folder / "checkpoint" / "trainer.pt"
+    state = torch.load(path, weights_only=True) if path.exists() else None  # never a pickle that could run code
+    if state and (other := {k: v for k, v in versions().items() if v != state.get("versions", {}).get(k, v)}):
+        print(f"the checkpoint was made with other {', '.join(other)}: the run goes on, but not bit for bit as it would have")
+    return config, state
 
 
 def make_judge(config: Config):
@@ -444,14 +450,10 @@ def lab_of(session: Session) -> arlrr.Lab:
 
 def train(config: Config, given: set[str]) -> int:
     """A whole run, new or resumed. Returns the exit status."""
-    state, folder = None, Path(config.out or f"runs/{config.method}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder = Path(config.resume or config.out or f"runs/{config.method}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
+    state = None
     if config.resume:
-        folder = Path(config.resume)
-        config = resumed_config(config, given, folder)
-        saved = folder / "checkpoint" / "trainer.pt"
-        state = torch.load(saved, weights_only=True) if saved.exists() else None  # never a pickle that could run code
-        if state and (other := {k: v for k, v in versions().items() if v != state.get("versions", {}).get(k, v)}):
-            print(f"the checkpoint was made with other {', '.join(other)}: the run goes on, but not bit for bit as it would have")
+        config, state = resumed(config, given, folder)
     elif (folder / "config.json").exists() or (folder / "metrics.jsonl").exists():
         raise UserError(f"{folder}: holds a run already; go on with --resume {folder}, or choose another --out")
     started = time.time()
@@ -530,7 +532,7 @@ def loop(run: "Run", session: Session, step: int, stop: "Stop") -> None:
         print(f"held-out score before training: {metrics['eval_score']:.3f}  (95 % interval {low:.3f} to {high:.3f})")
         score = metrics["eval_score"]
     else:
-        score = [row["eval_score"] for row in run.rows("metrics.jsonl") if "eval_score" in row][-1]
+        score = [math.nan, *(row["eval_score"] for row in run.rows("metrics.jsonl") if row.get("eval_score") is not None)][-1]
     with tqdm(total=config.steps, initial=step, desc="steps", unit="step", disable=None) as bar:
         ending = False
         while step < config.steps and not ending:
@@ -607,6 +609,28 @@ class Stop:
 # ------------------------------------------------------------------------------------------- the run's folder
 
 
+@contextmanager
+def writing(path: Path, advice: str):
+    """What cannot be written ends the run in one line; what was there before is still there. Raises UserError."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own word for a full disk
+        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot be written ({why}); {advice}") from None
+
+
+def put(path: Path, text: str) -> None:
+    """A whole file, written to one side and renamed: a kill leaves the old one or the new one."""
+    side = path.with_name(path.name + ".tmp")
+    side.write_text(text, encoding="utf8")
+    os.replace(side, path)
+
+
+def jsonl(rows: list[dict]) -> str:
+    """Lines of JSON; nan becomes null, which every JSON reader knows."""
+    return "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows)
+
+
 class Run:
     """Files of a run: config, metrics, samples, checkpoint. Each line is written and flushed whole."""
 
@@ -615,31 +639,18 @@ class Run:
         self.folder, self.config = folder, config
         self.prompts = {e.id: e.prompt for e in examples}  # for the report: samples.jsonl holds only their ids
         self.shown = {"train": {}, "heldout": {}}  # step -> lines of samples.jsonl, of the first and the last step
+        self.advice = f"make room there, then go on with --resume {folder}"
         self.writes = grpo.ranks()[0] == 0  # of several processes the first one
-        if not self.writes:
-            return
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            side = folder / "config.json.tmp"
-            side.write_text(json.dumps(asdict(config), indent=1, ensure_ascii=False) + "\n", encoding="utf8")
-            os.replace(side, folder / "config.json")
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from None
+        if self.writes:
+            with writing(folder, "choose another --out"):
+                folder.mkdir(parents=True, exist_ok=True)
+                put(folder / "config.json", json.dumps(asdict(config), indent=1, ensure_ascii=False) + "\n")
 
     def append(self, name: str, rows: list[dict]) -> None:
-        """Lines of JSONL; nan becomes null, which every JSON reader knows. Raises UserError."""
-        if not self.writes:
-            return
-        try:
-            with open(self.folder / name, "a", encoding="utf8") as file:
-                file.write("".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows))
-        except OSError as error:
-            raise UserError(self.unwritable(name, error)) from None
-
-    def unwritable(self, name: str, error: Exception) -> str:
-        """What to say when a file of the run cannot be written; what was there before is still there."""
-        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        return f"{self.folder / name}: cannot be written ({why}); make room there, then go on with --resume {self.folder}"
+        """Adds lines to a log. Raises UserError."""
+        if self.writes:
+            with writing(self.folder / name, self.advice), open(self.folder / name, "a", encoding="utf8") as file:
+                file.write(jsonl(rows))
 
     def rows(self, name: str):
         """The lines of a log so far, one at a time."""
@@ -675,15 +686,15 @@ class Run:
         if final.exists():  # else the old one is all there is: a run killed between the two renames
             shutil.rmtree(old, ignore_errors=True)
         try:
-            session.policy.model.save_pretrained(side)
-            session.policy.tokenizer.save_pretrained(side)
-            torch.save(state, side / "trainer.pt")
-            if final.exists():
-                os.replace(final, old)
-            os.replace(side, final)
-        except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own word for a full disk
+            with writing(self.folder / "checkpoint", self.advice):
+                session.policy.model.save_pretrained(side)
+                session.policy.tokenizer.save_pretrained(side)
+                torch.save(state, side / "trainer.pt")
+                if final.exists():
+                    os.replace(final, old)
+                os.replace(side, final)
+        finally:  # also what a full disk has left half done: its room is needed
             shutil.rmtree(side, ignore_errors=True)
-            raise UserError(self.unwritable("checkpoint", error)) from None
         shutil.rmtree(old, ignore_errors=True)
 
     def truncate(self, step: int) -> None:
@@ -692,9 +703,8 @@ class Run:
             path = self.folder / name
             if self.writes and path.exists():
                 kept = [line for line in path.read_text(encoding="utf8").split("\n") if step_of(line) <= step]
-                path.write_text("".join(line + "\n" for line in kept), encoding="utf8")
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()  # the others read what the first one has just rewritten
+                put(path, "".join(line + "\n" for line in kept))
+        gathered(None)  # the others wait: they read what the first one has just rewritten
         for row in self.rows("samples.jsonl"):
             self.show(row)
 
@@ -799,20 +809,22 @@ def report(run: Run) -> None:
     # With "<" escaped no text of a model can end the block of JSON it stands in; and the page's policy lets only the script
     # run that carries this number, which no model can have foreseen.
     page = fill(page, record=json.dumps(record).replace("<", "\\u003c"), nonce=secrets.token_hex())
-    (run.folder / "report.html").write_text(page, encoding="utf8")
+    put(run.folder / "report.html", page)
 
 
 def plot(folders: list[str], out: str) -> int:
     """--plot: the curves of several runs in one picture; runs whose settings differ in the seed alone are one line with a band."""
-    files = [Path(folder, "config.json") for folder in folders]
-    if missing := [folder for folder, file in zip(folders, files) if not file.is_file()]:
-        raise UserError(f"--plot {missing[0]}: no run there; give folders of runs")
-    configs = [json.loads(file.read_text(encoding="utf8")) for file in files]
-    differing = [k for k in configs[0] if k not in ("seed", "out", "resume", "plot") and len({str(c.get(k)) for c in configs}) > 1]
+    configs = {}
+    for folder in folders:
+        if not (file := Path(folder, "config.json")).is_file():
+            raise UserError(f"--plot {folder}: no run there; give folders of runs")
+        configs[folder] = json.loads(file.read_text(encoding="utf8"))
+    settings = [f.name for f in fields(Config) if f.name not in ("seed", "out", "resume", "plot")]
+    differing = [k for k in settings if len({str(c.get(k)) for c in configs.values()}) > 1]
     runs: dict[str, list[list[dict]]] = {}
-    for folder, found in zip(folders, configs):
-        rows = [row for _, row in rar.rows(Path(folder, "metrics.jsonl"))]
-        runs.setdefault(", ".join(f"{k} {found[k]}" for k in differing if found.get(k) != "") or found["method"], []).append(rows)
+    for folder, c in configs.items():
+        name = ", ".join(f"{k} {c[k]}" for k in differing if c.get(k, "") != "") or c["method"]
+        runs.setdefault(name, []).append([row for _, row in rar.rows(Path(folder, "metrics.jsonl"))])
     draw({f"{name} ({len(seeds)})": seeds for name, seeds in runs.items()}, "number of seeds in brackets", Path(out))
     print(f"{len(folders)} runs: {out}")
     return 0
@@ -823,13 +835,12 @@ def plot(folders: list[str], out: str) -> int:
 
 def summary(run: Run, heldout: list[rar.Example], seconds: float) -> None:
     """Before and after on the held-out prompts: score with interval, criteria that changed most, one answer, the files."""
-    before, after = ({row["id"]: row for row in run.shown["heldout"][step]} for step in sorted(run.shown["heldout"]))
-    reward = lambda part, i: math.nan if part[i]["reward"] is None else part[i]["reward"]
-    gains = {i: reward(after, i) - reward(before, i) for i in before}
+    before, after = ({row["id"]: row for row in rows} for _, rows in sorted(run.shown["heldout"].items()))
+    old, new = ({i: math.nan if row["reward"] is None else row["reward"] for i, row in part.items()} for part in (before, after))
+    gains = {i: new[i] - old[i] for i in old}
     low, high = rar.bootstrap(list(gains.values()))
-    old, new = (rar.mean(reward(part, i) for i in part) for part in (before, after))
-    print(f"\nheld-out score  {old:.3f} -> {new:.3f}   gain {rar.mean(gains.values()):+.3f}, 95 % interval {low:+.3f} to "
-          f"{high:+.3f} ({len(gains)} prompts, paired bootstrap)")  # fmt: skip
+    print(f"\nheld-out score  {rar.mean(old.values()):.3f} -> {rar.mean(new.values()):.3f}   gain {rar.mean(gains.values()):+.3f}, "
+          f"95 % interval {low:+.3f} to {high:+.3f} ({len(gains)} prompts, paired bootstrap)")  # fmt: skip
     rewards = [row["reward"] for row in run.rows("metrics.jsonl") if row.get("reward") is not None]
     if len(rewards) >= 10:
         first, final = statistics.fmean(rewards[:5]), statistics.fmean(rewards[-5:])
@@ -839,8 +850,8 @@ def summary(run: Run, heldout: list[rar.Example], seconds: float) -> None:
         print(f"  {title:<22} {a:4.0%} -> {b:4.0%}   ({n} prompts)")
     example = max(heldout, key=lambda e: -math.inf if math.isnan(gains[e.id]) else gains[e.id])
     print(f"\none answer, before and after\n  question: {example.question}")
-    for name, part in (("before", before), ("after", after)):
-        print(f"  {name:<8}: {part[example.id]['text'].strip()}   [{reward(part, example.id):.2f}]")
+    for name, part, score in (("before", before, old), ("after", after, new)):
+        print(f"  {name:<8}: {part[example.id]['text'].strip()}   [{score[example.id]:.2f}]")
     print(f"\n{seconds / 60:.1f} minutes. In {run.folder}/: report.html, report.png, metrics.jsonl, samples.jsonl, config.json, "
           "checkpoint/ (loads with transformers)")  # fmt: skip
 
@@ -877,11 +888,9 @@ def evaluate_one(config: Config, name: str, judge) -> tuple[dict, list[dict]]:
     answers = rar.result_rows(groups)
     out = Path(config.out or (folder.parent if folder.is_dir() else "runs"))
     file = out / "-".join(["eval", *re.findall(r"[\w.]+", name)[-3:], f"{Path(config.eval_data or config.data or 'heldout').stem}.jsonl"])
-    try:
+    with writing(file, "give --out"):
         out.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in answers), encoding="utf8")
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written ({error.strerror}); give --out") from None
+        put(file, jsonl(answers))
     print(f"{name}\n{rar.eval_table(metrics)}\nanswers: {file}", file=sys.stderr)
     how = {"model": name, "n": len(heldout), "judge": config.judge_model or config.judge, "max_new_tokens": config.max_new_tokens}
     return how | {"answers": str(file)} | metrics, answers
@@ -930,7 +939,7 @@ def main(argv: list[str] | None = None) -> int:
         status = 2
     if torch.distributed.is_initialized():
         if status == 0:
-            torch.distributed.barrier()  # the first one may still be writing
+            gathered(None)  # the first one may still be writing
         torch.distributed.destroy_process_group()
     return status
 
