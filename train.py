@@ -137,12 +137,12 @@ class Config(grpo.Settings, arlrr.Settings, rler.Settings if rler else object):
 
 
 LIMITS = {  # what to give: (flags, what holds of a good value)
-    "at least 1": ("steps prompts_per_step max_new_tokens eval_every save_every epochs minibatches pass_tokens stage trial "
-                   "validation" + " rubrics_kept" * bool(rler), lambda v: v >= 1),
+    "at least 1": ("steps prompts_per_step max_new_tokens eval_every save_every epochs minibatches pass_tokens rubrics_kept stage "
+                   "trial validation", lambda v: v >= 1),
     "at least 2": ("group_size", lambda v: v >= 2),  # a group of one has no other answer to be better than
     "0 or more": ("prompts judge_k beta", lambda v: 0 <= v < math.inf),
     "a number above 0": ("temperature lr max_grad_norm", lambda v: 0 < v < math.inf),
-    "a share from 0 to 1": ("audit judge_max_missing" + " form_share" * bool(rler), lambda v: 0 <= v <= 1),
+    "a share from 0 to 1": ("audit form_share judge_max_missing", lambda v: 0 <= v <= 1),
 }  # fmt: skip
 # What may differ from the run that is resumed. Everything else would make one log out of two experiments.
 RESUMABLE = {"steps", "eval_every", "save_every", "resume", "judge_cache"}
@@ -156,7 +156,7 @@ class UserError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors that name the nearest right flag."""
+    """argparse with one-line errors that name the nearest right flag: a mistyped flag that passes costs a run of hours."""
 
     def error(self, message: str):
         """Raises UserError."""
@@ -169,27 +169,31 @@ class Parser(argparse.ArgumentParser):
 
 def field_notes() -> dict[str, str]:
     """Field of Config -> the comment above it, which is its help text."""
-    source = "".join(inspect.getsource(part) for part in reversed(Config.__mro__[:-1]))  # Config itself has the last word
-    found = re.findall(r"((?:^    # .*\n)+)    (\w+):", source, re.M)
-    return {name: " ".join(line.strip(" #") for line in note.splitlines()) for note, name in found}
+    source = "".join(inspect.getsource(part) for part in Config.__mro__[:-1])  # what it says itself comes first
+    notes: dict[str, str] = {}
+    for note, name in re.findall(r"((?:^    # .*\n)+)    (\w+):", source, re.M):
+        notes.setdefault(name, " ".join(line.strip(" #") for line in note.splitlines()))
+    return notes
 
 
 def parse_config(argv: list[str]) -> tuple[Config, set[str]]:
-    """Flags from the fields of Config. Returns the config and the names that were given. Raises UserError."""
+    """Flags from the fields of Config: a Literal's values are the choices, any other type reads the text. Returns the config
+    and the names that were given. Raises UserError."""
     plain = argparse.RawDescriptionHelpFormatter  # keeps the line breaks of the text at the top of this file
     parser = Parser(prog="train.py", usage="python train.py [--flag value ...]", description=__doc__, formatter_class=plain, allow_abbrev=False)
-    notes = field_notes()
-    for f in fields(Config):
-        note = notes[f.name] + (f" [{f.default}]" if f.default != "" else "")
-        kind = {"choices": get_args(f.type)} if get_args(f.type) else {"type": f.type}
-        more = {"nargs": "+"} if f.name in ("plot", "eval_only") else {}
+    found, notes = {f.name: f for f in fields(Config)}, field_notes()
+    for name, note in notes.items():
+        kind, default = found[name].type, found[name].default
+        about = {"choices": get_args(kind)} if get_args(kind) else {"type": kind}
+        about |= {"nargs": "+"} if name in ("plot", "eval_only") else {}
+        about["help"] = (note + (f" [{default}]" if default != "" else "")).replace("%", "%%")
         # SUPPRESS keeps flags that were not given out of the result: a resumed run must know which ones were.
-        parser.add_argument(f"--{f.name}", help=note.replace("%", "%%"), default=argparse.SUPPRESS, **kind, **more)
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, **about)
     given = {k: ",".join(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
     config = Config(**given)
     for wanted, (names, holds) in LIMITS.items():
         for name in names.split():
-            if not holds(value := getattr(config, name)):
+            if name in notes and not holds(value := getattr(config, name)):  # without rler.py its flags are not there
                 raise UserError(f"--{name} {value}: give {wanted}")
     if config.judge != "offline" and not config.judge_model:
         raise UserError("--judge needs --judge_model: the name under which the server knows its model")
@@ -208,7 +212,7 @@ def resumed(config: Config, given: set[str], folder: Path) -> tuple[Config, dict
     if changed:
         said = ", ".join(f"--{name} {getattr(config, name)} (the run has {saved.get(name)})" for name in changed)
         raise UserError(f"--resume {folder}: would mix two experiments: {said}; leave them out or start a new run")
-    known = {f.name for f in fields(Config)}
+    known = {f.name for f in fields(Config)}  # a run of an earlier version may have had others
     config = Config(**{k: v for k, v in saved.items() if k in known} | {name: getattr(config, name) for name in given})
     path = folder / "checkpoint" / "trainer.pt"
     state = torch.load(path, weights_only=True) if path.exists() else None  # never a pickle that could run code
@@ -226,7 +230,8 @@ def make_judge(config: Config):
 
 
 def make_method(config: Config, judge):
-    """The reward that the settings name: all methods have the interface of rar.RubricReward."""
+    """The reward that the settings name. All methods have the interface of rar.RubricReward, and nothing below asks which one
+    it holds. A reward of your own goes here."""
     if config.method == "rler":
         return rler.RLER(judge, config)
     return arlrr.ARLRR(judge, config) if config.method == "arlrr" else rar.RubricReward(judge, config.method)
@@ -249,7 +254,10 @@ def read_data(config: Config) -> tuple[list[rar.Example], list[rar.Example]]:
 
 
 def fitting(examples: list[rar.Example], policy: "Policy", config: Config, name: str) -> list[rar.Example]:
-    """Sets example.tokens and leaves out prompts that do not fit the model's context; says how many. Raises UserError."""
+    """Sets example.tokens and leaves out prompts that do not fit the model's context; says how many. Raises UserError.
+
+    Cutting such a prompt would be worse: the rubric was written for the whole of it.
+    """
     for example in examples:
         example.tokens = grpo.encode(policy.tokenizer, example.prompt)
     short = [e for e in examples if len(e.tokens) + config.max_new_tokens <= policy.context]
@@ -279,7 +287,7 @@ def batch(examples: list[rar.Example], config: Config, step: int) -> list[rar.Ex
 
 
 class Policy:
-    """Model, tokenizer and what sampling needs to know about them."""
+    """Model, tokenizer and what sampling needs to know about them. Of several processes each holds a whole one."""
 
     def __init__(self, name: str, dtype: str = "auto"):
         """name: smollm2, a folder, or a hub id. Raises UserError."""
@@ -290,11 +298,12 @@ class Policy:
             why = str(error).splitlines()[0]
             raise UserError(f"--model {name}: cannot be loaded ({why}); give smollm2, a folder or a hub id") from None
         self.ends = grpo.end_tokens(self.model, self.tokenizer)
-        self.context = getattr(self.model.config, "max_position_embeddings", None) or 10**9
-        self.engine = None
+        self.context = getattr(self.model.config, "max_position_embeddings", None) or 10**9  # some models have no limit
+        self.engine = None  # vLLM, where the flags ask for it
 
     def start_engine(self, config: Config, examples: list) -> None:
-        """vLLM beside the policy, with room for the longest of these prompts. Raises UserError without vLLM."""
+        """vLLM beside the policy, with room for the longest of these prompts (a longer context would take memory from the
+        trainer). Started after the data are known, and never for --eval_only. Raises UserError without vLLM."""
         context = max(len(e.tokens) for e in examples) + config.max_new_tokens
         folder, bf16 = self.model.config._name_or_path, self.model.bfloat16_layers
         try:
@@ -309,7 +318,11 @@ class Policy:
 
     def rollouts(self, examples: list, group_size: int, max_new_tokens: int, temperature: float, seed: int, name: str):
         """(example, its group of rollouts with their text) for each example, sampled together; of several processes the
-        one of rank r takes every world-th example from the r-th on. A progress bar counts tokens."""
+        one of rank r takes every world-th example from the r-th on.
+
+        The bar counts tokens, as if every row went to the length limit. The text is without special tokens, as a judge should
+        read it; the loss sees the ids, the end token among them.
+        """
         share = rank, world = grpo.ranks()
         mine = examples[rank::world]
         with tqdm(total=len(mine) * group_size * max_new_tokens, desc=name, unit="tok", leave=False, disable=None) as bar:
@@ -331,12 +344,13 @@ def gathered(value) -> list:
 
 def evaluate(policy: Policy, judge, examples: list[rar.Example], max_new_tokens: int) -> tuple[dict, list]:
     """Greedy answers to the held-out prompts, scored by rar.evaluate. Returns (metrics, groups of one rollout)."""
-    # As many prompts at once as keep keys and values small, padding counted.
+    # As many prompts at once as keep keys and values small, padding counted. Greedy, so the same weights score the same each
+    # time and two checkpoints differ by their weights alone.
     parts = grpo.packed(examples, lambda part: len(part) * (max(len(e.tokens) for e in part) + max_new_tokens) <= 8192)
     groups = [group for part in parts for group in policy.rollouts(part, 1, max_new_tokens, 0.0, 0, "held-out")]
     place = {e.id: number for number, e in enumerate(examples)}
     groups = sorted((group for part in gathered(groups) for group in part), key=lambda group: place[group[0].id])
-    # One process asks the judge; all get its answer.
+    # One process asks the judge; all get its answer, because the search of arlrr.py decides by it and all must decide alike.
     return gathered((rar.evaluate(judge, groups), groups) if grpo.ranks()[0] == 0 else None)[0]
 
 
@@ -358,14 +372,19 @@ class Session:
 
 
 def one_step(session: Session, examples: list[rar.Example], step: int) -> tuple[dict, list]:
-    """Roll out, judge, learn. Returns the step's metrics and its groups: (example, G rollouts) each."""
+    """Roll out, judge, learn. Returns the step's metrics and its groups: (example, G rollouts) each.
+
+    On-policy: every batch is rolled out by the policy that learns from it, and then thrown away. With more than one epoch or
+    minibatch the later updates are a little off-policy, which is what the clip is for.
+    """
     config, policy, method = session.config, session.policy, session.method
     clock = [time.perf_counter()]
     # 1. Roll out. The random numbers follow from (seed, step) alone: a resumed run draws what the first would have drawn.
     seed = random.Random(f"{config.seed}-{step}").getrandbits(62)
     groups = policy.rollouts(examples, config.group_size, config.max_new_tokens, config.temperature, seed, "rollouts")
     clock.append(time.perf_counter())
-    # 2. Judge: verdicts and one reward a rollout, all groups in one batch.
+    # 2. Judge: verdicts and one reward a rollout. All groups go out in one batch: the calls to a model judge, a thousand and
+    # more in a step, then wait for nothing but each other's slowest.
     method.score(groups, progress=True)
     groups = exchanged(groups, method)
     clock.append(time.perf_counter())
@@ -386,6 +405,7 @@ def one_step(session: Session, examples: list[rar.Example], step: int) -> tuple[
     tokens = sum(len(r.ids) for r in rollouts)
     return {
         "step": step + 1,
+        # Of what was scored: a nan counts in none of the means, and judge_missing says how much that is.
         "reward": rar.mean(r.reward for r in rollouts),
         "reward_std": rar.mean(statistics.pstdev(r.reward for r in group) for group in known if group),
         "judge_missing": verdicts.count(None) / len(verdicts),
@@ -411,7 +431,7 @@ def learn(session: Session, groups: list[list], step: int) -> dict:
     for options in session.optimizer.param_groups:
         options["lr"] = config.lr * min(1.0, (step + 1) / max(1, round(config.steps * 0.1)))
     if policy.engine:
-        policy.engine.sleep()
+        policy.engine.sleep()  # where --vllm_sleep asks for it; policy.sync below wakes it up with the new weights
     with tqdm(total=sum(map(len, groups)), desc="train", unit="row", leave=False, disable=None) as bar:
         learned = grpo.update(policy.model, session.optimizer, groups, config, reference, bar.update)
     if learned["kl"] is None and reference:  # beta is 0: the loss did not need it, but it shows how far the policy has gone
@@ -422,7 +442,8 @@ def learn(session: Session, groups: list[list], step: int) -> dict:
 
 def exchanged(groups: list, method) -> list:
     """Several processes: the groups that all of them rolled out and judged, in the batch's order, and what the method noted
-    about them. Everything after this is computed by each process from the same values."""
+    about them. Everything after this is computed by each process from the same values, advantages and buffers of rubrics
+    included: they cannot drift apart, and nothing else has to be sent around but gradients."""
     everyone = gathered((groups, {name: getattr(method, name) for name in method.of_step}))
     world = len(everyone)
     for name in method.of_step:
@@ -432,7 +453,7 @@ def exchanged(groups: list, method) -> list:
 
 
 def next_step(session: Session, step: int) -> tuple[dict, list]:
-    """The update of this step, on the prompts that the method wants."""
+    """The update of this step, on the prompts that the method wants (arlrr: those that have the class whose turn it is)."""
     pool, visit = session.method.pool(session.examples, step)
     return one_step(session, batch(pool, session.config, visit), step)
 
@@ -449,7 +470,7 @@ def lab_of(session: Session) -> arlrr.Lab:
 
 
 def train(config: Config, given: set[str]) -> int:
-    """A whole run, new or resumed. Returns the exit status."""
+    """A whole run, new or resumed. Returns the exit status: 0, or 128 + the signal that stopped it, as shells have it."""
     folder = Path(config.resume or config.out or f"runs/{config.method}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
     state = None
     if config.resume:
@@ -507,7 +528,7 @@ def begin(config: Config, folder: Path, state: dict | None) -> Session:
 
 
 def announce(session: Session, folder: Path) -> None:
-    """What is about to happen, and what it will ask of the judge."""
+    """What is about to happen, and what it will ask of the judge: who pays for calls wants to know before the first."""
     config, examples = session.config, session.examples
     print(f"{len(examples)} training and {len(session.heldout)} held-out prompts, {config.steps} steps of "
           f"{config.prompts_per_step} x {config.group_size} rollouts, into {folder}/")  # fmt: skip
@@ -521,7 +542,10 @@ def announce(session: Session, folder: Path) -> None:
 
 
 def loop(run: "Run", session: Session, step: int, stop: "Stop") -> None:
-    """Steps, evaluations, logs and checkpoints until config.steps."""
+    """Steps, evaluations, logs and checkpoints until config.steps.
+
+    There is an evaluation before the first step: without it nobody could tell what was learnt from what was there.
+    """
     config, method, lab = session.config, session.method, lab_of(session)
     look = partial(evaluate, session.policy, method.judge, session.heldout, config.max_new_tokens)
     if step == 0:
@@ -578,7 +602,10 @@ def one_line_errors(run: "Run", session: Session, step: int):
 
 
 class Stop:
-    """While it is open, Ctrl-C and SIGTERM are noted: the loop ends after the step. The second one ends the step as well."""
+    """While it is open, Ctrl-C and SIGTERM are noted: the loop ends after the step. The second one ends the step as well.
+
+    Clusters send SIGTERM some minutes before they take a machine back, which is time enough for a step and a checkpoint.
+    """
 
     def __init__(self):
         self.asked, self.before = 0, {}
@@ -632,7 +659,10 @@ def jsonl(rows: list[dict]) -> str:
 
 
 class Run:
-    """Files of a run: config, metrics, samples, checkpoint. Each line is written and flushed whole."""
+    """Files of a run: config, metrics, samples, checkpoint.
+
+    Logs are opened, appended to and closed for each step: `tail -f` shows whole lines, and a kill costs at most the last.
+    """
 
     def __init__(self, folder: Path, config: Config, examples: list[rar.Example] = ()):
         """Makes the folder and its config.json. Raises UserError."""
@@ -698,7 +728,8 @@ class Run:
         shutil.rmtree(old, ignore_errors=True)
 
     def truncate(self, step: int) -> None:
-        """Drops lines after `step` and a last line cut off by a kill: a resumed run writes them again."""
+        """Drops lines after `step` and a last line cut off by a kill: a resumed run writes them again, and because it draws the
+        same random numbers they will be the same lines."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.folder / name
             if self.writes and path.exists():
@@ -722,7 +753,8 @@ def step_of(line: str) -> float:
 
 
 def versions() -> dict[str, str]:
-    """What a resumed run must share to be the same run, bit for bit."""
+    """What a resumed run must share to be the same run, bit for bit. The number of threads belongs to it: it decides in which
+    order partial sums are added."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {"python": platform.python_version(), "torch": str(torch.__version__), "transformers": transformers.__version__,
             "threads": str(torch.get_num_threads()), "device": device}  # fmt: skip
@@ -834,7 +866,12 @@ def plot(folders: list[str], out: str) -> int:
 
 
 def summary(run: Run, heldout: list[rar.Example], seconds: float) -> None:
-    """Before and after on the held-out prompts: score with interval, criteria that changed most, one answer, the files."""
+    """Before and after on the held-out prompts: score with interval, criteria that changed most, one answer, the files.
+
+    The interval is of the gain, prompt by prompt (paired): prompts differ far more among themselves than one does before and
+    after, so the intervals of the two scores overlap even where the gain is certain. The answer shown is the one that gained
+    most: an illustration, no evidence.
+    """
     before, after = ({row["id"]: row for row in rows} for _, rows in sorted(run.shown["heldout"].items()))
     old, new = ({i: math.nan if row["reward"] is None else row["reward"] for i, row in part.items()} for part in (before, after))
     gains = {i: new[i] - old[i] for i in old}
@@ -874,7 +911,10 @@ def evaluate_only(config: Config) -> int:
 
 
 def evaluate_one(config: Config, name: str, judge) -> tuple[dict, list[dict]]:
-    """(metrics, a row an answer) of a model, or of the answers that an earlier evaluation saved. Saves and tells where."""
+    """(metrics, a row an answer) of a model, or of the answers that an earlier evaluation saved. Saves and tells where.
+
+    stdout is for the one line of JSON that a script may want to read, so what a person reads goes to stderr.
+    """
     if name.endswith(".jsonl"):
         saved = [row for _, row in rar.rows(name)]
         if not all(isinstance(row, dict) and {"id", "item", "score"} <= row.keys() for row in saved):
@@ -912,7 +952,8 @@ def keep_memory() -> None:
 def several_processes() -> None:
     """Joins the others when torchrun has started more than one of us; all but the first are silent.
 
-    nccl talks between GPUs, gloo between CPUs (which is how it is tested).
+    nccl talks between GPUs, gloo between CPUs (which is how it is tested). Each process holds the whole policy; only
+    gradients, groups and verdicts travel (grpo.add_over_ranks, exchanged).
     """
     if int(os.environ.get("WORLD_SIZE", 1)) < 2:
         return
