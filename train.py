@@ -472,11 +472,9 @@ def lab_of(session: Session) -> arlrr.Lab:
 def train(config: Config, given: set[str]) -> int:
     """A whole run, new or resumed. Returns the exit status: 0, or 128 + the signal that stopped it, as shells have it."""
     folder = Path(config.resume or config.out or f"runs/{config.method}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
-    state = None
-    if config.resume:
-        config, state = resumed(config, given, folder)
-    elif (folder / "config.json").exists() or (folder / "metrics.jsonl").exists():
+    if not config.resume and any((folder / name).exists() for name in ("config.json", "metrics.jsonl")):
         raise UserError(f"{folder}: holds a run already; go on with --resume {folder}, or choose another --out")
+    config, state = resumed(config, given, folder) if config.resume else (config, None)
     started = time.time()
     torch.manual_seed(config.seed)
     session = begin(config, folder, state)
@@ -607,12 +605,11 @@ class Stop:
     Clusters send SIGTERM some minutes before they take a machine back, which is time enough for a step and a checkpoint.
     """
 
-    def __init__(self):
-        self.asked, self.before = 0, {}
+    asked = 0  # the signal's number
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
-            self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        self.before = {number: signal.signal(number, self.note) for number in signals}  # in other threads Python takes no handlers
         return self
 
     def note(self, number: int, frame) -> None:
