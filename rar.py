@@ -207,8 +207,8 @@ def parse_row(row: object, where: str, rubric: bool = True) -> Example:
     """One row with a rubric (or, with rubric=False, without) in any of the formats above, checked. Raises DataError."""
     require(isinstance(row, dict), f"{where}: a {type(row).__name__}, not an object; each line must hold one JSON object")
     require("binary_labels" not in row, f"{where}: a label of HealthBench's meta-evaluation, not a prompt with a rubric")
-    nested = (row.get("reward_model") or {}) | (row.get("ideal_completions_data") or {})  # verl, HealthBench
-    items = row.get("rubrics") or row.get("Rubrics") or row.get("rubric") or nested.get("rubrics")
+    inner = (row.get("reward_model") or {}) | (row.get("ideal_completions_data") or {})  # verl, HealthBench
+    items = row.get("rubrics") or row.get("Rubrics") or row.get("rubric") or inner.get("rubrics")
     prompt, topic = row.get("prompt") or row.get("question"), row.get("topic") or row.get("ability")
     prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt.strip() else prompt
     require(isinstance(prompt, list) and prompt, f"{where}: no prompt; give 'question' (text) or 'prompt' (chat messages)")
@@ -221,10 +221,9 @@ def parse_row(row: object, where: str, rubric: bool = True) -> Example:
         criteria = [parse_criterion(item, f"{where}: criterion {k}") for k, item in enumerate(items, 1)]
         require(any(c.weight > 0 for c in criteria), f"{where}: no criterion with a positive weight; add one or drop the row")
     name = str(row.get("prompt_id") or row.get("id") or where.rsplit("/", 1)[-1])
-    written = nested.get("ideal_completion") or nested.get("ground_truth") or ""
-    reference = row.get("reference") or row.get("reference_answer") or written
+    reference = row.get("reference") or row.get("reference_answer") or inner.get("ideal_completion") or inner.get("ground_truth")
     tags = flat(row.get("example_tags")) or [f"theme:{topic}"] * bool(topic)
-    return Example(name, talk, criteria, reference, tags, canary=row.get("canary") or "")
+    return Example(name, talk, criteria, reference or "", tags, canary=row.get("canary") or "")
 
 
 def parse_criterion(item: object, where: str) -> Criterion:
@@ -375,14 +374,13 @@ def each_criterion(example: Example, response: str, rubric: list[Criterion]) -> 
     asks GPT-4o then, A.4 of v2), and offline such an answer is wrong.
     """
     context, letter, asked = material(example.prompt, response), boxed(response, example.options), []
+    compared = Verdict(float(letter == example.answer), f"boxed {letter}" if letter else "no boxed answer")
     for c in rubric:
         words = AVOIDS.sub("Avoids", c.text)  # the form that the offline rule turns round
         # What must not be said needs a closer match than what should be (judge.py): a fault, or the inside of a good "avoids".
         covered = COVERED_FAULT if (c.weight < 0) != bool(NEGATED.match(words)) else COVERED
-        rule = partial(lexical_verdict, words, response, covered)
-        if c.category == "Answer":
-            rule = partial(Verdict, float(letter == example.answer), f"boxed {letter}" if letter else "no boxed answer")
-        asked.append(rule() if c.category == "Answer" and letter else Question(context, c.text, rule))
+        rule = (lambda: compared) if c.category == "Answer" else partial(lexical_verdict, words, response, covered)
+        asked.append(compared if c.category == "Answer" and letter else Question(context, c.text, rule))
     return asked
 
 
@@ -704,8 +702,7 @@ QUOTE = 12  # words in a row that an item may not share with the reference answe
 def writer_prompt(example: Example, domain: str = "medicine") -> str:
     """What the model is asked. Without a reference both sentences about it are left out (the paper's own wording for
     that case is not published)."""
-    turns = [f"{m['role']}: {m['content']}" for m in example.prompt]
-    talk = "\n\n".join(turns) if len(turns) > 1 else example.question
+    talk = "\n\n".join(f"{m['role']}: {m['content']}" for m in example.prompt) if len(example.prompt) > 1 else example.question
     given = f"A reference answer: good, not exhaustive, for guidance only\n{fenced(example.reference)}\n\n"
     given, source = (given, " of the reference answer") if example.reference else ("", "")
     return fill(WRITER, **DOMAINS[domain], question=fenced(talk), reference=given, source=source, axes=", ".join(AXES))
