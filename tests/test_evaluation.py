@@ -154,7 +154,7 @@ def test_missing_verdicts_leave_an_example_out():
 
 def test_multiple_choice_is_accuracy_over_questions():
     row = {"id": "m", "question": "Which metal?", "options": {"A": "Iron", "B": "Lead"}, "answer_idx": "B"}
-    two = rar.choice_examples(row, "f:1") + rar.choice_examples(row | {"id": "n", "question": "And now?"}, "f:2")
+    two = [*rar.choice_examples(row, "f:1"), *rar.choice_examples(row | {"id": "n", "question": "And now?"}, "f:2")]
     right = [answer(f"I think \\boxed{{{e.answer}}}") for e in two[: rar.RUNS]]
     wrong = [answer("\\boxed{Iron}"), answer("It is lead."), answer("\\boxed{lead}"), answer("\\boxed{Z}")]
     m = rar.evaluate(OfflineJudge(), [(e, [a]) for e, a in zip(two, right + wrong)])
