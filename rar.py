@@ -186,8 +186,7 @@ def read_examples(path: str | Path) -> list[Example]:
     """
     found, files = {}, defaultdict(set)
     for where, row in rows(path):
-        several = isinstance(row, dict) and ("answer_idx" in row or "Correct Answer" in row)
-        for example in choice_examples(row, where) if several else [parse_row(row, where)]:
+        for example in examples_in(row, where):
             place, _ = found.setdefault(example.id, (where, example))
             require(place == where, f"{where}: id {example.id!r} already stands in {place}; give each row its own")
         files[question_key(example)].add(where.rpartition(":")[0])
@@ -197,6 +196,15 @@ def read_examples(path: str | Path) -> list[Example]:
     return [example for _, example in found.values()]
 
 
+def examples_in(row: object, where: str, rubric: bool = True) -> list[Example]:
+    """The examples that one row holds, with or (for the rubric writer) without rubrics. Raises DataError."""
+    try:
+        several = rubric and isinstance(row, dict) and ("answer_idx" in row or "Correct Answer" in row)
+        return list(choice_examples(row, where)) if several else [parse_row(row, where, rubric)]
+    except (AttributeError, TypeError) as error:  # a number where a text should stand, a text where a list should
+        raise DataError(f"{where}: a value of the wrong kind ({error}); see data/train.jsonl for the format") from None
+
+
 def question_key(example: Example) -> int:
     """Equal for prompts that differ in nothing but case, white space and the order of options."""
     talk = "\n".join(m["content"] for m in example.prompt)
@@ -204,7 +212,7 @@ def question_key(example: Example) -> int:
 
 
 def parse_row(row: object, where: str, rubric: bool = True) -> Example:
-    """One row with a rubric (or, with rubric=False, without) in any of the formats above, checked. Raises DataError."""
+    """One row in any of the formats above but multiple choice, checked. Raises DataError."""
     require(isinstance(row, dict), f"{where}: a {type(row).__name__}, not an object; each line must hold one JSON object")
     require("binary_labels" not in row, f"{where}: a label of HealthBench's meta-evaluation, not a prompt with a rubric")
     inner = (row.get("reward_model") or {}) | (row.get("ideal_completions_data") or {})  # verl, HealthBench
@@ -223,7 +231,7 @@ def parse_row(row: object, where: str, rubric: bool = True) -> Example:
     name = str(row.get("prompt_id") or row.get("id") or where.rsplit("/", 1)[-1])
     reference = row.get("reference") or row.get("reference_answer") or inner.get("ideal_completion") or inner.get("ground_truth")
     tags = flat(row.get("example_tags")) or [f"theme:{topic}"] * bool(topic)
-    return Example(name, talk, criteria, reference or "", tags, canary=row.get("canary") or "")
+    return Example(name, talk, criteria, str(reference or ""), tags, canary=row.get("canary") or "")
 
 
 def parse_criterion(item: object, where: str) -> Criterion:
@@ -242,7 +250,7 @@ def parse_criterion(item: object, where: str) -> Criterion:
         require((kind == "pitfall") == (weight < 0), f"{where}: {signed}")
     tags = [sys.intern(tag) for tag in flat(item.get("tags"))]
     axis = item.get("axis") or next((t[5:] for t in tags if t.startswith("axis:")), "")
-    return Criterion(text.strip(), float(weight), item.get("title") or "", category, sys.intern(axis), tags)
+    return Criterion(text.strip(), float(weight), str(item.get("title") or ""), category, sys.intern(axis), tags)
 
 
 PREFIX = re.compile(r"\s*(?:(\w+) +criteri(?:a|on) *: *)?(.*)", re.I | re.S)
@@ -750,7 +758,7 @@ def write_rubrics(judge, source: str, out: str, prompt, read) -> dict:
     """
     out, asked, dropped, refused = Path(out), {}, [], Counter()
     require(out.suffix not in SUFFIXES[1:], f"{out}: rows are written line by line as plain text; name a .jsonl file")
-    examples = [parse_row(row, where, rubric=False) for where, row in rows(source)]
+    examples = [example for where, row in rows(source) for example in examples_in(row, where, rubric=False)]
 
     def checked(text: str, answer: dict) -> list[dict]:
         """`read`, keeping count of why it refused."""

@@ -89,6 +89,22 @@ def test_broken_multiple_choice_is_one_line(tmp_path, row):
         rar.read_examples(write(tmp_path / "a.jsonl", row))
 
 
+WRONG = [OWN | {"example_tags": 3}, OWN | {"rubric": [OWN["rubric"][0] | {"tags": [3]}]}, OWN | {"rubric": [OWN["rubric"][0] | {"axis": 3}]},
+         HUB | {"reward_model": ["x"]}, MEDQA | {"answer_idx": ["A"]}]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", WRONG)
+def test_values_of_the_wrong_kind_are_one_line(tmp_path, row):
+    with pytest.raises(rar.DataError, match=r"a\.jsonl:1: a value of the wrong kind") as caught:
+        rar.read_examples(write(tmp_path / "a.jsonl", row))
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_where_texts_are_usual_become_texts(tmp_path):
+    [example] = rar.read_examples(write(tmp_path / "a.jsonl", OWN | {"reference": 42, "rubric": [OWN["rubric"][0] | {"title": 7}]}))
+    assert example.reference == "42" and example.rubric[0].title == "7"
+
+
 def test_real_multiple_choice_rows(shared):
     examples = rar.read_examples(shared("medqa_100.jsonl"))
     assert len(examples) == 100 * rar.RUNS
