@@ -346,7 +346,7 @@ class RLER(RubricReward):
     def __init__(self, judge, settings: Settings | None = None):
         """Raises DataError for a flaw that FLAWS does not name."""
         self.judge, self.settings = judge, settings or Settings()
-        self.flaws = {name for name in self.settings.flaws.split(",") if name}
+        self.flaws = {flaw for flaw in self.settings.flaws.split(",") if flaw}
         unknown = ", ".join(sorted(self.flaws - FLAWS.keys()))
         require(not unknown, f"--flaws {unknown}: not known; use {', '.join(FLAWS)}")
         self.writes = hasattr(judge, "write")  # a language model; else the detectors propose
@@ -363,11 +363,11 @@ class RLER(RubricReward):
         self.visits, self.count = {}, Counter()
         for example, rollouts in groups:  # a prompt that stands twice in the batch is one visit
             self.visits.setdefault(example.id, (example, self.buffer(example), []))[2].extend(rollouts)
-        visits, rubrics = list(self.visits.values()), {}
-        for (example, buffer, _), proposed in zip(visits, self.propose(visits, progress), strict=True):
-            self.count += buffer.admit(proposed, example.id, self.step + 1, self.flaws, revive=not self.writes)
-            dropped = proposed is None and "drop" in self.flaws
-            rubrics[example.id] = buffer.persistent + ([] if dropped else buffer.active)
+        proposals, rubrics = self.propose(progress), {}
+        for prompt, (_, buffer, _) in self.visits.items():
+            self.count += buffer.admit(proposals[prompt], prompt, self.step + 1, self.flaws, revive=not self.writes)
+            dropped = proposals[prompt] is None and "drop" in self.flaws
+            rubrics[prompt] = buffer.persistent + ([] if dropped else buffer.active)
         judge_groups(self.judge, groups, progress, [rubrics[example.id] for example, _ in groups], graded)
         for _, rollouts in groups:
             self.reward(rollouts)
@@ -379,17 +379,17 @@ class RLER(RubricReward):
         size = statistics.fmean(abs(c.weight) for c in example.rubric)  # decision 1
         return Buffer([Item(**asdict(c) | {"weight": c.weight / size}, id=name(example.id, c.text)) for c in example.rubric])
 
-    def propose(self, visits: list[tuple], progress: bool) -> list[list[Criterion] | None]:
-        """New criteria for each visit; None where the writer failed. A visit without any text gets no proposal."""
-        heard = [(example, [r.text for r in rollouts if r.text.strip()], buffer) for example, buffer, rollouts in visits]
+    def propose(self, progress: bool) -> dict[str, list[Criterion] | None]:
+        """New criteria for each prompt visited; None where the writer failed, an empty list where no rollout has text."""
+        spoken = lambda rollouts: [r.text for r in rollouts if r.text.strip()]
+        heard = [(example, spoken(rollouts), buffer) for example, buffer, rollouts in self.visits.values()]
         todo = [visit for visit in heard if visit[1] and self.settings.evolve != "static"]
         if self.writes:
             prompts = [write_prompt(*visit, self.flaws) for visit in todo]
             answers = self.judge.write(prompts, lambda _, answer: read_proposal(answer), progress=progress)
         else:
             answers = [detect(*visit) for visit in todo]
-        found = {example.id: answer for (example, *_), answer in zip(todo, answers, strict=True)}
-        return [found.get(example.id, []) for example, *_ in visits]
+        return dict.fromkeys(self.visits, []) | dict(zip((example.id for example, *_ in todo), answers, strict=True))
 
     def reward(self, rollouts: list) -> None:
         """Sets the rewards of a group: Eq. 1, missing verdicts by decision 2, silence by decision 3, form if asked for."""
