@@ -188,7 +188,7 @@ def std(scores: list[float | None]) -> float | None:
 
 # Asked once a visit. The demands are those of the paper's appendix D.3, the words ours. As in its open variant (Qwen3-8B as
 # judge and writer, Table 4) the writer reads answers only: with reasoning and tool output a group can have 130,000 tokens.
-WRITE = (DATA / "rubric_evolver.txt").read_text(encoding="utf8").strip()
+WRITE = (DATA / "rubric_evolver.txt").read_text(encoding="utf8").strip()  # strip: a file ends in a newline, a prompt does not
 
 
 def write_prompt(example: Example, texts: list[str], buffer: Buffer, flaws=()) -> str:
