@@ -43,7 +43,6 @@ import statistics
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, Literal, NamedTuple
@@ -189,7 +188,7 @@ def std(scores: list[float | None]) -> float | None:
 
 # Asked once a visit. The demands are those of the paper's appendix D.3, the words ours. As in its open variant (Qwen3-8B as
 # judge and writer, Table 4) the writer reads answers only: with reasoning and tool output a group can have 130,000 tokens.
-WRITE = (DATA / "rubric_evolver.txt").read_text(encoding="utf8").strip()
+WRITE = (DATA / "rubric_evolver.txt").read_text(encoding="utf8").strip()  # strip: a file ends in a newline, a prompt does not
 
 
 def write_prompt(example: Example, texts: list[str], buffer: Buffer, flaws=()) -> str:
@@ -209,8 +208,7 @@ def read_proposal(answer: dict) -> list[Criterion]:
     """
     signs = {"positive": 1.0, "negative": -1.0}
     found = [Criterion(text, sign, title) for key, sign in signs.items() for title, text, _ in entries(answer, key)]
-    if not all(criterion.text for criterion in found):
-        raise ValueError('every entry of "positive" and "negative" needs a "text"')
+    require(all(criterion.text for criterion in found), 'every entry of "positive" and "negative" needs a "text"')
     return found
 
 
@@ -219,11 +217,9 @@ def entries(answer: dict, key: str) -> list[tuple[str, str, dict]]:
 
     Raises ValueError, for the model to read, when there is no list.
     """
-    if not isinstance(answer.get(key), list):
-        raise ValueError(f'"{key}" must be a list')
+    require(isinstance(answer.get(key), list), f'"{key}" must be a list')
     rows = [entry if isinstance(entry, dict) else {} for entry in answer[key]]
-    line = lambda row, name: one_line(row.get(name))
-    return [(line(row, "title") or line(row, "text")[:40], line(row, "text"), row) for row in rows]
+    return [(one_line(row.get("title")) or one_line(row.get("text"))[:40], one_line(row.get("text")), row) for row in rows]
 
 
 def one_line(value: object) -> str:
@@ -297,20 +293,16 @@ def detect(example: Example, texts: list[str], buffer: Buffer) -> list[Criterion
     """
     question, current, found = example.question, buffer.persistent + buffer.active, [COMPLETE]
     spread = lambda c: statistics.pstdev(offline_verdict(question, c, text).score for text in texts)
+    best = lambda criteria, n: sorted(criteria, key=spread, reverse=True)[:n]  # of equal ones the first
     usual = len(example.reference.split()) or statistics.median(len(t.split()) for t in texts)
     for title, text, least, measure in FAULTS:
-        values = [measure(question, t) for t in texts]
-        limits = range(least or 5 * math.ceil(1.5 * usual / 5), int(max(values)) + 1, 5)
-        if limits:
-            best = max(limits, key=lambda limit: statistics.pstdev(value > limit for value in values))
-            found.append(Criterion(text.format(best), -1.0, title))
+        limits = range(least or 5 * math.ceil(1.5 * usual / 5), int(max(measure(question, t) for t in texts)) + 1, 5)
+        found += best([Criterion(text.format(limit), -1.0, title) for limit in limits], 1)
     known = set(content_words(" ".join([question, *(c.text for c in current)])))
     words = dict.fromkeys(re.findall(r"[^\W\d_]{4,}", example.reference.lower()))
-    mentions = [Criterion(MENTIONS.format(w), 1.0, f"Mentions {w}") for w in words if set(content_words(w)) - known]
-    found += sorted(mentions, key=spread, reverse=True)[:2]
+    found += best([Criterion(MENTIONS.format(w), 1.0, f"Mentions {w}") for w in words if set(content_words(w)) - known], 2)
     used = {name("", c.text) for c in current}
-    found = [c for c in found if name("", c.text) not in used and spread(c) > FLAT]
-    return sorted(found, key=spread, reverse=True)[:LIMIT]
+    return best([c for c in found if name("", c.text) not in used and spread(c) > FLAT], LIMIT)
 
 
 # ------------------------------------------------------------------------------------------- the method
@@ -324,7 +316,7 @@ take no instruction from the material. First a reason in one short sentence, the
 
 def graded(example: Example, response: str, rubric: list[Criterion]) -> list[Question]:
     """What the judge is asked about a response: one question a criterion, graded 0 to 2, with its offline rule."""
-    shown, rule = material(example.prompt, response), lambda c: partial(offline_verdict, example.question, c, response)
+    shown, rule = material(example.prompt, response), lambda c: lambda: offline_verdict(example.question, c, response)
     ask = lambda c: fill(GRADE, material=shown, statement=clean(c.text))
     return [Question(ask(c), rule=rule(c), key="score", scale=(0, 2)) for c in rubric]
 
@@ -343,15 +335,18 @@ def evolving_reward(rubric: list[Criterion], scores: list[float]) -> float:
     return sum(c.weight * s for c, s in zip(rubric, scores)) / max(sum(c.weight for c in rubric if c.weight > 0), 1.0)
 
 
-class RLER:
-    """The method object: rar.RubricReward's interface, with a rubric that `after_step` changes."""
+class RLER(RubricReward):
+    """The method object: rar.RubricReward's interface, with rubrics that `after_step` changes.
+
+    RubricReward's own `before_step` and `pool` stay: there is nothing to decide, and all prompts take part in each step.
+    """
 
     of_step = ("visits", "count")
 
     def __init__(self, judge, settings: Settings | None = None):
         """Raises DataError for a flaw that FLAWS does not name."""
         self.judge, self.settings = judge, settings or Settings()
-        self.flaws = {name for name in self.settings.flaws.split(",") if name}
+        self.flaws = {flaw for flaw in self.settings.flaws.split(",") if flaw}
         unknown = ", ".join(sorted(self.flaws - FLAWS.keys()))
         require(not unknown, f"--flaws {unknown}: not known; use {', '.join(FLAWS)}")
         self.writes = hasattr(judge, "write")  # a language model; else the detectors propose
@@ -363,18 +358,16 @@ class RLER:
         """Whether this method can learn from the example (always, as in rar.py)."""
         return True
 
-    before_step, pool = RubricReward.before_step, RubricReward.pool  # nothing to decide; all prompts, each step
-
     def score(self, groups: list[tuple[Example, list]], progress: bool = False) -> None:
         """Proposes, then judges all rollouts in one flat batch; sets rollout.criteria, .verdicts and .reward."""
         self.visits, self.count = {}, Counter()
         for example, rollouts in groups:  # a prompt that stands twice in the batch is one visit
             self.visits.setdefault(example.id, (example, self.buffer(example), []))[2].extend(rollouts)
-        visits, rubrics = list(self.visits.values()), {}
-        for (example, buffer, _), proposed in zip(visits, self.propose(visits, progress), strict=True):
-            self.count += buffer.admit(proposed, example.id, self.step + 1, self.flaws, revive=not self.writes)
-            dropped = proposed is None and "drop" in self.flaws
-            rubrics[example.id] = buffer.persistent + ([] if dropped else buffer.active)
+        proposals, rubrics = self.propose(progress), {}
+        for prompt, (_, buffer, _) in self.visits.items():
+            self.count += buffer.admit(proposals[prompt], prompt, self.step + 1, self.flaws, revive=not self.writes)
+            dropped = proposals[prompt] is None and "drop" in self.flaws
+            rubrics[prompt] = buffer.persistent + ([] if dropped else buffer.active)
         judge_groups(self.judge, groups, progress, [rubrics[example.id] for example, _ in groups], graded)
         for _, rollouts in groups:
             self.reward(rollouts)
@@ -386,17 +379,17 @@ class RLER:
         size = statistics.fmean(abs(c.weight) for c in example.rubric)  # decision 1
         return Buffer([Item(**asdict(c) | {"weight": c.weight / size}, id=name(example.id, c.text)) for c in example.rubric])
 
-    def propose(self, visits: list[tuple], progress: bool) -> list[list[Criterion] | None]:
-        """New criteria for each visit; None where the writer failed. A visit without any text gets no proposal."""
-        heard = [(example, [r.text for r in rollouts if r.text.strip()], buffer) for example, buffer, rollouts in visits]
+    def propose(self, progress: bool) -> dict[str, list[Criterion] | None]:
+        """New criteria for each prompt visited; None where the writer failed, an empty list where no rollout has text."""
+        spoken = lambda rollouts: [r.text for r in rollouts if r.text.strip()]
+        heard = [(example, spoken(rollouts), buffer) for example, buffer, rollouts in self.visits.values()]
         todo = [visit for visit in heard if visit[1] and self.settings.evolve != "static"]
-        if self.writes and todo:
+        if self.writes:
             prompts = [write_prompt(*visit, self.flaws) for visit in todo]
             answers = self.judge.write(prompts, lambda _, answer: read_proposal(answer), progress=progress)
         else:
             answers = [detect(*visit) for visit in todo]
-        found = {example.id: answer for (example, *_), answer in zip(todo, answers, strict=True)}
-        return [found.get(example.id, []) for example, *_ in visits]
+        return dict.fromkeys(self.visits, []) | dict(zip((example.id for example, *_ in todo), answers, strict=True))
 
     def reward(self, rollouts: list) -> None:
         """Sets the rewards of a group: Eq. 1, missing verdicts by decision 2, silence by decision 3, form if asked for."""
@@ -472,14 +465,13 @@ class Snippet(NamedTuple):
     text: str
 
 
-class SearchError(Exception):
-    """The search cannot be used; one line for the user."""
+Search = Callable[[str], list[Snippet]]  # from a query to what is found for it, the best first
 
 
-def local_search(path: str | Path, k: int = 10) -> Callable[[str], list[Snippet]]:
+def local_search(path: str | Path, k: int = 10) -> Search:
     """search(query) -> the k best of local documents by BM25 (SQLite's FTS5). k = 10 here and below: the paper's number.
 
-    path: a JSONL file of {"id", "title", "text"}, or a folder whose text files are cut at empty lines. Raises SearchError.
+    path: a JSONL file of {"id", "title", "text"}, or a folder whose text files are cut at empty lines. Raises DataError.
     """
     path, passages = Path(path), []
     for file in sorted(f for f in path.rglob("*") if f.suffix in (".txt", ".md")):
@@ -489,10 +481,8 @@ def local_search(path: str | Path, k: int = 10) -> Callable[[str], list[Snippet]
         for _, row in rows(path) if path.is_file() else []:
             passages.append([str(row[key]) for key in Snippet._fields])
     except (DataError, KeyError, TypeError):
-        place = len(passages) + 1
-        raise SearchError(f"{path}: passage {place} is none; each line needs id, title and text as JSON") from None
-    if not passages:
-        raise SearchError(f"{path}: no passages; give a JSONL file, a folder with .txt or .md files, or web or scholar")
+        raise DataError(f"{path}: passage {len(passages) + 1} is none; each line needs id, title and text as JSON") from None
+    require(passages, f"{path}: no passages; give a JSONL file, a folder with .txt or .md files, or web or scholar")
     index = sqlite3.connect(":memory:")
     index.execute("CREATE VIRTUAL TABLE passages USING fts5(id UNINDEXED, title, text, tokenize = 'porter unicode61')")
     index.executemany("INSERT INTO passages VALUES (?, ?, ?)", passages)
@@ -506,24 +496,22 @@ def local_search(path: str | Path, k: int = 10) -> Callable[[str], list[Snippet]
     return search
 
 
-def web_search(k: int = 10, url: str = "https://google.serper.dev/search") -> Callable[[str], list[Snippet]]:
-    """search(query) -> snippets of a web search in Serper's format. The key comes from SERPER_API_KEY. Raises SearchError."""
+def web_search(k: int = 10, url: str = "https://google.serper.dev/search") -> Search:
+    """A web search in Serper's format. The key comes from SERPER_API_KEY; without one it raises DataError."""
     key = os.environ.get("SERPER_API_KEY", "")
-    if not key:
-        raise SearchError("--search web needs a key in the environment: SERPER_API_KEY")
+    require(key, "--search web needs a key in the environment: SERPER_API_KEY")
     parts = lambda row: (row.get("link"), row.get("title"), row.get("snippet"))
     return lambda query: fetch("POST", url, key, "organic", parts, json={"q": query, "num": k})[:k]
 
 
-SCHOLAR = "https://api.semanticscholar.org/graph/v1/snippet/search"
+def scholar_search(k: int = 10, url: str = "https://api.semanticscholar.org/graph/v1/snippet/search") -> Search:
+    """A search for passages of papers in Semantic Scholar's format. S2_API_KEY, if there is one, lifts the limits."""
 
+    def parts(row: dict) -> tuple:
+        """Either of the two objects may be null, and a paper may have no number."""
+        paper, snippet = row.get("paper") or {}, row.get("snippet") or {}
+        return f"CorpusId:{paper.get('corpusId') or paper.get('title')}", paper.get("title"), snippet.get("text")
 
-def scholar_search(k: int = 10, url: str = SCHOLAR) -> Callable[[str], list[Snippet]]:
-    """search(query) -> snippets of papers in Semantic Scholar's format. S2_API_KEY, if there is one, lifts the limits."""
-
-    part = lambda row, name, key: (row.get(name) or {}).get(key)
-    paper = lambda row: f"CorpusId:{part(row, 'paper', 'corpusId') or part(row, 'paper', 'title')}"
-    parts = lambda row: (paper(row), part(row, "paper", "title"), part(row, "snippet", "text"))
     key = os.environ.get("S2_API_KEY", "")
     return lambda query: fetch("GET", url, key, "data", parts, params={"query": query, "limit": k})[:k]
 
@@ -532,7 +520,7 @@ def fetch(method: str, url: str, key: str, rows: str, parts: Callable[[dict], tu
     """Asks a search service; `parts` gives (id, title, text) of each object in the list `rows` of its reply.
 
     Each passage once, none without id and text; nothing found may come as no list at all. Five tries at 408, 429, 5xx and
-    dropped connections. Raises SearchError, without the key. No redirects: the key is not for another host.
+    dropped connections. Raises DataError, without the key. No redirects: the key is not for another host.
     """
     with requests.Session() as session:
         busy = Retry(4, backoff_factor=0.5, status_forcelist=(408, 429, 500, 502, 503, 504), raise_on_status=False,
@@ -545,10 +533,9 @@ def fetch(method: str, url: str, key: str, rows: str, parts: Callable[[dict], tu
         except requests.JSONDecodeError:
             answer = None
         except requests.RequestException as error:
-            raise SearchError(f"the search at {url} cannot be reached ({type(error).__name__})") from None
-    if not isinstance(answer, dict):
-        words = " ".join((reply.text.replace(key, "***") if key else reply.text).split())
-        raise SearchError(f"the search at {url} does not answer ({reply.status_code}): {words[:200]}")
+            raise DataError(f"the search at {url} cannot be reached ({type(error).__name__})") from None
+    words = " ".join((reply.text.replace(key, "***") if key else reply.text).split())
+    require(isinstance(answer, dict), f"the search at {url} does not answer ({reply.status_code}): {words[:200]}")
     found = [Snippet(*map(one_line, parts(row))) for row in answer.get(rows) or [] if isinstance(row, dict)]
     return list(dict.fromkeys(snippet for snippet in found if snippet.id and snippet.text))
 
@@ -576,12 +563,11 @@ def read_grounded(found: list[Snippet], answer: dict) -> list[dict]:
             category, weight = TIERS.get(str(entry.get("tier")), TIERS["valuable"])
             item = {"title": title, "text": text, "category": category, "weight": weight}
             items.setdefault(name("", text), item | {"citation": found[number - 1]._asdict()})
-    if not items:
-        raise ValueError(f'no item of "rubric" has a text and a "snippet" from 1 to {len(found)}')
+    require(items, f'no item of "rubric" has a text and a "snippet" from 1 to {len(found)}')
     return list(items.values())
 
 
-def ground(judge, search, source: str, out: str) -> dict:
+def ground(judge, search: Search, source: str, out: str) -> dict:
     """rar.write_rubrics with what a search finds for each question; where it finds nothing, nothing is asked.
 
     One search with the question as it stands, one writer's call, as in the paper (appendix F.2). Its reason for searching:
@@ -607,8 +593,7 @@ def read_history(run: str) -> dict[str, Buffer]:
 
     path = Path(run) / "checkpoint" / "trainer.pt"
     state = torch.load(path, weights_only=True)["method"] if path.is_file() else {}
-    if not state.get("buffers"):
-        raise DataError(f"{run}: no checkpoint with evolving rubrics; give the folder of a run with --method rler")
+    require(state.get("buffers"), f"{run}: no checkpoint with evolving rubrics; give the folder of a run with --method rler")
     return {prompt: read_buffer(parts) for prompt, parts in state["buffers"].items()}
 
 
@@ -627,22 +612,23 @@ def print_history(prompt: str, buffer: Buffer) -> None:
 
 
 def draw_history(prompt: str, buffer: Buffer, path: str) -> None:
-    """The same as a picture: a row a rubric, a column a step, dark where its verdicts differed, x where it ended."""
+    """The same as a picture: a row a rubric, a column a step, dark where its verdicts differed, x where it ended.
+
+    What is nan or None (no verdicts, not retired) matplotlib leaves out.
+    """
     from matplotlib.figure import Figure  # not pyplot: no window is wanted, and many machines have no screen
 
     items = lives(buffer)
-    seen = [(step, y, std) for y, item in enumerate(items) for step, std in item.seen if std is not None]
-    x, y, shade = zip(*seen) if seen else ((), (), ())
-    figure = Figure(figsize=(10, 1.2 + 0.2 * len(items)), layout="constrained")
-    axis = figure.subplots()
+    x, y, shade = zip(*((step, y, math.nan if std is None else std) for y, i in enumerate(items) for step, std in i.seen))
+    axis = Figure(figsize=(10, 1.2 + 0.2 * len(items)), layout="constrained").subplots()
     axis.scatter(x, y, c=shade, cmap="Blues", vmin=-0.05, vmax=0.5, marker="s", edgecolors="lightgray", linewidths=0.3)
-    axis.plot([i.retired for i in items], [y if i.retired else None for y, i in enumerate(items)], "rx", markersize=5)
+    axis.plot([i.retired for i in items], range(len(items)), "rx", markersize=5)
     axis.set_yticks(range(len(items)), [f"{'+' if i.weight > 0 else '-'} {i.text[:75]}" for i in items], fontsize=7)
     axis.axhline(len(buffer.persistent) - 0.5, color="gray", linewidth=0.5)
     axis.invert_yaxis()
     axis.set_xlabel("step", fontsize=8)
     axis.set_title(f"{prompt}: initial rubrics above the line; dark = tells the responses apart; x = retired", fontsize=8)
-    figure.savefig(path, dpi=90)
+    axis.figure.savefig(path, dpi=90)
 
 
 # ------------------------------------------------------------------------------------------- command line
@@ -675,8 +661,7 @@ def show_history(args) -> int:
     """--history: prints the life of a prompt's rubrics, draws it if asked. Raises DataError."""
     buffers = read_history(args.history)
     prompt = args.prompt or max(buffers, key=lambda p: len(lives(buffers[p])))
-    if prompt not in buffers:
-        raise DataError(f"--prompt {prompt}: not in this run; it has {', '.join(sorted(buffers))}")
+    require(prompt in buffers, f"--prompt {prompt}: not in this run; it has {', '.join(sorted(buffers))}")
     print_history(prompt, buffers[prompt])
     if args.png:
         draw_history(prompt, buffers[prompt], args.png)
@@ -687,7 +672,7 @@ def write_grounded(args) -> int:
     """--ground: writes the rows; says for which questions there is none. Raises DataError."""
     if not args.judge or not args.judge_model:
         raise DataError("--ground needs --judge URL and --judge_model NAME: a language model writes the rubrics")
-    search = {"web": web_search, "scholar": scholar_search}.get(args.search, partial(local_search, args.search))()
+    search = {"web": web_search, "scholar": scholar_search}.get(args.search, lambda: local_search(args.search))()
     judge = judges.LLMJudge(args.judge, args.judge_model, cache_path=args.judge_cache)
     counts = ground(judge, search, args.ground, args.out)
     have, none = counts["written"] + counts["already_there"], counts["dropped"]
@@ -711,7 +696,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return write_grounded(args) if args.ground else show_history(args) if args.history else example()
-    except (DataError, SearchError, judges.JudgeError, OSError) as error:
+    except (DataError, judges.JudgeError, OSError) as error:
         print(f"rler.py: {error}", file=sys.stderr)
         return 2
 

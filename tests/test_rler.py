@@ -363,7 +363,7 @@ def test_a_thousand_random_histories(tmp_path):
             twin.load_state_dict(before)
             if revive:
                 for m in (method, twin):
-                    m.writes, m.propose = False, lambda visits, progress, m=m: m.judge.write([""] * len(visits), None)
+                    m.writes, m.propose = False, lambda progress, m=m: dict(zip(m.visits, m.judge.write([""] * len(m.visits), None)))
             method.judge.fails = True  # killed after proposing, before scoring: nothing has happened
             with pytest.raises(JudgeError):
                 play(method, examples, played)

@@ -14,7 +14,8 @@ import rar
 import rler
 import train
 from judge import LLMJudge
-from rler import SearchError, Snippet
+from rar import DataError
+from rler import Snippet
 
 
 class Service:
@@ -76,7 +77,7 @@ def test_a_web_search(monkeypatch):
 
 def test_a_web_search_needs_a_key(monkeypatch):
     monkeypatch.delenv("SERPER_API_KEY", raising=False)
-    with pytest.raises(SearchError, match="SERPER_API_KEY"):
+    with pytest.raises(DataError, match="SERPER_API_KEY"):
         rler.web_search()
 
 
@@ -106,7 +107,7 @@ def test_a_busy_service_is_asked_again(monkeypatch, status):
 def test_what_no_retry_mends_is_one_line_without_the_key(monkeypatch, status, reply):
     monkeypatch.setenv("SERPER_API_KEY", "secret-key")
     with Service((status, reply)) as service:
-        with pytest.raises(SearchError) as caught:
+        with pytest.raises(DataError) as caught:
             rler.web_search(url=service.url)("x")
         assert len(service.requests) == 1
     assert "secret-key" not in str(caught.value) and "\n" not in str(caught.value) and service.url in str(caught.value)
@@ -117,7 +118,7 @@ def test_a_service_that_is_not_there(monkeypatch):
     with Service((200, SERPER)) as service:
         pass
     monkeypatch.setattr(rler, "Retry", lambda *_, **__: 0)  # the waiting between tries is tested above
-    with pytest.raises(SearchError, match="cannot be reached"):
+    with pytest.raises(DataError, match="cannot be reached"):
         rler.web_search(url=service.url)("x")
 
 
@@ -169,7 +170,7 @@ def test_a_folder_of_text_files(tmp_path):
 def test_documents_that_are_none_are_one_line(tmp_path, content):
     path = tmp_path / "docs.jsonl"
     path.write_text(content)
-    with pytest.raises(SearchError, match="docs.jsonl"):
+    with pytest.raises(DataError, match="docs.jsonl"):
         rler.local_search(path)
 
 
