@@ -447,8 +447,10 @@ def exchanged(groups: list, method) -> list:
     everyone = gathered((groups, {name: getattr(method, name) for name in method.of_step}))
     world = len(everyone)
     for name in method.of_step:
-        first, *others = (noted[name] for _, noted in everyone)
-        setattr(method, name, sum(others, first))
+        joined, *others = (noted[name] for _, noted in everyone)
+        for other in others:
+            joined = joined | other if type(joined) is dict else joined + other
+        setattr(method, name, joined)
     return [everyone[place % world][0][place // world] for place in range(sum(len(part) for part, _ in everyone))]
 
 
