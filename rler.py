@@ -335,11 +335,8 @@ def evolving_reward(rubric: list[Criterion], scores: list[float]) -> float:
     return sum(c.weight * s for c, s in zip(rubric, scores)) / max(sum(c.weight for c in rubric if c.weight > 0), 1.0)
 
 
-class RLER(RubricReward):
-    """The method object: rar.RubricReward's interface, with rubrics that `after_step` changes.
-
-    RubricReward's own `before_step` and `pool` stay: there is nothing to decide, and all prompts take part in each step.
-    """
+class RLER:
+    """The method object: rar.RubricReward's interface, with a rubric that `after_step` changes."""
 
     of_step = ("visits", "count")
 
@@ -357,6 +354,8 @@ class RLER(RubricReward):
     def eligible(self, example: Example) -> bool:
         """Whether this method can learn from the example (always, as in rar.py)."""
         return True
+
+    before_step, pool = RubricReward.before_step, RubricReward.pool  # nothing to decide; all prompts, each step
 
     def score(self, groups: list[tuple[Example, list]], progress: bool = False) -> None:
         """Proposes, then judges all rollouts in one flat batch; sets rollout.criteria, .verdicts and .reward."""
