@@ -111,7 +111,7 @@ RUNS = 4  # times a multiple-choice question is asked, each with the options in 
 
 
 class DataError(ValueError):
-    """A row that cannot be used; the message says what is wrong, where, and what to do."""
+    """Data or a flag that cannot be used; the message says in one line what is wrong, where, and what to do."""
 
 
 def require(condition: object, message: str) -> None:
