@@ -4,7 +4,7 @@ A rubric is a vector of verdicts. Added up, it is one number, and answers that d
 keeps the classes of criteria (meta-classes) apart and takes turns:
 
     repeat:  k = the next class                                   # cyclic, random, lowest score, or a search
-             stage updates: roll out prompts that have class k; the judge sees the criteria of class k only;
+             for a stage of updates: roll out prompts that have class k; the judge sees the criteria of class k only;
                             r_k(y) = points of met criteria of class k / its positive points;  advantages, update as ever
 
 WHOSE IDEA IS WHAT. Only the paper's abstract was available to us. From the paper: rewards are vectors; existing work adds
@@ -13,8 +13,8 @@ helps to explain the gains; a light search over task performance picks the next 
 HealthBench at 1.7B to 14B. No number, algorithm box or theorem was available. Everything below is OUR READING:
 
 1. A class is an axis of HealthBench (or of our data), or any tag of the criteria. r_k is HealthBench's own axis score.
-2. A prompt without a positive criterion in the class is not rolled out. One with negative criteria only has no r_k either
-   (negative_only "skip"), or r_k = points / sum of |points|, at most 0 ("penalty").
+2. A prompt without any criterion in the class is not rolled out. One whose criteria in it are all negative is not either
+   (negative_only "skip"), or has r_k = points / sum of |points|, at most 0 ("penalty").
 3. A stage is a number of updates, an epoch of the class's prompts, or updates in proportion to the class's mean weight.
    Optimiser state and the KL reference carry over. Each class has its own place in the data.
 4. The search tries every class: a short trial from the same state, judged by the overall score on a validation slice, taken
@@ -46,7 +46,7 @@ import torch
 from tqdm import tqdm
 
 from rar import FLAT, Criterion, DataError, Example, bootstrap, correlation, group_rewards, judge_groups, mean
-from rar import points_reward, read_examples
+from rar import points_reward, read_examples, require
 
 TURNS = ("cyclic", "random", "lowest_score", "search")
 SCALARS = ("points", "axis_mean", "gdpo")  # no turns: every class, every step
@@ -162,8 +162,9 @@ def contraction(weights: list[float], rewards: list[list[float]]) -> tuple[float
     Equal spreads, equal weights 1/K, mean correlation rho: Var(R) = (1/K + (1 - 1/K) rho) Var(r_k). Five classes that have
     nothing to do with each other leave a fifth of the variance.
 
-    What it means for learning: without division by the std the update shrinks with Var(R). With division plain shrinkage
-    cancels; what stays is that the *direction* is diluted (corr(r_k, R) < 1) and that noise of the judge weighs more.
+    What it means for learning: without division by the std the update shrinks with std(R), the root of Var(R). With division
+    plain shrinkage cancels; what stays is that the *direction* is diluted (corr(r_k, R) < 1) and that noise of the judge weighs
+    more.
 
     >>> w, r = [0.5, 0.3, 0.2], [[0.0, 1.0, 1.0, 0.0], [0.5, 0.5, 1.0, 0.0], [1.0, 0.0, 0.25, 0.5]]
     >>> total, parts = contraction(w, r)
@@ -179,9 +180,10 @@ def contraction(weights: list[float], rewards: list[list[float]]) -> tuple[float
 def spreads(groups: list[tuple[list[Criterion], list[list[float | None]]]], by: str = "axis") -> dict[str, float]:
     """What the step's fully judged groups say about contraction: (rubric, verdicts [G][K]) each. Means over groups.
 
-    var_ratio: Var(R) / sum_k w_k Var(r_k) with w_k = P_k / P; std_scalar, std/<class>: within the group; dead_scalar,
-    dead/<class>: share of groups without any spread; corr/<a>/<b>: correlation of two classes within a group.
-    Groups with a missing verdict are left out.
+    var_ratio: Var(sum_k w_k r_k) / sum_k w_k Var(r_k) with w_k = P_k / P; std_scalar, std/<class>: within the group;
+    dead_scalar, dead/<class>: share of groups without any spread; corr/<a>/<b>: correlation of two classes within a group.
+    The scalar is HealthBench's score, with the points of classes that have negative criteria only (see `vector`). Groups with a
+    missing verdict are left out.
     """
     found: dict[str, list[float]] = {}
     note = lambda key, value: found.setdefault(key, []).append(float(value))
@@ -251,7 +253,8 @@ class ARLRR:
         self.scalar = self.settings.schedule in SCALARS
         self.own_advantages = self.settings.schedule == "gdpo"  # normalised here, not by grpo.advantages
         self.trying = False  # inside a trial nothing is audited
-        self.audited, self.extra = [], 0  # of the step under way
+        # Of the step under way: (rubric, verdicts) of the audited groups, and how many verdicts only the audit asked for.
+        self.audited, self.extra = [], 0
 
     def places(self, example: Example) -> dict[str, list[int]]:
         """Class -> places of its criteria in the example's rubric."""
@@ -268,12 +271,17 @@ class ARLRR:
     # ---- which class, which prompts
 
     def before_step(self, examples: list[Example], lab) -> dict:
-        """Begins a new stage where the last one has ended. lab: what a schedule may try out. Returns metrics."""
+        """Begins a new stage where the last one has ended. Returns metrics.
+
+        lab: what a schedule may try out; in other people's trainers None. Raises DataError when the schedule needs one.
+        """
         if self.scalar or self.turns.left:
             return {"class": self.turns.active or "all"}
+        schedule = self.settings.schedule
+        require(lab or schedule in ("cyclic", "random"), f"--schedule {schedule} needs train.py; elsewhere use cyclic or random")
         counts = {k: sum(k in self.places(e) for e in examples) for e in examples for k in self.places(e)}
         order = sorted(counts, key=lambda k: (-counts[k], k))  # the class that most prompts have goes first
-        chosen, found = getattr(self, self.settings.schedule)(order, lab)
+        chosen, found = getattr(self, schedule)(order, lab)  # the method of its name, below
         stage = {"step": self.turns.step + 1, "class": chosen, **found}
         self.turns.history.append(stage)
         self.turns.active, self.turns.left = chosen, self.length(chosen, order, examples)
@@ -348,14 +356,13 @@ class ARLRR:
         """Judges what the stage is about (and, in audited groups, the rest); sets rollout.criteria, .verdicts and .reward."""
         active, self.audited, self.extra = self.turns.active, [], 0
         wanted = [list(range(len(e.rubric))) if self.scalar else self.places(e)[active] for e, _ in groups]
-        audited = [self.is_audited(example) for example, _ in groups]
-        rubrics = []
-        for (example, _), part, more in zip(groups, wanted, audited):
+        whole, rubrics = [self.is_audited(example) for example, _ in groups], []
+        for (example, _), part, more in zip(groups, wanted, whole):
             # The criteria of the stage come first, so that the rewards below can cut off what the audit added.
             others = [i for i in range(len(example.rubric)) if i not in part] if more else []
             rubrics.append([example.rubric[i] for i in part + others])
         judge_groups(self.judge, groups, progress, rubrics)
-        for (_, rollouts), part, rubric, more in zip(groups, wanted, rubrics, audited):
+        for (_, rollouts), part, rubric, more in zip(groups, wanted, rubrics, whole):
             matrix = [[v.score for v in rollout.verdicts] for rollout in rollouts]
             if more:
                 self.audited.append((rubric, matrix))
@@ -363,13 +370,18 @@ class ARLRR:
             mine, rows = rubric[: len(part)], [row[: len(part)] for row in matrix]
             rewards = self.rewards(mine, rows)
             for rollout, reward in zip(rollouts, rewards):
-                clipped = reward if self.settings.advantage == "std" else max(-1.0, min(1.0, reward))  # decision 5
-                rollout.reward = clipped if rollout.text.strip() else min(0.0, clipped)  # silence is not a way out (nan becomes 0)
+                if self.settings.advantage != "std" and not math.isnan(reward):  # decision 5; min(1.0, nan) would be 1.0
+                    reward = max(-1.0, min(1.0, reward))
+                rollout.reward = reward if rollout.text.strip() else min(0.0, reward)  # silence is not a way out (nan becomes 0)
 
     def advantages(self, groups: list[tuple[Example, list]]) -> list[list[float]]:
         """gdpo's, over the whole batch; every other schedule leaves them to grpo.advantages."""
-        matrices = [[[v.score for v in rollout.verdicts] for rollout in rollouts] for _, rollouts in groups]
-        return gdpo([self.vector(part[0].criteria, matrix) for (_, part), matrix in zip(groups, matrices)])
+        found = []
+        for _, rollouts in groups:
+            rewards = self.vector(rollouts[0].criteria, [[v.score for v in r.verdicts] for r in rollouts])
+            bounded = lambda reward, rollout: reward if rollout.text.strip() else min(0.0, reward)  # silence is not a way out
+            found.append({k: list(map(bounded, row, rollouts)) for k, row in rewards.items()})
+        return gdpo(found)
 
     def rewards(self, rubric: list[Criterion], matrix: list[list[float | None]]) -> list[float]:
         """[G]: r_k of the active class, or the scalar that the schedule names (of gdpo the axis mean, for the log only)."""
@@ -482,6 +494,7 @@ class Lab:
     def update(self, ahead: int) -> None:
         """The update that the run would do now, or `ahead` steps from now."""
         metrics = self.do_update(self.step + ahead)
+        # Counter.update adds.
         self.cost.update({"updates": 1} | {key: metrics[key] for key in COSTS[1:]})
 
     def validate(self) -> list[tuple[Example, list]]:
@@ -540,8 +553,8 @@ def structure(examples: list[Example], by: str = "axis") -> list[dict]:
         table.append({
             "class": k, "items": len(items), "share": len(items) / total, "negative": mean(float(c.weight < 0) for c in items),
             "prompts": len(usable) / len(examples), "items_a_prompt": per_prompt,
-            "one_item": mean(float(len(part) == 1) for part in usable), "weight": mean(w[k] for w in weights if k in w),
-            "verdicts": per_prompt / (total / len(examples)),
+            "one_item": mean(float(len(part) == 1) for part in usable),
+            "weight": statistics.fmean(w.get(k, 0.0) for w in weights), "verdicts": per_prompt / (total / len(examples)),
         })  # fmt: skip
     return table
 

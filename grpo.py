@@ -5,12 +5,14 @@
     ratio = exp(logp_new - logp_old)       # 1 on the first pass: the loss reads about 0, its gradient is not 0
 
 Reading order: load_policy, sample (rollouts), completion_logprobs, advantages, policy_loss, update.
-Axes: P prompts, G completions per prompt, B = P*G rows, T completion tokens, L prompt tokens, H hidden, V vocabulary.
+Axes: P prompts (in training: rows, a piece of a group each), G completions per prompt, B = P*G, T completion tokens (sampling),
+N all completion tokens of a pass in one flat row, S tokens of a training row, L prompt tokens, H hidden, V vocabulary.
 
 What is done for speed, each without changing the result beyond rounding:
 
-* A prompt is run once for its whole group, in sampling (the group shares its keys) and in training (one row a group).
-* Keys and values are written into a buffer made once; growing a tensor by one token copies all of it, every token.
+* A prompt is run once for its whole group, in sampling (its keys are then copied to the group's rows) and in training (one row a
+  group).
+* Keys and values are written into a buffer of full length; growing a tensor by one token copies all of it, every token.
 * One query per row lets grouped-query attention fold its query heads into the query axis: nothing is repeated in memory.
 * A token is drawn by inverse CDF; torch.multinomial over 49k-150k entries costs a third of a decode step on a CPU.
 * A group whose advantages are all zero spends no backward pass.
@@ -53,9 +55,9 @@ def padded(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass
 class Rollout:
-    """One completion on its way through the loop; each room fills its own fields.
+    """One completion on its way through the loop; each part of it fills its own fields.
 
-    grpo: prompt_ids, ids (with the end token), logp (of each id, at the sampling temperature), finish ("stop" or
+    grpo: prompt_ids, ids (with the end token), logp (of each id, at the sampling temperature; greedy: at 1), finish ("stop" or
     "length"), text, advantage, weight (of each of its tokens in the loss). The method: criteria (what it was judged by),
     verdicts (one for each) and reward (nan: could not be scored).
     """
@@ -101,7 +103,7 @@ def smollm2_folder() -> Path:
     """SmolLM2-135M-Instruct as safetensors in the user's cache folder, converted once from the package's GGUF file.
 
     Dequantising takes about half a minute, loading the converted copy about a second. The copy is written to one
-    side and renamed, so a conversion that is broken off leaves nothing half done.
+    side and renamed: a conversion that is broken off leaves no half model, only a folder NAME.PID that can be deleted.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rubric-rl" / "smollm2-135m-instruct"
     if (cache / "model.safetensors").is_file():
@@ -190,7 +192,7 @@ AttentionMaskInterface.register("folded", sdpa_mask)
 def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """One token a row by inverse CDF. logits [B, V], uniform [B] in [0, 1) -> ids [B], log-probs [B].
 
-    Temperature 0 takes the likeliest token. The log-probs are those of the distribution drawn from.
+    Temperature 0 takes the likeliest token. The log-probs are those of the distribution drawn from; then those of temperature 1.
 
     >>> draw(torch.tensor([[0.0, 1.0, 0.0]]).repeat(3, 1), torch.tensor([0.0, 0.5, 0.99]), 1.0)[0].tolist()
     [0, 1, 2]
@@ -210,9 +212,9 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
            ends: set[int], seed: int = 0, progress=None, share: tuple[int, int] = (0, 1)) -> list[list[Rollout]]:  # fmt: skip
     """Samples `group_size` completions for each prompt (token ids); all B = P*G rows decode together.
 
-    seed fixes the draws: row b uses its own random numbers, whatever the other rows do. progress(n) is called after
-    every token with the number of rows still running. share (rank, world): only every world-th prompt, drawn as it would be
-    in the whole batch. Returns a list of G rollouts for each prompt.
+    ends: ids that end a completion. seed fixes the draws: row b uses its own random numbers, whatever the other rows do.
+    progress(n) is called after every token with the number of rows still running. share (rank, world): only every world-th
+    prompt, drawn as it would be in the whole batch. Returns a list of G rollouts for each of these prompts.
     """
     base, head, device = model.base_model, model.get_output_embeddings(), model.device
     uniform = torch.rand(len(prompts), group_size, max_new_tokens, generator=torch.Generator().manual_seed(seed))
@@ -265,7 +267,7 @@ def keep(cache: Cache, rows: torch.Tensor, *tensors: torch.Tensor) -> tuple[torc
 
 
 class VLLMSampler:
-    """vLLM's engine in this process and on the policy's device; `sample` is the function above, many times faster on a GPU.
+    """vLLM's engine in this process and on the policy's device; `sample` is the function above. Meant for a GPU (tested on CPUs).
 
     Its log-probs are comparable with the trainer's because nothing is cut from the distribution (no top-k, top-p), they are
     taken after the temperature (processed_logprobs; vLLM's default ignores it), and `sync` hands over every weight.
@@ -289,7 +291,7 @@ class VLLMSampler:
             )  # fmt: skip
         random.setstate(state)
         torch.set_num_threads(threads)
-        self.parameters, self.sleep_mode, self.asleep = SamplingParams, sleep, False
+        self.sampling_params, self.sleep_mode, self.asleep = SamplingParams, sleep, False
 
     def sample(self, prompts, group_size, max_new_tokens, temperature, ends, seed=0, progress=None, share=(0, 1)) -> list[list[Rollout]]:
         """As the function `sample`; the draws are vLLM's own, so the same seed gives other completions than there.
@@ -297,7 +299,7 @@ class VLLMSampler:
         common = {"n": group_size, "temperature": temperature, "top_p": 1.0, "top_k": 0, "max_tokens": max_new_tokens}
         common |= {"logprobs": 0, "stop_token_ids": sorted(ends), "detokenize": False}  # 0: only the sampled token's
         # vLLM gives the n completions of a request the seeds seed, seed + 1, ...: none may come twice.
-        each = [self.parameters(**common, seed=seed + i * group_size) for i in range(len(prompts))][share[0] :: share[1]]
+        each = [self.sampling_params(**common, seed=seed + i * group_size) for i in range(len(prompts))][share[0] :: share[1]]
         prompts = prompts[share[0] :: share[1]]
         outputs = self.engine.generate([{"prompt_token_ids": p} for p in prompts], each, use_tqdm=False)
         logp = lambda c: [entry[token].logprob for token, entry in zip(c.token_ids, c.logprobs)]
@@ -346,14 +348,14 @@ class TokenLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, weight, ids, temperature):
         """hidden [N, H], weight [V, H], ids [N] -> logp [N], entropy [N] (entropy carries no gradient)."""
         scaled, exact = hidden / temperature, torch.promote_types(hidden.dtype, torch.float32)  # softmax never in bfloat16
-        logp, entropy, total = (hidden.new_empty(len(ids), dtype=exact) for _ in range(3))
+        logp, entropy, log_z = (hidden.new_empty(len(ids), dtype=exact) for _ in range(3))
         for at in chunks(len(ids)):
             logits = F.linear(scaled[at], weight).to(exact)  # [n, V]
-            total[at] = logits.logsumexp(-1)
-            logp[at] = logits.gather(1, ids[at, None])[:, 0] - total[at]
+            log_z[at] = logits.logsumexp(-1)
+            logp[at] = logits.gather(1, ids[at, None])[:, 0] - log_z[at]
             # entropy = log Z - sum p * logit
-            entropy[at] = total[at] - torch.linalg.vecdot((logits - total[at, None]).exp_(), logits)
-        ctx.save_for_backward(scaled, weight, ids, total)
+            entropy[at] = log_z[at] - torch.linalg.vecdot((logits - log_z[at, None]).exp_(), logits)
+        ctx.save_for_backward(scaled, weight, ids, log_z)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
         return logp, entropy
@@ -361,10 +363,10 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         """grad [N] -> gradients of hidden [N, H] and weight [V, H]."""
-        scaled, weight, ids, total = ctx.saved_tensors
+        scaled, weight, ids, log_z = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(scaled), torch.zeros_like(weight)
         for at in chunks(len(ids)):
-            d = (F.linear(scaled[at], weight).to(total.dtype) - total[at, None]).exp_().mul_(-grad[at, None])  # -g p   [n, V]
+            d = (F.linear(scaled[at], weight).to(log_z.dtype) - log_z[at, None]).exp_().mul_(-grad[at, None])  # -g p   [n, V]
             d.scatter_add_(1, ids[at, None], grad[at, None])  # + g onehot
             d = d.to(weight.dtype)
             grad_hidden[at] = d @ weight
@@ -413,11 +415,11 @@ def completion_logprobs(model, groups: list[list[Rollout]], temperature: float) 
 def advantages(rewards: torch.Tensor, kind: str = "std") -> torch.Tensor:
     """Group-relative advantages within each row. rewards [P, G] -> [P, G].
 
-    std    A = (r - mean) / std   the population's std, divided by G (DeepSeekMath, section 4.1.2)
+    std    A = (r - mean) / std   DeepSeekMath, section 4.1.2; the population's std, divided by G
     mean   A = r - mean           prompts of middling difficulty no longer weigh less (Dr. GRPO, arXiv 2503.20783)
     none   A = r                  no baseline: REINFORCE, for comparison; only the group's comparison is gone
 
-    A nan reward (could not be scored) leaves mean and std and gets advantage 0. A group without spread gets zeros, by
+    A nan reward (could not be scored) is left out of mean and std and gets advantage 0. A group without spread gets zeros, by
     a threshold: the mean of equal floats need not equal them.
 
     >>> advantages(torch.tensor([[1.0, 0, 1, 0], [0.5, 0.5, 0.5, 0.5]]), "mean").tolist()
@@ -438,10 +440,10 @@ def advantages(rewards: torch.Tensor, kind: str = "std") -> torch.Tensor:
 def token_weights(lengths: list[int], loss: str, max_new_tokens: int) -> list[float]:
     """What one token of each completion weighs in the loss, counted over the whole batch before it is cut into passes.
 
-    A completion that is masked out has length 0 here: its tokens are counted nowhere, but it stays one of the N.
+    A completion that is masked out has length 0 here: its tokens are counted nowhere, but it stays one of the B.
 
-    grpo     1 / (N * length)          every completion counts the same (DeepSeekMath, Eq. 3)
-    dr_grpo  1 / (N * max_new_tokens)  a constant: no reward for being long when wrong (arXiv 2503.20783)
+    grpo     1 / (B * length)          every completion counts the same (DeepSeekMath, Eq. 3)
+    dr_grpo  1 / (B * max_new_tokens)  a constant: no reward for being long when wrong (arXiv 2503.20783)
     dapo     1 / (all tokens)          every token counts the same (arXiv 2503.14476, Eq. 8)
 
     The choice can turn the sign of the mean advantage: lengths 10, 10, 10, 500 with advantages 1, 1, 1, -1 give
@@ -497,8 +499,8 @@ def add_over_ranks(model, sums: torch.Tensor) -> None:
 
 @dataclass
 class Settings:
-    """How `update` turns advantages into a step; GRPO's own by default, on-policy, without KL. Flags of train.py: the comment
-    above a field is its help."""
+    """How `update` turns advantages into a step; by default as in the paper, but on-policy and without KL. Flags of train.py (the
+    comment above a field is its help), whose Config has defaults of its own for loss, temperature and tis_cap."""
 
     # token weights: grpo (sequence mean), dr_grpo (constant), dapo (token mean); see token_weights
     loss: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
@@ -552,7 +554,7 @@ def micro_batches(groups: list[list[Rollout]], pass_tokens: int, share_prompt: b
     piece holds at least as many completion tokens as its prompt has tokens. share_prompt=False cuts every group into
     single rollouts: full sequences, as other trainers run them.
     """
-    length = lambda piece: len(piece[0].prompt_ids) + sum(len(r.ids) for r in piece)  # of its row, see completion_logprobs
+    length = lambda piece: len(piece[0].prompt_ids) + sum(len(r.ids) for r in piece)  # of its row and one more
     fits = lambda piece: share_prompt and length(piece) <= max(pass_tokens, 2 * len(piece[0].prompt_ids))
     pieces = sorted((piece for group in groups for piece in packed(group, fits)), key=length, reverse=True)
     return packed(pieces, lambda rows: len(rows) * length(rows[0]) <= pass_tokens)  # the first one is the longest
@@ -576,7 +578,7 @@ class Pass:
     """What one forward and backward pass takes: (pieces of) groups, and what stays fixed for them over the inner epochs."""
 
     pieces: list[list[Rollout]]
-    old: torch.Tensor | None = None  # [N] log-probs of the policy before the step
+    old: torch.Tensor | None = None  # [N] log-probs of the policy before the first optimiser step
     reference: torch.Tensor | None = None  # [N] those of the reference
 
     def loss(self, logp: torch.Tensor, entropy: torch.Tensor, s: Settings) -> tuple[torch.Tensor, torch.Tensor]:
@@ -584,7 +586,7 @@ class Pass:
         rollouts = [r for piece in self.pieces for r in piece]
         each = lambda name: logp.new_tensor([getattr(r, name) for r in rollouts for _ in r.ids])  # [N]
         advantage, high = each("advantage"), s.clip_high or (0.28 if s.loss == "dapo" else s.clip_low)
-        drift = self.old - logp.new_tensor([p for r in rollouts for p in r.logp])  # [N] log of trainer's over sampler's probability
+        drift = self.old - logp.new_tensor([p for r in rollouts for p in r.logp])  # [N] log of trainer's over sampler's prob.
         trust = drift.exp().clamp(max=s.tis_cap) if s.tis_cap else torch.ones_like(drift)
         kl = kl_k3(logp, self.reference) if s.beta else torch.zeros_like(logp)
         token_loss = policy_loss(logp, self.old, advantage, s.clip_low, high) * trust + s.beta * kl  # [N]
@@ -596,7 +598,7 @@ class Pass:
 
 
 def optimiser_steps(groups: list[list[Rollout]], s: Settings) -> list[list[Pass]]:
-    """The passes of each optimiser step of an epoch; of several processes (torchrun) those of this one. Sets weights.
+    """The passes of each optimiser step of an epoch; of several processes (torchrun) those of this one. Sets rollout.weight.
 
     Rollouts with advantage 0 have no gradient and spend no pass (with beta > 0 they have a KL term and do), but they count
     in the normaliser.
@@ -618,7 +620,8 @@ def optimiser_steps(groups: list[list[Rollout]], s: Settings) -> list[list[Pass]
 def update(model, optimizer, groups: list[list[Rollout]], s: Settings, reference=None, progress=None) -> dict:
     """Optimiser steps (epochs x minibatches) on a batch of groups whose advantages are set; every process gets all groups.
 
-    progress(rollouts) is called after each pass. Returns mean metrics. Raises FloatingPointError when the gradient is not
+    reference: needed when s.beta > 0. progress(rollouts) is called after each pass. Returns means over the tokens trained on (nan
+    when there were none); zero_std_groups and train_tokens are counts. Raises FloatingPointError when the gradient is not
     finite; the weights are then what the last good step left.
     """
     steps = optimiser_steps(groups, s)
@@ -670,7 +673,7 @@ def update(model, optimizer, groups: list[list[Rollout]], s: Settings, reference
 def measure_kl(reference, groups: list[list[Rollout]], temperature: float) -> float:
     """KL(policy || reference) a token, on the first rollout of each group, by the log-probs it was sampled with.
 
-    For the log when beta = 0: an eighth of the rows and no pass of the policy, where the loss term would need them all.
+    For the log when beta = 0: one row a group and no pass of the policy, where the loss term would need all rows.
     """
     first = [group[:1] for group in groups]
     logp, _ = completion_logprobs(reference, first, temperature)

@@ -18,8 +18,8 @@ with missing verdicts is decided where rewards are made: rar.py, which has a tab
 The offline judge is a stand-in and can be fooled by stuffing words. What it does:
 
   form      length, sentences, lists, complete endings, repetition, ... are counted exactly;
-  content   a criterion is met when one passage of three sentences holds at least 40 % of the criterion's
-            content words (stemmed, a few synonyms).
+  content   a criterion is met when one passage of three sentences holds at least 40 % (for a fault 75 %) of the
+            criterion's content words (stemmed, a few synonyms).
 
 The language-model judge talks to any OpenAI-compatible server (`vllm serve`, llama.cpp, hosted): pooled connections,
 one flat concurrent batch a step, retries that end, answers parsed strictly, a cache on disk that is the audit log too.
@@ -46,6 +46,7 @@ from collections import Counter
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 from typing import Callable, NamedTuple
 
 import requests
@@ -59,7 +60,7 @@ class Verdict(NamedTuple):
     """A judge's answer to one question.
 
     score: number in [0, 1] (1 = the criterion is met), or None when the judge gave no usable answer.
-    reason: one short line a person can read in the samples file; for a missing verdict its kind
+    reason: one short line a person can read in the samples file; for a missing verdict of a model its kind
     (transport, refused, truncated, unparsable).
     """
 
@@ -84,7 +85,7 @@ class Question:
 
 
 class JudgeError(Exception):
-    """The judge cannot be used; the message is one line for the user. Nothing was trained on."""
+    """The judge cannot be used; the message is one line for the user. The step under way was not trained on."""
 
 
 class NoOfflineRule(ValueError):
@@ -92,7 +93,7 @@ class NoOfflineRule(ValueError):
 
 
 class OfflineJudge:
-    """Answers every question by its rule. Deterministic, no network, a few microseconds a verdict.
+    """Answers every question by its rule. Deterministic, no network, tens of microseconds a verdict.
 
     >>> rule = lambda: lexical_verdict("Has at most two sentences.", "Yes.")
     >>> OfflineJudge().ask([Question("Yes.", "Is short.", rule)])
@@ -239,7 +240,7 @@ def lexical_verdict(criterion: str, response: str, covered: float = COVERED) -> 
     covered: share of the content words that must stand in one passage (COVERED_FAULT for pitfalls).
     Returns score 1.0 or 0.0 and a reason that names the words found. COVERED and PASSAGE were chosen on 200
     statements labelled by physicians (K-QA); with the threshold chosen without the question at hand
-    (leave one question out) the kappa is the same, see tests/test_judge.py.
+    (leave one question out) the kappa is 0.37 instead of 0.39, see tests/test_judge.py.
 
     >>> lexical_verdict("Advises drinking water during a fever.", "With a fever, drink enough water.")
     Verdict(score=1.0, reason='3/3 content words: drink, fever, water')
@@ -281,6 +282,11 @@ def fill(template: str, **values: str) -> str:
     '{b} and B {"json": 1}'
     """
     return re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), template)
+
+
+def template(name: str) -> str:
+    """A prompt from data/: those by which a model writes rubrics are text files, so that another wording needs no code."""
+    return (Path(__file__).resolve().parent / "data" / name).read_text(encoding="utf8").strip()
 
 
 def clean(text: str) -> str:
@@ -427,8 +433,8 @@ class LLMJudge:
     url: base URL such as http://localhost:8000/v1. k: statements in one call (0 = all of a response's; about eight
     times less text at HealthBench's sizes, at the price of verdicts that may lean on each other). patience: seconds
     after which a question that meets only time-outs, 429, 5xx or dropped connections is given up as missing.
-    max_missing: `ask` raises JudgeError when a larger share of its verdicts is missing. 400, 401, 403 and 404 raise at
-    once, with the server's words.
+    max_missing: `ask` raises JudgeError when a larger share of its verdicts is missing. What asking again cannot mend
+    (400, 401, 403, 404 and every other status below 500 but time-outs and 429) raises at once, with the server's words.
     """
 
     url: str = field(repr=False)  # it may hold a password
@@ -693,6 +699,8 @@ def main(argv: list[str] | None = None) -> int:
     if not args.agreement:
         return example()
     try:
+        if args.judge != "offline" and not args.judge_model:
+            raise JudgeError("--judge needs --judge_model: the name under which the server knows its model")
         model = {"model": args.judge_model, "k": args.judge_k, "max_missing": 1.0}
         judge = OfflineJudge() if args.judge == "offline" else LLMJudge(args.judge, **model)
         print(json.dumps({"judge": args.judge_model or "offline"} | judge_labels(judge, read_labels(args.agreement))))

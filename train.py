@@ -5,7 +5,7 @@
                      rubric)     a prompt)      log-probs)     verdict each)    not be scored)    optimiser)
 
     python train.py                                        # SmolLM2-135M on the built-in prompts, two CPU cores, ~10 minutes
-    python train.py --method points --steps 20 --seed 1    # every field of Config below is a flag
+    python train.py --method points --steps 20 --seed 1    # every field of Config, here and in the other files, is a flag
     python train.py --data FILE.jsonl --steps 3            # own prompts or HealthBench rows
     python train.py --eval_only RUN/checkpoint             # only the held-out score
     python train.py --resume RUN                           # go on where a run stopped
@@ -110,8 +110,8 @@ class Config(grpo.Settings, arlrr.Settings, rler.Settings if rler else object):
     loss: Literal["grpo", "dr_grpo", "dapo"] = "dr_grpo"
     # (r - mean) / std of the group: std; r - mean: mean; r alone, no baseline: none
     advantage: Literal["std", "mean", "none"] = "std"
-    # truncated importance sampling against the sampler's own probabilities: the cap on a token's weight, 0 = off; -1 = 2 with
-    # --sampler vllm, whose kernels give other log-probs than the trainer's, else off: they would all be 1
+    # truncated importance sampling against the sampler's own probabilities: the cap on a token's weight, 0: off. Default (-1): 2
+    # with --sampler vllm, whose kernels give other log-probs than the trainer's, and off with torch, where all would be 1
     tis_cap: float = -1.0
     # arithmetic of the layers: float32, bfloat16 (weights stay float32), auto = bfloat16 on a GPU
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -264,18 +264,19 @@ def fitting(examples: list[rar.Example], policy: "Policy", config: Config, name:
     limit = f"the model's context of {policy.context} tokens (with --max_new_tokens {config.max_new_tokens})"
     if not short:
         raise UserError(f"no {name} prompt fits {limit}; shorten them, or lower --max_new_tokens")
-    if len(short) < len(examples):
-        print(f"skipped {len(examples) - len(short)} of {len(examples)} {name} prompts: longer than {limit}")
+    if len(short) < len(examples):  # to stderr: the stdout of --eval_only is one line of JSON
+        print(f"skipped {len(examples) - len(short)} of {len(examples)} {name} prompts: longer than {limit}", file=sys.stderr)
     return short
 
 
-def batch(examples: list[rar.Example], config: Config, step: int) -> list[rar.Example]:
-    """The prompts of a step: laps over all prompts, each lap in its own order.
+def batch(examples: list[rar.Example], config: Config, number: int) -> list[rar.Example]:
+    """The prompts of a step: laps over all prompts, each lap in its own order. number: batches drawn from them before.
 
-    The order follows from (seed, lap) alone, so that a resumed run finds its place by arithmetic: no cursor to save.
+    A prompt stands twice in a batch where a lap ends inside it, or where there are fewer prompts than places. The order follows
+    from (seed, lap) alone, so that a resumed run finds its place by arithmetic: no cursor to save.
     """
     chosen = []
-    for position in range(step * config.prompts_per_step, (step + 1) * config.prompts_per_step):
+    for position in range(number * config.prompts_per_step, (number + 1) * config.prompts_per_step):
         lap, place = divmod(position, len(examples))
         order = list(range(len(examples)))
         random.Random(f"{config.seed}-{lap}").shuffle(order)
@@ -296,7 +297,7 @@ class Policy:
             self.model, self.tokenizer = grpo.load_policy(name, self.device, None if dtype == "auto" else dtype == "bfloat16")
         except (OSError, ValueError) as error:
             why = str(error).splitlines()[0]
-            raise UserError(f"--model {name}: cannot be loaded ({why}); give smollm2, a folder or a hub id") from None
+            raise UserError(f"{name}: cannot be loaded as a model ({why}); give smollm2, a folder or a hub id") from None
         self.ends = grpo.end_tokens(self.model, self.tokenizer)
         self.context = getattr(self.model.config, "max_position_embeddings", None) or 10**9  # some models have no limit
         self.engine = None  # vLLM, where the flags ask for it
@@ -372,7 +373,8 @@ class Session:
 
 
 def one_step(session: Session, examples: list[rar.Example], step: int) -> tuple[dict, list]:
-    """Roll out, judge, learn. Returns the step's metrics and its groups: (example, G rollouts) each.
+    """Roll out, judge, learn. step: updates before this one (the log counts from 1). Returns the step's metrics and its groups:
+    (example, G rollouts) each.
 
     On-policy: every batch is rolled out by the policy that learns from it, and then thrown away. With more than one epoch or
     minibatch the later updates are a little off-policy, which is what the clip is for.
@@ -419,15 +421,14 @@ def one_step(session: Session, examples: list[rar.Example], step: int) -> tuple[
         "rollouts": len(rollouts),
         "verdicts": len(verdicts),
         "tokens": tokens,
-        **method.judge.take_stats(),
     }, groups
 
 
 def learn(session: Session, groups: list[list], step: int) -> dict:
     """Moves the policy by the advantages of these rollouts. Returns grpo.update's metrics, the KL among them."""
     config, policy, reference = session.config, session.policy, session.reference
-    # Warm-up over a tenth of the steps: Adam's first steps divide by moments estimated from one gradient. It follows from the
-    # step alone, so that there is no scheduler to save.
+    # Warm-up over a tenth of the steps: Adam's first steps divide by moments estimated from one gradient. It follows from
+    # step and --steps, so that there is no scheduler to save; a run resumed with many more steps has a longer warm-up.
     for options in session.optimizer.param_groups:
         options["lr"] = config.lr * min(1.0, (step + 1) / max(1, round(config.steps * 0.1)))
     if policy.engine:
@@ -507,6 +508,8 @@ def begin(config: Config, folder: Path, state: dict | None) -> Session:
     examples, heldout = fitting(examples, policy, config, "training"), fitting(heldout, policy, config, "held-out")
     validation = []
     if config.method == "arlrr":  # for every schedule, so that all of them train on the same prompts
+        if {arlrr.class_of(c, config.classes) for e in examples for c in e.rubric} == {"other"}:
+            raise UserError(f"--classes {config.classes}: no criterion has one; use axis, category, or the kind of a tag")
         if len(examples) <= config.validation:
             raise UserError(f"--validation {config.validation}: only {len(examples)} training prompts; keep fewer back")
         examples, validation = examples[: -config.validation], examples[-config.validation :]
@@ -535,7 +538,8 @@ def announce(session: Session, folder: Path) -> None:
     if config.judge != "offline":
         a_rollout = rar.mean(float(math.ceil(len(e.rubric) / (config.judge_k or 10**9))) for e in examples)
         calls = config.prompts_per_step * config.group_size * a_rollout
-        print(f"judge {config.judge_model}: up to {calls:.0f} calls a step, {calls * config.steps:.0f} in all, less what repeats")
+        print(f"judge {config.judge_model}: up to {calls:.0f} calls a step for the rollouts, {calls * config.steps:.0f} in all, less "
+              "what repeats; evaluations, a search's trials and the writing of criteria come on top")  # fmt: skip
     elif config.data:
         print("The offline judge is a stand-in: it compares words and counts form, it does not understand. "
               "Read its scores as a smoke test.")  # fmt: skip
@@ -550,13 +554,16 @@ def loop(run: "Run", session: Session, step: int, stop: "Stop") -> None:
     look = partial(evaluate, session.policy, method.judge, session.heldout, config.max_new_tokens)
     if step == 0:
         metrics, groups = look()
-        run.append("metrics.jsonl", [{"step": 0} | metrics])
+        run.append("metrics.jsonl", [{"step": 0} | metrics | method.judge.take_stats()])
         run.samples(0, "heldout", groups)
         low, high = metrics["eval_ci"]
         print(f"held-out score before training: {metrics['eval_score']:.3f}  (95 % interval {low:.3f} to {high:.3f})")
         score = metrics["eval_score"]
     else:
-        score = [math.nan, *(row["eval_score"] for row in run.rows("metrics.jsonl") if row.get("eval_score") is not None)][-1]
+        rows = list(run.rows("metrics.jsonl"))
+        score = [math.nan, *(row["eval_score"] for row in rows if row.get("eval_score") is not None)][-1]
+        if step >= config.steps and "eval_score" not in rows[-1]:
+            raise UserError(f"--steps {config.steps}: the run is at step {step} already, and was not evaluated there; give more")
     with tqdm(total=config.steps, initial=step, desc="steps", unit="step", disable=None) as bar:
         ending = False
         while step < config.steps and not ending:
@@ -574,7 +581,7 @@ def loop(run: "Run", session: Session, step: int, stop: "Stop") -> None:
                 run.samples(step, "heldout", answers)
                 metrics |= evaluated
                 score = metrics["eval_score"]
-            run.append("metrics.jsonl", [metrics])
+            run.append("metrics.jsonl", [metrics | method.judge.take_stats()])  # of search, step and evaluation
             if step % config.save_every == 0 or step == config.steps or ending:
                 run.save(session, step)
             if "eval_score" in metrics:
@@ -589,7 +596,8 @@ def loop(run: "Run", session: Session, step: int, stop: "Stop") -> None:
 
 @contextmanager
 def one_line_errors(run: "Run", session: Session, step: int):
-    """What can break a step, said in one line with what to do; the policy of the last good step is kept."""
+    """What can break a step, said in one line with what to do. The policy is kept as it is: as after the last good step, or with
+    several epochs or minibatches after the last good one of them."""
     try:
         yield
     except (JudgeError, FloatingPointError) as error:
@@ -610,8 +618,9 @@ class Stop:
     asked = 0  # the signal's number
 
     def __enter__(self):
+        # In other threads Python takes no handlers.
         signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-        self.before = {number: signal.signal(number, self.note) for number in signals}  # in other threads Python takes no handlers
+        self.before = {number: signal.signal(number, self.note) for number in signals}
         return self
 
     def note(self, number: int, frame) -> None:
@@ -844,7 +853,7 @@ def report(run: Run) -> None:
 
 
 def plot(folders: list[str], out: str) -> int:
-    """--plot: the curves of several runs in one picture; runs whose settings differ in the seed alone are one line with a band."""
+    """--plot: the curves of several runs in one picture; runs that differ in the seed alone are one line with a band."""
     configs = {}
     for folder in folders:
         if not (file := Path(folder, "config.json")).is_file():
@@ -921,16 +930,17 @@ def evaluate_one(config: Config, name: str, judge) -> tuple[dict, list[dict]]:
         return {"answers": name}, saved
     _, heldout = read_data(config)
     folder = Path(name, "checkpoint") if Path(name, "checkpoint").is_dir() else Path(name)
-    policy = Policy(str(folder))
+    policy = Policy(str(folder), config.dtype)
     heldout = fitting(heldout, policy, config, "held-out")
     metrics, groups = evaluate(policy, judge, heldout, config.max_new_tokens)
     answers = rar.result_rows(groups)
     out = Path(config.out or (folder.parent if folder.is_dir() else "runs"))
     file = out / "-".join(["eval", *re.findall(r"[\w.]+", name)[-3:], f"{Path(config.eval_data or config.data or 'heldout').stem}.jsonl"])
-    with writing(file, "give --out"):
-        out.mkdir(parents=True, exist_ok=True)
-        put(file, jsonl(answers))
-    print(f"{name}\n{rar.eval_table(metrics)}\nanswers: {file}", file=sys.stderr)
+    if grpo.ranks()[0] == 0:
+        with writing(file, "give --out"):
+            out.mkdir(parents=True, exist_ok=True)
+            put(file, jsonl(answers))
+        print(f"{name}\n{rar.eval_table(metrics)}\nanswers: {file}", file=sys.stderr)
     how = {"model": name, "n": len(heldout), "judge": config.judge_model or config.judge, "max_new_tokens": config.max_new_tokens}
     return how | {"answers": str(file)} | metrics, answers
 
@@ -965,7 +975,7 @@ def several_processes() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0, or 2 with one line that says what is wrong, where, and what to do."""
+    """Exit status 0; 2 with one line that says what is wrong, where, and what to do; 128 + the signal that stopped the run."""
     keep_memory()
     several_processes()
     try:

@@ -1,5 +1,6 @@
 """arlrr.py: class rewards on real rubrics, whose turn it is, and a search that leaves no trace."""
 
+import itertools
 import json
 import math
 import random
@@ -270,13 +271,29 @@ def test_clipping_and_missing_verdicts():
         def ask(self, questions, progress=False):
             return [v._replace(score=None) for v in super().ask(questions, progress)]
 
-    for schedule in ("cyclic", *arlrr.SCALARS):
-        method = ARLRR(Silent(), Settings(schedule, audit=1))
+    for schedule, advantage in itertools.product(("cyclic", *arlrr.SCALARS), ("std", "mean", "none")):
+        method = ARLRR(Silent(), Settings(schedule, audit=1, advantage=advantage))
         method.before_step([RAIN], None)
         groups = [(RAIN, rollouts("Clouds.", "Air."))]
         method.score(groups)
         assert all(math.isnan(r.reward) and r.advantage == 0 for r in groups[0][1])
         assert "std_scalar" not in method.after_step(groups)
+
+
+def test_silence_is_not_a_way_out_for_gdpo_either():
+    """Its advantages come from the verdicts: an empty response that a judge praises for what it avoids gains nothing."""
+    safe = example("safe", ("Avoids recommending cheese.", 3, "accuracy"), ("Mentions clouds.", 2, "completeness"))
+    method = ARLRR(OfflineJudge(), Settings("gdpo"))
+    groups = [(safe, rollouts("", "Eat cheese, recommending cheese.", "Clouds."))]
+    method.score(groups)
+    [row] = method.advantages(groups)
+    assert [v.score for v in groups[0][1][0].verdicts] == [1.0, 0.0] and row[0] == pytest.approx(row[1]) and row[2] > 1
+
+
+def test_a_schedule_that_tries_things_out_needs_the_trainer():
+    for schedule in ("search", "lowest_score"):
+        with pytest.raises(rar.DataError, match=f"--schedule {schedule} needs train.py"):
+            ARLRR(OfflineJudge(), Settings(schedule)).before_step([RAIN], None)
 
 
 def test_scalars_are_the_known_ones():
@@ -435,6 +452,7 @@ def test_every_schedule_trains(tiny, few, forms, tmp_path, schedule):
         (["--audit", "2"], "--audit 2.0: give a share from 0 to 1"),
         (["--validation", "100"], "--validation 100: only"),
         (["--schedule", "sometimes"], "--schedule"),
+        (["--classes", "axes"], "--classes axes: no criterion has one"),
         (["--stage", "0"], "--stage 0: give at least 1"),
     ],
 )

@@ -82,6 +82,13 @@ def test_a_new_judge(fork, few, tiny):
         rows = forked(fork, few, 1, *flags)
         assert len(one.bodies) > 10 and len(one.bodies) == len(two.bodies)  # both are asked
     assert all(v["score"] in (0, 0.5, 1) for row in rows for v in row["verdicts"])
+    code = """if True:
+        from types import SimpleNamespace
+        from judge import Panel, Verdict
+        judges = [SimpleNamespace(ask=lambda q, p, s=s: [Verdict(x) for x in s], take_stats=dict) for s in ((0.0, 1.0, None, None), (1.0, 1.0, 0.0, None))]
+        print([v.score for v in Panel(judges).ask([None] * 4)])"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=fork, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[0.5, 1.0, 0.0, None]"
 
 
 def test_a_new_schedule(fork, few, tiny):

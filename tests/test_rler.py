@@ -68,6 +68,39 @@ def row(*scores):
     return dict(zip(ALL, scores))
 
 
+def test_offline_it_agrees_with_rar_on_every_wording_of_a_pitfall():
+    for text in ("The response should avoid recommending antibiotics against a cold.", "Recommends antibiotics against a cold."):
+        items = [{"description": f"Pitfall Criteria: {text}", "weight": -2}, {"description": "Essential Criteria: Advises rest.", "weight": 5}]
+        cold = rar.Example("cold", [{"role": "user", "content": "Cold?"}], [rar.parse_criterion(item, "here") for item in items])
+        said = [SimpleNamespace(text=t, finish="stop") for t in ("Rest well.", "Rest well. Antibiotics are what is best against a cold, recommending antibiotics.")]
+        for method in (rar.RubricReward(OfflineJudge()), RLER(OfflineJudge(), Settings(evolve="static"))):
+            method.score([(cold, said)])
+            assert said[0].reward > said[1].reward, (text, method)
+
+
+def test_multiple_choice_is_decided_by_letters():
+    """Also with a model as judge, whose verdict would be another."""
+    [example, *_] = rar.choice_examples({"question": "Which metal?", "options": {"A": "Lead", "B": "Wood"}, "answer_idx": "A"}, "x:1")
+    wrong = next(letter for letter in example.options if letter != example.answer)
+    said = [SimpleNamespace(text=f"\\boxed{{{letter}}}", finish="stop") for letter in (example.answer, wrong)]
+    method = RLER(OfflineJudge(), Settings(evolve="static"))
+    method.score([(example, said)])
+    assert [r.reward for r in said] == [1.0, 0.0] and [r.verdicts[0].score for r in said] == [1.0, 0.0]
+
+
+def test_a_cut_proposal_keeps_both_kinds():
+    entry = lambda text: {"title": "T", "text": text}
+    answer = {"positive": [entry(f"Says {n}.") for n in range(6)], "negative": [entry("Shouts.")]}
+    assert [c.text for c in rler.read_proposal(answer)][: rler.LIMIT] == ["Says 0.", "Shouts.", "Says 1.", "Says 2.", "Says 3."]
+
+
+def test_settings_that_do_not_exist_cost_one_line():
+    assert RLER(OfflineJudge(), Settings(flaws="zero, silent")).flaws == {"zero", "silent"}
+    for settings, words in ((Settings(flaws="zero,odd"), "--flaws odd: not known"), (Settings(evolve="fiffo"), "--evolve fiffo: not known; use std")):
+        with pytest.raises(rar.DataError, match=words):
+            RLER(OfflineJudge(), settings)
+
+
 # ------------------------------------------------------------------------------------------- the update by hand
 
 

@@ -97,6 +97,30 @@ def test_a_kill_between_the_two_renames_of_a_checkpoint_loses_nothing(tiny, few,
     assert lines(out / "metrics.jsonl")[-1]["step"] == 4 and (out / "checkpoint").exists()
 
 
+def test_a_run_that_is_cut_short_by_fewer_steps_says_so(tiny, few, tmp_path, capsys):
+    """Nothing was evaluated at its last step, so there is no "after" to show; a finished run only shows its summary again."""
+    out = tmp_path / "run"
+    flags = ["--steps", "6", "--eval_every", "4", "--save_every", "1"]
+    original = train.one_step
+
+    def stops(*args):
+        if args[-1] == 3:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    train.one_step = stops
+    try:
+        assert run(tiny, few, out, *flags) == 130
+    finally:
+        train.one_step = original
+    capsys.readouterr()
+    assert train.main(["--resume", str(out), "--steps", "3"]) == 2
+    assert "--steps 3: the run is at step 3 already" in capsys.readouterr().err
+    assert train.main(["--resume", str(out), "--steps", "4"]) == 0
+    capsys.readouterr()
+    assert train.main(["--resume", str(out)]) == 0 and "held-out score" in capsys.readouterr().out
+
+
 def test_resume_refuses_to_mix_experiments(tiny, few, tmp_path, capsys):
     out = tmp_path / "run"
     assert run(tiny, few, out) == 0
@@ -138,7 +162,7 @@ GOOD = {"id": "a", "question": "What helps against a cold?", "rubric": [{"text":
         (["--temperature", "0"], "--temperature 0.0"),
         (["--method", "explizit"], "invalid choice: 'explizit'"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
-        (["--model", "no/such/folder/here"], "--model no/such/folder/here: cannot be loaded"),
+        (["--model", "no/such/folder/here"], "no/such/folder/here: cannot be loaded as a model"),
     ],
 )
 def test_bad_flags_cost_one_line_and_status_2(tiny, tmp_path, capsys, flags, words):
@@ -176,8 +200,8 @@ def test_long_prompts_are_skipped_counted_and_said(tiny, few, tmp_path, capsys):
     rows = [{**GOOD, "id": str(i), "question": "What helps against a cold?" + (" word" * 3000 if i < 2 else "")} for i in range(5)]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf8")
     assert run(tiny, few, tmp_path / "run", "--data", str(path), "--steps", "1") == 0
-    said = capsys.readouterr().out
-    assert "skipped 2 of 5 training prompts" in said and "3 training and 2 held-out prompts" in said
+    said, warned = capsys.readouterr()
+    assert "skipped 2 of 5 training prompts" in warned and "3 training and 2 held-out prompts" in said
     assert "stand-in" in said
 
 

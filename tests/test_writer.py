@@ -60,6 +60,31 @@ def test_rubrics_are_written_in_the_format_that_is_read(questions, tmp_path, cap
     assert examples["cold"].rubric[-1].weight == -2 and examples["cold"].reference == QUESTIONS[0]["reference"] and len(examples["sky"].rubric) == 7
     with_reference, without = sorted(prompts, key=lambda p: "sky" in p)
     assert "A reference answer" in with_reference and QUESTIONS[0]["reference"] in with_reference and "eference" not in without.partition("7 to 20")[0]
+    assert "Do not copy sentences of the reference answer." in with_reference and "Do not copy" not in without
+
+
+def test_what_others_wrote_into_the_file_is_kept(questions, tmp_path):
+    """A whole row without its newline stays; a cut one goes; rows of another kind, and names that mean another format, are refused."""
+    out = tmp_path / "rubrics.jsonl"
+    mine = {"id": "mine", "question": "Why?", "rubric": [{"text": "States A.", "weight": 1}]}
+    for text, kept in ((json.dumps(mine), ["mine", "cold", "sky"]), (json.dumps(mine) + '\n{"id": "co', ["mine", "cold", "sky"]), ('{"id": "co', ["cold", "sky"])):
+        out.write_text(text)
+        with Writer() as server:
+            assert written(server, questions, out)["written"] == 2
+        assert [e.id for e in rar.read_examples(out)] == kept
+    out.write_text('{"prompt_id": "x"}\n')
+    with Writer() as server:
+        with pytest.raises(rar.DataError, match=r"rubrics\.jsonl:1: not a row that was written here"):
+            written(server, questions, out)
+        with pytest.raises(rar.DataError, match="name a .jsonl file"):
+            written(server, questions, tmp_path / "rubrics.jsonl.gz")
+    assert out.read_text() == '{"prompt_id": "x"}\n'
+
+
+@pytest.mark.parametrize("text, away", [("Gives the reference range of serum potassium.", False), ("Names the frame of reference.", False),
+                                        ("Agrees with the reference.", True), ("Says what the reference answer says.", True)])  # fmt: skip
+def test_items_that_point_away(text, away):
+    assert bool(rar.POINTS_AWAY.search(text)) == away
 
 
 @pytest.mark.parametrize(
@@ -74,6 +99,7 @@ def test_rubrics_are_written_in_the_format_that_is_read(questions, tmp_path, cap
         (rubric(item(1, axis="style")), "axis 'style'"),
         (rubric(item(1, description="Agrees with the reference answer.")), "cannot be checked alone"),
         (rubric(item(1, description="Avoids antibiotics.", category="Pitfall", weight=-1)), "must name the mistake itself"),
+        (rubric(item(1, description="Warns against smoking.", category="Pitfall", weight=-1)), "must name the mistake itself"),
         (rubric(item(1, description=QUESTIONS[0]["reference"])), "copies 12 words or more"),
         (rubric(item(1), item(1)), "stands there twice"),
         ([item(k) for k in range(7)], "no Essential item"),
