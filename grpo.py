@@ -209,7 +209,7 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> tup
 
 @torch.no_grad()
 def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int, temperature: float,
-           ends: set[int], seed: int = 0, progress=None, share: tuple[int, int] = (0, 1)) -> list[list[Rollout]]:  # fmt: skip
+           ends: set[int], seed: int = 0, progress=lambda rows: None, share: tuple[int, int] = (0, 1)) -> list[list[Rollout]]:  # fmt: skip
     """Samples `group_size` completions for each prompt (token ids); all B = P*G rows decode together.
 
     ends: ids that end a completion. seed fixes the draws: row b uses its own random numbers, whatever the other rows do.
@@ -243,8 +243,7 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
                 rollouts[i].finish = "stop" if t in ends else "length"
         running &= torch.tensor([t not in ends for t in token.tolist()], device=device)
         left = int(running.sum())
-        if progress:
-            progress(left)
+        progress(left)
         if left == 0 or step == max_new_tokens - 1:
             break
         if left <= 0.9 * len(index):  # dropping finished rows copies the cache: do it when it pays
@@ -293,9 +292,9 @@ class VLLMSampler:
         torch.set_num_threads(threads)
         self.sampling_params, self.sleep_mode, self.asleep = SamplingParams, sleep, False
 
-    def sample(self, prompts, group_size, max_new_tokens, temperature, ends, seed=0, progress=None, share=(0, 1)) -> list[list[Rollout]]:
-        """As the function `sample`; the draws are vLLM's own, so the same seed gives other completions than there.
-        progress is not called: all completions come back together."""
+    def sample(self, prompts, group_size, max_new_tokens, temperature, ends, seed=0, progress=lambda rows: None, share=(0, 1)):
+        """As the function `sample`; the draws are vLLM's own, so the same seed gives other completions than there. progress is
+        called once, with the number of tokens: all completions come back together."""
         common = {"n": group_size, "temperature": temperature, "top_p": 1.0, "top_k": 0, "max_tokens": max_new_tokens}
         common |= {"logprobs": 0, "stop_token_ids": sorted(ends), "detokenize": False}  # 0: only the sampled token's
         # vLLM gives the n completions of a request the seeds seed, seed + 1, ...: none may come twice.
@@ -304,7 +303,9 @@ class VLLMSampler:
         outputs = self.engine.generate([{"prompt_token_ids": p} for p in prompts], each, use_tqdm=False)
         logp = lambda c: [entry[token].logprob for token, entry in zip(c.token_ids, c.logprobs)]
         finish = lambda c: "stop" if c.finish_reason == "stop" else "length"
-        return [[Rollout(p, list(c.token_ids), logp(c), finish(c)) for c in o.outputs] for p, o in zip(prompts, outputs)]
+        groups = [[Rollout(p, list(c.token_ids), logp(c), finish(c)) for c in o.outputs] for p, o in zip(prompts, outputs)]
+        progress(sum(len(r.ids) for group in groups for r in group))
+        return groups
 
     def sleep(self) -> None:
         """Drops weights and cache (level 2: the weights are about to change) until `sync`; nothing without sleep mode."""
@@ -617,10 +618,10 @@ def optimiser_steps(groups: list[list[Rollout]], s: Settings) -> list[list[Pass]
     return steps
 
 
-def update(model, optimizer, groups: list[list[Rollout]], s: Settings, reference=None, progress=None) -> dict:
+def update(model, optimizer, groups: list[list[Rollout]], s: Settings, reference=None, progress=lambda rows: None) -> dict:
     """Optimiser steps (epochs x minibatches) on a batch of groups whose advantages are set; every process gets all groups.
 
-    reference: needed when s.beta > 0. progress(rollouts) is called after each pass. Returns means over the tokens trained on (nan
+    reference: needed when s.beta > 0. progress(rows) is called after each pass. Returns means over the tokens trained on (nan
     when there were none); zero_std_groups and train_tokens are counts. Raises FloatingPointError when the gradient is not
     finite; the weights are then what the last good step left.
     """
@@ -643,8 +644,7 @@ def update(model, optimizer, groups: list[list[Rollout]], s: Settings, reference
             loss, noted = part.loss(logp, entropy, s)
             loss.backward()
             sums += noted  # stays on the device: reading it would wait for the backward pass
-            if progress:
-                progress(sum(map(len, part.pieces)))
+            progress(sum(map(len, part.pieces)))
         recompute(model, False)
         if ranks()[1] > 1:
             add_over_ranks(model, sums)
