@@ -2,7 +2,8 @@
 
     python tests/bench_grpo.py                  # SmolLM2-135M, float32; 10 minutes on two cores, 20 with TRL installed
 
-Machines are shared and noisy: every ratio is taken from runs that alternate in one process, by the median.
+Machines are shared and noisy: every ratio is taken from runs that alternate in one process, by the median; a range beside it
+is the smallest and the largest ratio that any of these runs would have given.
   bound      the matrix products of a decode step alone, on 64 rows, as if all else were free
   generate   transformers' own `generate`, on the same prompts, with as many new tokens
   TRL        one step of GRPOTrainer (same prompts, completions, lengths and optimiser), when trl can be imported
@@ -32,15 +33,21 @@ import train  # noqa: E402
 TOKENS, GROUP = 48, 8
 
 
-def timed(*functions, repeats: int = 3) -> list[float]:
-    """Median seconds of each, called in turns."""
+def timed(*functions, repeats: int = 5) -> list[list[float]]:
+    """Seconds of each run of each function, called in turns."""
     seconds = [[] for _ in functions]
     for _ in range(repeats):
         for function, spent in zip(functions, seconds):
             started = time.perf_counter()
             function()
             spent.append(time.perf_counter() - started)
-    return [statistics.median(s) for s in seconds]
+    return seconds
+
+
+def ratio(longer: list[float], shorter: list[float]) -> dict:
+    """Ratio of the medians, with its range."""
+    middle = statistics.median(longer) / statistics.median(shorter)
+    return {"ratio": round(middle, 3), "range": [round(min(longer) / max(shorter), 3), round(max(longer) / min(shorter), 3)]}
 
 
 def show(name: str, **figures) -> None:
@@ -90,9 +97,9 @@ def sampling(model, tokenizer) -> None:
                 torch.nn.functional.linear(inputs[w.shape[1]], w)
 
     mine, generate, limit = timed(ours, theirs, bound)
-    per = rows * TOKENS
-    show("sampling at 64 rows", tokens_per_second=per / mine, generate=per / generate, bound=per / limit,
-         of_the_bound=limit / mine, times_generate=generate / mine)  # fmt: skip
+    speed = lambda seconds: rows * TOKENS / statistics.median(seconds)
+    show("sampling at 64 rows", tokens_per_second=speed(mine), generate=speed(generate), bound=speed(limit),
+         of_the_bound=ratio(limit, mine), times_generate=ratio(generate, mine))  # fmt: skip
 
 
 def our_step(model, optimizer, asked: list[list[int]], seed: int) -> dict:
@@ -156,14 +163,12 @@ def steps(folder: Path, model, tokenizer, name: str, asked: list[list[int]]) -> 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     our_step(model, optimizer, asked, 0)
     mine = [our_step(model, optimizer, asked, seed) for seed in (1, 2)]
-    figures = {}
-    if importlib.util.find_spec("trl"):
-        figures["trl"] = statistics.median(trl_steps(trl_trainer(folder, tokenizer, asked)))
+    theirs = trl_steps(trl_trainer(folder, tokenizer, asked)) if importlib.util.find_spec("trl") else []
     mine += [our_step(model, optimizer, asked, seed) for seed in (3, 4)]
     middle = {part: statistics.median(m[part] for m in mine) for part in mine[0]}
-    figures |= {"seconds": middle["step"], "rollout": middle["rollout"], "train": middle["train"]}
-    if "trl" in figures:
-        figures["times_trl"] = figures["trl"] / middle["step"]
+    figures = {"seconds": middle["step"], "rollout": middle["rollout"], "train": middle["train"]}
+    if theirs:
+        figures |= {"trl": statistics.median(theirs), "times_trl": ratio(theirs, [m["step"] for m in mine])}
     show(f"step, {name}", prompt_tokens=[min(map(len, asked)), max(map(len, asked))], rollouts=GROUP * len(asked), **figures)
 
 
