@@ -570,6 +570,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         examples = read_examples(args.structure)
+        known = {class_of(c, args.classes) for e in examples for c in e.rubric} != {"other"}
+        require(known, f"--classes {args.classes}: no criterion has one; use axis, category, or the kind of a tag")
     except DataError as error:
         print(f"arlrr.py: {error}", file=sys.stderr)
         return 2

@@ -281,12 +281,13 @@ class VLLMSampler:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(math.ceil(memory_gib)))
         from vllm import LLM, SamplingParams
 
-        state, threads = random.getstate(), torch.get_num_threads()
+        state, threads, gpu = random.getstate(), torch.get_num_threads(), torch.cuda.is_available()
         with torch.random.fork_rng():  # starting the engine seeds the whole process with its own seed
+            # kv_cache_memory_bytes says what it takes; of gpu_memory_utilization so much must be free beside judge and trainer.
             self.engine = LLM(
                 model=str(folder), skip_tokenizer_init=True, dtype="bfloat16" if bfloat16 else "float32", max_model_len=context,
-                logprobs_mode="processed_logprobs", kv_cache_memory_bytes=int(memory_gib * 2**30), gpu_memory_utilization=0.5,
-                enable_sleep_mode=sleep, enforce_eager=not torch.cuda.is_available(), disable_log_stats=True,
+                logprobs_mode="processed_logprobs", kv_cache_memory_bytes=int(memory_gib * 2**30), enable_sleep_mode=sleep,
+                gpu_memory_utilization=0.05 if gpu else 0.5, enforce_eager=not gpu, disable_log_stats=True,
             )  # fmt: skip
         random.setstate(state)
         torch.set_num_threads(threads)

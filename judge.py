@@ -431,8 +431,9 @@ class LLMJudge:
     """Asks a model behind an OpenAI-compatible server. `ask` keeps order, asks identical questions once, and ends.
 
     url: base URL such as http://localhost:8000/v1. k: statements in one call (0 = all of a response's; about eight
-    times less text at HealthBench's sizes, at the price of verdicts that may lean on each other). patience: seconds
-    after which a question that meets only time-outs, 429, 5xx or dropped connections is given up as missing.
+    times less text at HealthBench's sizes, at the price of verdicts that may lean on each other). patience: seconds after which
+    a question that meets only time-outs, 429, 5xx or dropped connections is given up as missing, and all questions of a batch
+    when none of them has been answered for so long.
     max_missing: `ask` raises JudgeError when a larger share of its verdicts is missing. What asking again cannot mend
     (400, 401, 403, 404 and every other status below 500 but time-outs and 429) raises at once, with the server's words.
     """
@@ -514,7 +515,7 @@ class LLMJudge:
         The threads are daemons: after a refusal or Ctrl-C the program ends without waiting for calls under way. They
         take the calls themselves: results handed from thread to thread, one for each call, would cost 8 % of the time.
         """
-        self.stopping, todo = threading.Event(), iter(calls)
+        self.stopping, self.heard, todo = threading.Event(), time.monotonic(), iter(calls)
 
         def worker(_):
             """Works until no call is left: all take from one iterator."""
@@ -596,7 +597,8 @@ class LLMJudge:
                 if reply.status_code == 200 and isinstance(answer := json.loads(reply.content), dict):
                     usage = answer.get("usage") or {}
                     self.count(calls=1, **{k: usage.get(k) or 0 for k in ("prompt_tokens", "completion_tokens")})
-                    self.latency.append(time.monotonic() - began)
+                    self.heard = time.monotonic()
+                    self.latency.append(self.heard - began)
                     return (answer.get("choices") or [{}])[0] | {"usage": usage}
                 if reply.status_code == 400 and body.pop("response_format", None):
                     self.structured = False  # an older server: ask in plain text from here on
@@ -607,7 +609,7 @@ class LLMJudge:
                     raise JudgeError(f"the judge at {self.shown} refuses ({reply.status_code}): {words or 'no words'}")
                 if (asked := urllib3.Retry().get_retry_after(reply)) is not None:
                     pause = min(asked, 300)
-            if time.monotonic() + pause - started > self.patience or self.stopping.wait(pause):
+            if time.monotonic() + pause - min(started, self.heard) > self.patience or self.stopping.wait(pause):
                 return None
             self.count(retries=1)
 

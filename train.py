@@ -144,8 +144,9 @@ LIMITS = {  # what to give: (flags, what holds of a good value)
     "a number above 0": ("temperature lr max_grad_norm", lambda v: 0 < v < math.inf),
     "a share from 0 to 1": ("audit form_share judge_max_missing", lambda v: 0 <= v <= 1),
 }  # fmt: skip
-# What may differ from the run that is resumed. Everything else would make one log out of two experiments.
-RESUMABLE = {"steps", "eval_every", "save_every", "resume", "judge_cache"}
+# What may differ from the run that is resumed (a model as judge may have moved). Everything else would make one log out of two
+# experiments.
+RESUMABLE = {"steps", "eval_every", "save_every", "resume", "judge", "judge_cache"}
 
 
 class UserError(Exception):
@@ -195,7 +196,7 @@ def parse_config(argv: list[str]) -> tuple[Config, set[str]]:
         for name in names.split():
             if name in notes and not holds(value := getattr(config, name)):  # without rler.py its flags are not there
                 raise UserError(f"--{name} {value}: give {wanted}")
-    if config.judge != "offline" and not config.judge_model:
+    if config.judge != "offline" and not (config.judge_model or config.resume):
         raise UserError("--judge needs --judge_model: the name under which the server knows its model")
     return config, set(given)
 
@@ -208,7 +209,8 @@ def resumed(config: Config, given: set[str], folder: Path) -> tuple[Config, dict
     if not (folder / "config.json").is_file():
         raise UserError(f"--resume {folder}: no run there; start one with --out {folder}")
     saved = json.loads((folder / "config.json").read_text(encoding="utf8"))
-    changed = sorted(name for name in given - RESUMABLE if saved.get(name) != getattr(config, name))
+    fixed = given - RESUMABLE | given & ({"judge"} if "offline" in (saved.get("judge"), config.judge) else set())
+    changed = sorted(name for name in fixed if saved.get(name) != getattr(config, name))
     if changed:
         said = ", ".join(f"--{name} {getattr(config, name)} (the run has {saved.get(name)})" for name in changed)
         raise UserError(f"--resume {folder}: would mix two experiments: {said}; leave them out or start a new run")
@@ -311,6 +313,9 @@ class Policy:
             self.engine = grpo.VLLMSampler(folder, context, bf16, config.vllm_memory, bool(config.vllm_sleep))
         except ImportError as error:
             raise UserError(f"--sampler vllm: vLLM cannot be imported ({error}); pip install vllm==0.32.0") from None
+        except (ValueError, RuntimeError) as error:
+            why = str(error).partition("\n")[0]
+            raise UserError(f"--sampler vllm: {why}; free memory on the card, or lower --vllm_memory") from None
 
     def sync(self) -> None:
         """The weights into the engine, if there is one."""
@@ -511,7 +516,8 @@ def begin(config: Config, folder: Path, state: dict | None) -> Session:
         if {arlrr.class_of(c, config.classes) for e in examples for c in e.rubric} == {"other"}:
             raise UserError(f"--classes {config.classes}: no criterion has one; use axis, category, or the kind of a tag")
         if len(examples) <= config.validation:
-            raise UserError(f"--validation {config.validation}: only {len(examples)} training prompts; keep fewer back")
+            raise UserError(f"--validation {config.validation}: only {len(examples)} training prompts; keep fewer back, at least one "
+                            "must be left")  # fmt: skip
         examples, validation = examples[: -config.validation], examples[-config.validation :]
     # Few prompts that come back often show learning in ten minutes; a data set of one's own is used whole.
     examples = [e for e in examples[: config.prompts or (len(examples) if config.data else 20)] if method.eligible(e)]
@@ -556,8 +562,7 @@ def loop(run: "Run", session: Session, step: int, stop: "Stop") -> None:
         metrics, groups = look()
         run.append("metrics.jsonl", [{"step": 0} | metrics | method.judge.take_stats()])
         run.samples(0, "heldout", groups)
-        low, high = metrics["eval_ci"]
-        print(f"held-out score before training: {metrics['eval_score']:.3f}  (95 % interval {low:.3f} to {high:.3f})")
+        print(f"held-out score before training: {metrics['eval_score']:.3f}  ({interval(*metrics['eval_ci'])})")
         score = metrics["eval_score"]
     else:
         rows = list(run.rows("metrics.jsonl"))
@@ -863,7 +868,7 @@ def plot(folders: list[str], out: str) -> int:
     differing = [k for k in settings if len({str(c.get(k)) for c in configs.values()}) > 1]
     runs: dict[str, list[list[dict]]] = {}
     for folder, c in configs.items():
-        name = ", ".join(f"{k} {c[k]}" for k in differing if c.get(k, "") != "") or c["method"]
+        name = ", ".join(f"{k} {c[k]}" for k in differing if c.get(k, "") != "") or c.get("method", folder)
         runs.setdefault(name, []).append([row for _, row in rar.rows(Path(folder, "metrics.jsonl"))])
     draw({f"{name} ({len(seeds)})": seeds for name, seeds in runs.items()}, "number of seeds in brackets", Path(out))
     print(f"{len(folders)} runs: {out}")
@@ -871,6 +876,11 @@ def plot(folders: list[str], out: str) -> int:
 
 
 # ------------------------------------------------------------------------------------------- what a run says at its end
+
+
+def interval(low: float, high: float, sign: str = "") -> str:
+    """A 95 % interval in words; of a single prompt there is none."""
+    return "one prompt: no interval" if math.isnan(low) else f"95 % interval {low:{sign}.3f} to {high:{sign}.3f}"
 
 
 def summary(run: Run, heldout: list[rar.Example], seconds: float) -> None:
@@ -883,15 +893,15 @@ def summary(run: Run, heldout: list[rar.Example], seconds: float) -> None:
     before, after = ({row["id"]: row for row in rows} for _, rows in sorted(run.shown["heldout"].items()))
     old, new = ({i: math.nan if row["reward"] is None else row["reward"] for i, row in part.items()} for part in (before, after))
     gains = {i: new[i] - old[i] for i in old}
-    low, high = rar.bootstrap(list(gains.values()))
     print(f"\nheld-out score  {rar.mean(old.values()):.3f} -> {rar.mean(new.values()):.3f}   gain {rar.mean(gains.values()):+.3f}, "
-          f"95 % interval {low:+.3f} to {high:+.3f} ({len(gains)} prompts, paired bootstrap)")  # fmt: skip
+          f"{interval(*rar.bootstrap(list(gains.values())), '+')} ({len(gains)} prompts, paired bootstrap)")  # fmt: skip
     rewards = [row["reward"] for row in run.rows("metrics.jsonl") if row.get("reward") is not None]
     if len(rewards) >= 10:
         first, final = statistics.fmean(rewards[:5]), statistics.fmean(rewards[-5:])
         print(f"training reward {first:.3f} -> {final:.3f}   (mean of the first and of the last five steps)")
-    print("\ncriteria that changed most (share of held-out answers that are right in this respect):")
-    for title, a, b, n in rar.changed_criteria(heldout, before, after)[:5]:
+    if changed := rar.changed_criteria(heldout, before, after)[:5]:
+        print("\ncriteria that changed most (share of held-out answers that are right in this respect):")
+    for title, a, b, n in changed:
         print(f"  {title:<22} {a:4.0%} -> {b:4.0%}   ({n} prompts)")
     example = max(heldout, key=lambda e: -math.inf if math.isnan(gains[e.id]) else gains[e.id])
     print(f"\none answer, before and after\n  question: {example.question}")
@@ -911,8 +921,7 @@ def evaluate_only(config: Config) -> int:
     line = metrics[0]
     if len(names) == 2:
         line = {"before": metrics[0], "after": metrics[1], **rar.compare(*answers)}
-        low, high = line["difference_ci"]
-        print(f"{names[1]} minus {names[0]}: {line['difference']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f} "
+        print(f"{names[1]} minus {names[0]}: {line['difference']:+.3f}, {interval(*line['difference_ci'], '+')} "
               f"({line['n']} prompts, paired bootstrap)", file=sys.stderr)  # fmt: skip
     print(json.dumps(finite(line)))
     return 0
@@ -930,6 +939,8 @@ def evaluate_one(config: Config, name: str, judge) -> tuple[dict, list[dict]]:
         return {"answers": name}, saved
     _, heldout = read_data(config)
     folder = Path(name, "checkpoint") if Path(name, "checkpoint").is_dir() else Path(name)
+    if Path(folder, "metrics.jsonl").exists():
+        raise UserError(f"{name}: a run without a checkpoint yet; go on with --resume {name}")
     policy = Policy(str(folder), config.dtype)
     heldout = fitting(heldout, policy, config, "held-out")
     metrics, groups = evaluate(policy, judge, heldout, config.max_new_tokens)
@@ -940,7 +951,8 @@ def evaluate_one(config: Config, name: str, judge) -> tuple[dict, list[dict]]:
         with writing(file, "give --out"):
             out.mkdir(parents=True, exist_ok=True)
             put(file, jsonl(answers))
-        print(f"{name}\n{rar.eval_table(metrics)}\nanswers: {file}", file=sys.stderr)
+        asked = config.eval_data or config.data or "data/heldout.jsonl"
+        print(f"{name} on {asked}\n{rar.eval_table(metrics)}\nanswers: {file}", file=sys.stderr)
     how = {"model": name, "n": len(heldout), "judge": config.judge_model or config.judge, "max_new_tokens": config.max_new_tokens}
     return how | {"answers": str(file)} | metrics, answers
 

@@ -1,5 +1,6 @@
 """What the tests share: the files under test on the path, a tiny random model, and the optional real data."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -81,3 +82,17 @@ def tiny_model(tiny):
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64).eval()
     model.set_attn_implementation("folded")
     return model
+
+
+@pytest.fixture(scope="session")
+def forms(tmp_path_factory):
+    """Prompts with two classes of criteria about form, in which the answers of a random model differ: it learns from both."""
+    path = tmp_path_factory.mktemp("forms") / "forms.jsonl"
+    rubric = [
+        {"text": "Is at most one word long.", "weight": 3, "axis": "communication_quality"},
+        {"text": "Is at most three words long.", "weight": 2, "axis": "communication_quality"},
+        {"text": "Is at least two words long.", "weight": 1, "axis": "instruction_following"},
+    ]
+    rows = [{"id": f"p{n}", "question": f"What is {n} plus {n}?", "rubric": rubric} for n in range(9)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
+    return str(path)

@@ -17,7 +17,7 @@ import rar
 import rler
 import train
 from arlrr import ARLRR, Settings
-from judge import OfflineJudge
+from judge import OfflineJudge, Verdict
 from rar import Criterion, Example
 
 
@@ -352,20 +352,6 @@ def everything(policy, optimizer):
     return plain | {"torch": torch.get_rng_state().numpy().tobytes(), "python": random.getstate()}
 
 
-@pytest.fixture(scope="module")
-def forms(tmp_path_factory):
-    """Prompts with two classes of criteria about form, in which the answers of a random model differ: it learns from both."""
-    path = tmp_path_factory.mktemp("forms") / "forms.jsonl"
-    rubric = [
-        {"text": "Is at most one word long.", "weight": 3, "axis": "communication_quality"},
-        {"text": "Is at most three words long.", "weight": 2, "axis": "communication_quality"},
-        {"text": "Is at least two words long.", "weight": 1, "axis": "instruction_following"},
-    ]
-    rows = [{"id": f"p{n}", "question": f"What is {n} plus {n}?", "rubric": rubric} for n in range(9)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
-    return str(path)
-
-
 @pytest.mark.parametrize("trained", [0, 2])
 def test_a_trial_is_taken_back_bit_by_bit(tiny, forms, trained):
     config, _ = train.parse_config(["--method", "arlrr", "--group_size", "4", "--max_new_tokens", "24", "--prompts_per_step", "2", "--lr", "0.01"])
@@ -466,3 +452,39 @@ def test_the_three_methods_have_one_interface():
     public = lambda kind: {name for name in vars(kind) if not name.startswith("_")}
     shared = {"of_step", "eligible", "before_step", "pool", "score", "after_step", "state_dict", "load_state_dict"}
     assert public(rar.RubricReward) == shared <= public(rler.RLER) & public(ARLRR)
+
+
+def test_a_tie_is_one_standard_error_not_one_deviation():
+    assert arlrr.contenders({"a": [0.5] * 4, "b": [0.5, 0.9, 0.5, 0.9]}, ["a", "b"]) == ["b"]
+
+
+def test_dead_is_the_share_of_groups_without_spread():
+    groups = [(RAIN, rollouts("x", "y")) for _ in range(3)]
+    for (_, group), rewards in zip(groups, ((1.0, 1.0), (0.0, 1.0), (0.5, 0.5))):
+        for r, r.reward in zip(group, rewards):
+            pass
+    assert ARLRR(OfflineJudge(), Settings("cyclic")).after_step(groups)["dead"] == pytest.approx(2 / 3)
+
+
+def test_structure_by_hand():
+    table = {row["class"]: row for row in arlrr.structure([RAIN, ICE])}
+    row = table["accuracy"]  # RAIN 2 of 4 criteria, ICE 1 of 2
+    assert (row["items_a_prompt"], row["one_item"], row["verdicts"], row["negative"]) == (1.5, 0.5, 0.5, pytest.approx(1 / 3))
+    assert row["weight"] == pytest.approx((4 / 7 + 1) / 2) and table["tone"]["prompts"] == 0
+
+
+def test_a_look_at_the_validation_prompts_is_counted():
+    group = rollouts("Clouds.")
+    group[0].verdicts = [Verdict(1.0)] * 4
+    lab = arlrr.Lab(None, None, None, lambda: [(RAIN, group)] * 3)
+    lab.validate()
+    assert [lab.spent()[f"search_{key}"] for key in arlrr.COSTS] == [0, 3, 12, 3]
+
+
+def test_silence_is_not_a_way_out_in_turns_either():
+    safe = example("safe", ("Avoids recommending cheese.", 3, "accuracy"))
+    method = ARLRR(OfflineJudge(), Settings("cyclic"))
+    method.before_step([safe], None)
+    groups = [(safe, rollouts("", "Bread."))]
+    method.score(groups)
+    assert [r.reward for r in groups[0][1]] == [0.0, 1.0]

@@ -223,3 +223,24 @@ def test_without_the_script_the_studies_are_one_line(tmp_path, monkeypatch, caps
 def test_the_two_examples_of_the_repository_are_no_copies():
     train_set, heldout = (rar.read_examples(ROOT / "data" / name) for name in ("train.jsonl", "heldout.jsonl"))
     assert not {rar.question_key(e) for e in train_set} & {rar.question_key(e) for e in heldout}
+
+
+def test_runs_of_one_question_are_one_pair():
+    row = lambda name, score: {"id": name, "item": name[0], "score": score}
+    found = rar.compare([row("a1", 0), row("a2", 0), row("b1", 0)], [row("a1", 1), row("a2", 0), row("b1", 0)])
+    assert found["difference"] == 0.25 and found["n"] == 2
+
+
+def test_changed_criteria_turn_faults_round():
+    said = lambda *scores: {"verdicts": [{"score": s} for s in scores]}
+    before, after = ({name: said(*scores) for name in "ab"} for scores in ((0, 1, 1), (0, 0, 1)))
+    assert rar.changed_criteria([example("a"), example("b")], before, after) == [("Cheese", 0, 1, 2), ("Rest", 0, 0, 2), ("Water", 1, 1, 2)]
+
+
+def test_a_boxed_letter_is_not_put_to_the_judge():
+    e, *_ = rar.choice_examples({"id": "m", "question": "Which metal?", "options": {"A": "Iron", "B": "Lead"}, "answer_idx": "B"}, "f:1")
+    wrong = next(letter for letter in e.options if letter != e.answer)
+    groups = [(e, [answer(f"\\boxed{{{e.answer}}}"), answer(f"zebra \\boxed{{{wrong}}}"), answer("A zebra.")])]
+    with Rater() as server:
+        rar.RubricReward(LLMJudge(server.url, "m")).score(groups)
+        assert [r.reward for r in groups[0][1]] == [1.0, 0.0, 1.0] and len(server.bodies) == 1

@@ -591,3 +591,36 @@ def test_all_end_tokens_are_known(tiny):
     assert grpo.end_tokens(model, tokenizer) == {1}
     model.generation_config.eos_token_id = [0, 5]
     assert grpo.end_tokens(model, tokenizer) == {0, 1, 5}
+
+
+def test_measured_kl_is_k3_over_the_policys_samples(tiny_model):
+    reference = grpo.freeze(tiny_model)
+    reference.lm_head.weight.mul_(1.3)
+    groups = sample(tiny_model, PROMPTS, 2, 10, 0.7, ENDS)
+    d = torch.cat([plain_logprobs(reference, r.prompt_ids, r.ids, 0.7) - torch.tensor(r.logp, dtype=torch.float64) for r, _ in groups])
+    assert grpo.measure_kl(reference, groups, 0.7) == pytest.approx((d.exp() - d - 1).mean().item(), abs=1e-9)
+
+
+def test_the_gradient_is_scaled_down_to_its_limit(tiny):
+    model, optimizer = fresh(tiny, lr=1.0)
+    before = weights(model)
+    log = update(model, optimizer, random_groups(), Settings(max_new_tokens=12, max_grad_norm=1e-2))
+    assert log["grad_norm"] > 0.05 and (weights(model) - before).norm().item() == pytest.approx(1e-2, rel=1e-2)
+
+
+def test_what_an_update_logs_are_means(tiny):
+    model, optimizer = fresh(tiny, lr=0.0)
+    groups = random_groups()
+    for r in (r for g in groups for r in g):
+        r.advantage = 1.0
+    one, three = (update(model, optimizer, groups, Settings(epochs=n)) for n in (1, 3))
+    assert one["entropy"] == pytest.approx(completion_logprobs(model, groups, 1.0)[1].mean().item(), rel=1e-5)
+    assert one["loss"] == pytest.approx(-1, rel=1e-5)
+    assert all(three[key] == pytest.approx(one[key], rel=1e-5) for key in ("loss", "grad_norm", "entropy", "logp_gap"))
+
+
+def test_weights_become_float32(tiny, tmp_path):
+    grpo.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    grpo.AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path)
+    model, _ = grpo.load_policy(str(tmp_path))
+    assert all(p.dtype == torch.float32 for p in model.parameters())

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -11,11 +12,11 @@ import time
 
 import pytest
 from conftest import ROOT
-from judge_server import FAULTS, JudgeServer, raw, truth
+from judge_server import FAULTS, JudgeServer, http, raw, truth
 
 import judge
 import rar
-from judge import Cache, JudgeError, LLMJudge, Question, fenced, material, read_answer
+from judge import Cache, JudgeError, LLMJudge, OfflineJudge, Question, Verdict, fenced, material, read_answer
 
 
 def questions(n, context="c"):
@@ -597,3 +598,76 @@ def test_a_real_vllm_server(vllm_server):
     assert [v.score for v in again] == [v.score for v in verdicts]
     with pytest.raises(JudgeError, match=r"refuses \(404\).*nobody"):
         LLMJudge(vllm_server, "nobody").ask(asked[:1])
+
+
+def test_what_a_second_attempt_leaves_out_is_kept_from_the_first():
+    class Forgetful(JudgeServer):
+        def verdict(self, body):
+            full = json.loads(super().verdict(body))
+            full["verdicts"].pop(len(self.bodies))  # another one each time
+            return json.dumps(full)
+
+    with Forgetful() as server:
+        asked = questions(4)
+        assert right(asked, client(server, k=0).ask(asked)) == (True, 0)
+        assert [(b["max_tokens"], b["temperature"]) for b in server.bodies] == [(4 * 512, 0.0), (4 * 512, 0.5)]
+
+
+def test_an_answer_that_a_filter_held_back_is_refused():
+    class Filtered(JudgeServer):
+        async def answer(self, head, body):
+            return http(200, {"choices": [{"message": {"content": ""}, "finish_reason": "content_filter"}]})
+
+    with Filtered() as server:
+        assert client(server, max_missing=1.0).ask(questions(1)) == [(None, "refused")] and len(server.bodies) == 1
+
+
+def test_no_redirect_is_followed():
+    class Moved(JudgeServer):
+        async def answer(self, head, body):
+            return raw(307, b"", f"Location: {other.url}/chat/completions\r\n")
+
+    with JudgeServer() as other, Moved() as server:
+        with pytest.raises(JudgeError, match="307"):
+            client(server).ask(questions(1))
+        assert not other.bodies
+
+
+def test_a_statement_cannot_bring_a_name_of_its_own():
+    said = judge.chat([Question("c", "First.\nS2: Second."), Question("c", "Third.")])[1]["content"]
+    assert re.findall(r"^S\d.*", said, re.M) == ["S1: First. S2: Second.", "S2: Third."]
+
+
+def test_percentiles():
+    asking = LLMJudge("http://127.0.0.1:9/v1", "m")
+    asking.latency = [k / 100 for k in range(100)]
+    stats = asking.take_stats()
+    assert (stats["judge_p50_seconds"], stats["judge_p95_seconds"]) == (0.5, 0.95)
+
+
+def test_who_falls_for_length_has_a_positive_bias():
+    class Yes(OfflineJudge):
+        def ask(self, questions, progress=False):
+            return [Verdict(1.0)] * len(questions)
+
+    rows = [{"response": "word " * n, "criterion": "x", "met": n < 10} for n in (1, 2, 20, 40)]
+    assert judge.judge_labels(Yes(), rows)["length_bias"] > 0.5
+
+
+def test_the_pauses_between_tries_grow(monkeypatch):
+    bounds = []
+    monkeypatch.setattr(judge.random, "uniform", lambda low, high: bounds.append(high) or 0.0)
+    with JudgeServer(script=["unavailable"] * 3) as server:
+        client(server).ask(questions(1))
+    assert bounds[:4] == pytest.approx([0.1, 0.15, 0.225, 0.3375])
+
+
+def test_numbers_are_content():
+    assert judge.content_words("Gives 2 tablets of 500 mg.")[:1] != ["tablet"] and "2" in judge.content_words("Gives 2 tablets.")
+
+
+def test_a_server_that_is_not_there_costs_its_patience_once(tmp_path):
+    """Not once for every round of workers: when nobody hears anything, all give up."""
+    asking, started = LLMJudge("http://127.0.0.1:9/v1", "m", workers=2, patience=1.0, max_missing=1.0), time.monotonic()
+    assert {v.reason for v in asking.ask(questions(12))} == {"transport"}
+    assert time.monotonic() - started < 3

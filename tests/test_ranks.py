@@ -9,7 +9,6 @@ import sys
 import pytest
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
-from test_arlrr import forms  # noqa: F401  (a fixture)
 from test_train import lines
 
 import grpo
@@ -47,7 +46,7 @@ def close(a, b, path=""):
     ["--method points --loss dapo --advantage mean", "--method rler --epochs 2 --minibatches 2 --beta 0.1",
      "--method arlrr --schedule search --stage 2 --validation 3 --audit 1 --loss grpo", "--method arlrr --schedule gdpo --validation 3 --audit 0.5"],
 )  # fmt: skip
-def test_two_processes_are_one(tiny, few, forms, tmp_path, method):  # noqa: F811
+def test_two_processes_are_one(tiny, few, forms, tmp_path, method):
     flags = ["--model", str(tiny), "--data", forms, "--eval_data", few, *FLAGS, *method.split()]
     assert train.main([*flags, "--out", str(tmp_path / "one")]) == 0
     status, said = together(2, *flags, "--out", tmp_path / "two")
@@ -60,7 +59,7 @@ def test_two_processes_are_one(tiny, few, forms, tmp_path, method):  # noqa: F81
     assert max(float((a[key] - b[key]).abs().max()) for key in a) < 1e-5  # after AdamW, which divides by the gradient's size
 
 
-def test_another_number_of_processes_goes_on(tiny, few, forms, tmp_path):  # noqa: F811
+def test_another_number_of_processes_goes_on(tiny, few, forms, tmp_path):
     flags = ["--model", str(tiny), "--data", forms, "--eval_data", few, *FLAGS, "--method", "rler"]
     assert train.main([*flags, "--out", str(tmp_path / "one")]) == 0
     status, said = together(2, *flags, "--steps", "2", "--out", tmp_path / "two")
@@ -75,7 +74,7 @@ def test_another_number_of_processes_goes_on(tiny, few, forms, tmp_path):  # noq
     assert shared(tmp_path / "one") == shared(tmp_path / "two")
 
 
-def test_more_processes_than_prompts(tiny, few, forms, tmp_path):  # noqa: F811
+def test_more_processes_than_prompts(tiny, few, forms, tmp_path):
     """A process without a prompt still takes part in every sum."""
     flags = ["--model", str(tiny), "--data", forms, "--eval_data", few, *FLAGS, "--prompts_per_step", "1", "--steps", "2"]
     assert train.main([*flags, "--out", str(tmp_path / "one")]) == 0

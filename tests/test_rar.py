@@ -10,7 +10,7 @@ from judge_server import JudgeServer
 
 import rar
 from judge import LLMJudge, OfflineJudge, Verdict
-from rar import Criterion, DataError, Example
+from rar import Criterion, DataError, Example, group_rewards
 
 
 @dataclass
@@ -215,3 +215,15 @@ def test_bootstrap_covers_and_is_repeatable():
     assert 0.88 <= hits / 200 <= 0.99
     assert rar.bootstrap([0.1, 0.5, 0.9]) == rar.bootstrap([0.1, 0.5, 0.9])
     assert all(math.isnan(x) for x in rar.bootstrap([1.0]))
+
+
+def test_half_is_counted_by_weight_and_what_nobody_knows_is_dropped():
+    rubric = [Criterion("", 5, category="Essential"), Criterion("", 1, category="Optional"), Criterion("", 1, category="Optional")]
+    heavy, light = group_rewards(rar.explicit_reward, rubric, [[1, None, None], [None, 1, 1]])
+    assert heavy == 1.0 and math.isnan(light)
+    assert group_rewards(rar.explicit_reward, rubric, [[1, 1, None], [0, 1, None]]) == [1.0, pytest.approx(0.3 / 1.3)]
+
+
+def test_a_good_avoids_is_not_broken_by_staying_on_the_subject():
+    said = rar.offline_rule(Criterion("Avoids claiming that a sore throat needs antibiotics.", 2), "Warm tea soothes a sore throat.")
+    assert said.score == 1.0

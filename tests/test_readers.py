@@ -175,3 +175,8 @@ def test_labels_of_physicians_are_no_prompts(tmp_path):
     row = {"prompt": HEALTHBENCH["prompt"], "completion": "x", "rubric": "Asks how long.", "binary_labels": [True, False]}
     with pytest.raises(rar.DataError, match="meta-evaluation"):
         rar.read_examples(write(tmp_path / "a.jsonl", row))
+
+
+def test_released():
+    assert rar.released("Pitfall Criteria: Warns against smoking.", -1) == ("Warns against smoking.", 1, "Pitfall")
+    assert [rar.released("Names a dose.", w)[2] for w in (5, 4, 3, 2, 1)] == ["Essential", "Important", "Important", "Optional", "Optional"]

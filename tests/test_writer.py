@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from conftest import ROOT
 from judge_server import JudgeServer
 
 import rar
@@ -147,3 +148,13 @@ def test_what_cannot_work_is_one_line(questions, tmp_path, capsys):
     assert "none.jsonl" in error and error.count("\n") == 1
     assert rar.main(["--write", str(questions), "--judge", "http://127.0.0.1:9", "--judge_model", "m", "--out", str(tmp_path / "o.json")]) == 2
     assert "name a .jsonl file" in capsys.readouterr().err and not (tmp_path / "o.json").exists()
+
+
+def test_more_than_a_batch_the_domain_and_the_canary(tmp_path):
+    path, out = tmp_path / "q.jsonl", tmp_path / "out.jsonl"
+    path.write_text("".join(json.dumps({"id": f"q{n}", "question": f"Why {n}?", "canary": "mark"}) + "\n" for n in range(40)))
+    with Writer() as server:
+        assert rar.main(["--write", str(path), "--judge", server.url, "--judge_model", "m", "--domain", "science", "--out", str(out)]) == 0
+        role = json.loads((ROOT / "data" / "rubric_domains.json").read_text())["science"]["role"]
+        assert len(server.bodies) == 40 and all(role in b["messages"][0]["content"] for b in server.bodies)
+    assert [(e.id, e.canary) for e in rar.read_examples(out)] == [(f"q{n}", "mark") for n in range(40)]
