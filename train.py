@@ -224,7 +224,7 @@ def resumed(config: Config, given: set[str], folder: Path) -> tuple[Config, dict
 
 
 def make_judge(config: Config):
-    """The judge that the settings name."""
+    """The judge that the settings name. A judge of your own goes here: `ask` and `take_stats` are all that is asked of it."""
     if config.judge == "offline":
         return OfflineJudge()
     more = {"k": config.judge_k, "cache_path": config.judge_cache, "max_missing": config.judge_max_missing}
@@ -341,7 +341,11 @@ class Policy:
 
 
 def gathered(value) -> list:
-    """The value of each process, in the order of their ranks; of a single process [value]."""
+    """The value of each process, in the order of their ranks; of a single process [value].
+
+    It is a meeting point as well: nobody leaves before all have come. Where one process has ended with an error, torchrun ends
+    the others, which would wait here.
+    """
     everyone = [value] * grpo.ranks()[1]
     if len(everyone) > 1:
         torch.distributed.all_gather_object(everyone, value)
@@ -467,7 +471,8 @@ def next_step(session: Session, step: int) -> tuple[dict, list]:
 
 
 def lab_of(session: Session) -> arlrr.Lab:
-    """What a schedule of arlrr.py may try out between two steps."""
+    """What a schedule of arlrr.py may try out between two steps: the run's own update, so that a trial is what the stage would be,
+    and its own way of answering the prompts that were kept back for this."""
     trial = session if session.config.beta else replace(session, reference=None)  # a trial measures no KL
     update = lambda step: next_step(trial, step)[0]
     validate = lambda: evaluate(session.policy, session.method.judge, session.validation, session.config.max_new_tokens)[1]
@@ -713,7 +718,10 @@ class Run:
             self.show(row)
 
     def show(self, row: dict) -> None:
-        """Remembers a line for the report and the summary, which would have to read a long run's rollouts again each time."""
+        """Remembers a line for the report and the summary, which would have to read a long run's rollouts again each time.
+
+        Of each split the first step and the last one so far: what is shown side by side, and memory that does not grow.
+        """
         kept = self.shown[row["split"]]
         if len(kept) == 2 and row["step"] not in kept:
             kept.pop(max(kept))
@@ -879,7 +887,7 @@ def plot(folders: list[str], out: str) -> int:
 
 
 def interval(low: float, high: float, sign: str = "") -> str:
-    """A 95 % interval in words; of a single prompt there is none."""
+    """A 95 % interval in words; of a single prompt there is none: resampling one value gives that value."""
     return "one prompt: no interval" if math.isnan(low) else f"95 % interval {low:{sign}.3f} to {high:{sign}.3f}"
 
 
