@@ -65,6 +65,12 @@ def class_of(criterion: Criterion, by: str = "axis") -> str:
     return next((tag.partition(":")[2] for tag in criterion.tags if tag.startswith(by + ":")), "other")
 
 
+def check_classes(examples: list[Example], by: str) -> None:
+    """Raises DataError where no criterion has a class of this kind: all would stand in "other", and a turn be every turn."""
+    known = {class_of(criterion, by) for example in examples for criterion in example.rubric} != {"other"}
+    require(known, f"--classes {by}: no criterion has one; use axis, category, or the kind of a tag")
+
+
 def classes(rubric: list[Criterion], by: str = "axis", negative_only: str = "skip") -> dict[str, list[int]]:
     """Class -> places of its criteria, for the classes that have a reward (decision 2).
 
@@ -570,8 +576,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         examples = read_examples(args.structure)
-        known = {class_of(c, args.classes) for e in examples for c in e.rubric} != {"other"}
-        require(known, f"--classes {args.classes}: no criterion has one; use axis, category, or the kind of a tag")
+        check_classes(examples, args.classes)
     except DataError as error:
         print(f"arlrr.py: {error}", file=sys.stderr)
         return 2

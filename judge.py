@@ -454,6 +454,8 @@ class LLMJudge:
         self.shown = re.sub(r"//[^/@]*@", "//", self.url)  # without a user name or password
         if not self.url.startswith(("http://", "https://")) or not urllib3.util.parse_url(self.url).host:
             raise JudgeError(f"--judge {self.shown}: not a URL; give one such as http://localhost:8000/v1")
+        if not self.model:
+            raise JudgeError("--judge needs --judge_model: the name under which the server knows its model")
         self.session = requests.Session()
         # One connection a worker; by default 10 are kept, and the rest opened and dropped.
         self.session.mount(self.url, requests.adapters.HTTPAdapter(pool_maxsize=self.workers))
@@ -701,8 +703,6 @@ def main(argv: list[str] | None = None) -> int:
     if not args.agreement:
         return example()
     try:
-        if args.judge != "offline" and not args.judge_model:
-            raise JudgeError("--judge needs --judge_model: the name under which the server knows its model")
         model = {"model": args.judge_model, "k": args.judge_k, "max_missing": 1.0}
         judge = OfflineJudge() if args.judge == "offline" else LLMJudge(args.judge, **model)
         print(json.dumps({"judge": args.judge_model or "offline"} | judge_labels(judge, read_labels(args.agreement))))

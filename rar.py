@@ -712,6 +712,7 @@ def changed_criteria(examples: list[Example], before: dict, after: dict) -> list
 # The prompt is data/rubric_writer.txt; who writes, and what the items look at, is an entry of data/rubric_domains.json: another
 # domain is one more. Categories and most dimensions follow v2, pages 18 and 19; roles, axes, the pitfall's wording and all words
 # are ours.
+
 # Lowest and highest weight of a category, as the prompt asks for them.
 WEIGHTS = {"essential": (5, 5), "important": (3, 4), "optional": (1, 2), "pitfall": (-2, -1)}
 POINTS_AWAY = re.compile(

@@ -190,8 +190,8 @@ def std(scores: list[float | None]) -> float | None:
 # ------------------------------------------------------------------------------------------- a language model as writer
 
 # Asked once a visit (data/rubric_evolver.txt). The demands are those of the paper's appendix D.3; the words are ours, and so is
-# that retired criteria are shown. As in its open variant (Qwen3-8B as
-# judge and writer, Table 4) the writer reads answers only: with reasoning and tool output a group can have 130,000 tokens.
+# that retired criteria are shown. As in its open variant (Qwen3-8B as judge and writer, Table 4) the writer reads answers only:
+# with reasoning and tool output a group can have 130,000 tokens.
 
 
 def write_prompt(example: Example, texts: list[str], buffer: Buffer, flaws=()) -> str:

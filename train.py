@@ -196,8 +196,6 @@ def parse_config(argv: list[str]) -> tuple[Config, set[str]]:
         for name in names.split():
             if name in notes and not holds(value := getattr(config, name)):  # without rler.py its flags are not there
                 raise UserError(f"--{name} {value}: give {wanted}")
-    if config.judge != "offline" and not (config.judge_model or config.resume):
-        raise UserError("--judge needs --judge_model: the name under which the server knows its model")
     return config, set(given)
 
 
@@ -518,8 +516,7 @@ def begin(config: Config, folder: Path, state: dict | None) -> Session:
     examples, heldout = fitting(examples, policy, config, "training"), fitting(heldout, policy, config, "held-out")
     validation = []
     if config.method == "arlrr":  # for every schedule, so that all of them train on the same prompts
-        if {arlrr.class_of(c, config.classes) for e in examples for c in e.rubric} == {"other"}:
-            raise UserError(f"--classes {config.classes}: no criterion has one; use axis, category, or the kind of a tag")
+        arlrr.check_classes(examples, config.classes)
         if len(examples) <= config.validation:
             raise UserError(f"--validation {config.validation}: only {len(examples)} training prompts; keep fewer back, at least one "
                             "must be left")  # fmt: skip

@@ -23,6 +23,20 @@ def run(tiny, few, out, *more):
     return train.main(["--model", str(tiny), "--eval_data", few, *SMALL, "--out", str(out), *more])
 
 
+def interrupted(monkeypatch, step, call):
+    """The status of a run that is stopped by hand at the beginning of this step (counted from 0)."""
+    original = train.one_step
+
+    def stops(*args):
+        if args[-1] == step:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "one_step", stops)
+        return call()
+
+
 def lines(path):
     """Rows of a JSONL file without what a clock says."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf8").split("\n") if line]
@@ -69,22 +83,11 @@ def test_a_run_leaves_everything_a_reader_expects(tiny, few, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("method", ["explicit", "points"])
-def test_resumed_equals_uninterrupted_bit_for_bit(tiny, few, tmp_path, method):
+def test_resumed_equals_uninterrupted_bit_for_bit(tiny, few, tmp_path, monkeypatch, method):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert run(tiny, few, whole, "--steps", "4", "--method", method) == 0
     # The warm-up depends on the number of steps, so the cut run is told all four and stopped by hand after two.
-    original = train.one_step
-
-    def stops(*args):
-        if args[-1] == 2:
-            raise KeyboardInterrupt
-        return original(*args)
-
-    train.one_step = stops
-    try:
-        assert run(tiny, few, cut, "--steps", "4", "--method", method) == 130
-    finally:
-        train.one_step = original
+    assert interrupted(monkeypatch, 2, lambda: run(tiny, few, cut, "--steps", "4", "--method", method)) == 130
     assert [m["step"] for m in lines(cut / "metrics.jsonl")] == [0, 1, 2]
     with open(cut / "samples.jsonl", "a") as file:  # as if killed while writing the next step's samples
         file.write('{"step": 3, "split": "tr')
@@ -103,22 +106,11 @@ def test_a_kill_between_the_two_renames_of_a_checkpoint_loses_nothing(tiny, few,
     assert lines(out / "metrics.jsonl")[-1]["step"] == 4 and (out / "checkpoint").exists()
 
 
-def test_a_run_that_is_cut_short_by_fewer_steps_says_so(tiny, few, tmp_path, capsys):
+def test_a_run_that_is_cut_short_by_fewer_steps_says_so(tiny, few, tmp_path, monkeypatch, capsys):
     """Nothing was evaluated at its last step, so there is no "after" to show; a finished run only shows its summary again."""
     out = tmp_path / "run"
     flags = ["--steps", "6", "--eval_every", "4", "--save_every", "1"]
-    original = train.one_step
-
-    def stops(*args):
-        if args[-1] == 3:
-            raise KeyboardInterrupt
-        return original(*args)
-
-    train.one_step = stops
-    try:
-        assert run(tiny, few, out, *flags) == 130
-    finally:
-        train.one_step = original
+    assert interrupted(monkeypatch, 3, lambda: run(tiny, few, out, *flags)) == 130
     capsys.readouterr()
     assert train.main(["--resume", str(out), "--steps", "3"]) == 2
     assert "--steps 3: the run is at step 3 already" in capsys.readouterr().err
