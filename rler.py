@@ -47,7 +47,6 @@ import hashlib
 import math
 import re
 import statistics
-import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
@@ -108,24 +107,26 @@ class EvolvingCriterion(Criterion):
 
     @property
     def last_std(self) -> float:
-        """The spread at the last visit that had verdicts; 0 for a criterion never judged."""
+        """The spread at the last visit that had verdicts."""
         for _, std in reversed(self.seen):
             if std is not None:
                 return std
+        # Never judged: it ranks behind everything that is known to separate responses.
         return 0.0
 
 
 def criterion_id(prompt_id: str, text: str) -> str:
     """A criterion's stable id: 12 hex digits of the prompt's id and the words of the text.
 
-    Case, spaces and signs do not count, so "x < 5" and "x > 5" are one criterion. The released code
-    logs list positions instead, which move whenever a criterion is retired.
+    The released code logs list positions instead, which move whenever a criterion is retired.
 
     >>> criterion_id("p", "Is polite.") == criterion_id("p", " is  Polite")
     True
     >>> criterion_id("p", "Is polite.") == criterion_id("q", "Is polite.")
     False
     """
+    # Case, spaces and signs do not count: a writer's second version of a criterion differs in these.
+    # (So "x < 5" and "x > 5" are one criterion; a writer that needs both has words for them.)
     words = " ".join(re.findall(r"\w+|%", text.lower()))
     digest = hashlib.sha256(f"{prompt_id}\n{words}".encode("utf8", "replace"))
     return digest.hexdigest()[:12]
@@ -163,12 +164,13 @@ class Buffer:
     ) -> Counter:
         """Adds proposals to the active criteria before they are judged; `prune` enforces the cap.
 
-        proposed: None where the writer failed, which changes nothing (decision 3). revive: a retired
-        criterion proposed again comes back; otherwise it is a duplicate (decision 4).
+        proposed: None where the writer failed. revive: a retired criterion proposed again comes back.
         Returns counts: proposed, failed, new, revived, duplicates.
         """
+        # A writer that fails says nothing about the criteria in use: they stay (decision 3).
         if proposed is None:
             return Counter(failed=1)
+
         count = Counter(proposed=len(proposed))
         in_use = {criterion.id for criterion in self.in_use}
         retired = {criterion.id: criterion for criterion in self.retired}
@@ -176,16 +178,17 @@ class Buffer:
         for criterion in proposed[:MAX_PROPOSALS]:
             key = criterion_id(prompt_id, criterion.text)
             if key in retired and revive:
+                # The same criterion again, with its id and its history (decision 4).
                 old = retired.pop(key)
                 self.retired.remove(old)
                 self.active.append(replace(old, retired=None, why=""))
                 count["revived"] += 1
             elif key in retired or key in in_use:
-                # One more copy would be judged, and paid, twice.
+                # One more copy would be judged, and paid, twice; a retired one has failed already.
                 count["duplicates"] += 1
                 continue
             else:
-                self.active.append(evolving(criterion, key, step))
+                self.active.append(evolving_criterion(criterion, key, step))
                 count["new"] += 1
             in_use.add(key)
         return count
@@ -211,6 +214,7 @@ class Buffer:
             criterion.retired = step
             criterion.why = f"crowded out: {len(ranked)} for {keep} places"
 
+        # The retired ones are never deleted: the writer sees them, and ids stay unique.
         still_active = []
         n_before = len(self.active)
         for criterion in self.active:
@@ -222,8 +226,9 @@ class Buffer:
         return n_before - len(self.active)
 
 
-def evolving(criterion: Criterion, key: str, step: int) -> EvolvingCriterion:
+def evolving_criterion(criterion: Criterion, key: str, step: int) -> EvolvingCriterion:
     """A proposal as a criterion born in `step`, with weight +1 or -1."""
+    # The paper's evolving criteria have no other weights: only the sign of a proposal counts.
     return EvolvingCriterion(
         text=criterion.text,
         weight=math.copysign(1.0, criterion.weight),
@@ -236,7 +241,10 @@ def evolving(criterion: Criterion, key: str, step: int) -> EvolvingCriterion:
 
 def initial_buffer(example: Example) -> Buffer:
     """The buffer of a prompt before its first visit: the example's rubric, scaled (decision 1)."""
+    # On average as heavy as an evolving criterion; the proportions stay.
     size = statistics.fmean(abs(criterion.weight) for criterion in example.rubric)
+
+    # Copies: the example's own rubric is also what an evaluation judges by.
     persistent = []
     for criterion in example.rubric:
         values = asdict(criterion)
@@ -255,14 +263,16 @@ def read_buffer(state: dict) -> Buffer:
 
 
 def population_std(scores: list[float | None]) -> float | None:
-    """Population std of the verdicts that exist; None for fewer than two.
+    """Std of the verdicts that exist; None for fewer than two.
 
     >>> population_std([1.0, 0.0, None, 0.5]), population_std([1.0, None])
     (0.408248290463863, None)
     """
     present = [score for score in scores if score is not None]
+    # One verdict alone shows no spread and no lack of it.
     if len(present) < 2:
         return None
+    # The group is all there is to tell apart, not a sample of something: no Bessel correction.
     return statistics.pstdev(present)
 
 
@@ -276,9 +286,12 @@ def population_std(scores: list[float | None]) -> float | None:
 
 def write_prompt(example: Example, texts: list[str], buffer: Buffer) -> str:
     """The writer's prompt: question, distinct responses, criteria in use and retired ones."""
+    # The same response twice shows the writer nothing new and costs its tokens.
     responses = []
     for number, text in enumerate(dict.fromkeys(texts), 1):
         responses.append(f"Response {number}:\n{fenced(text)}")
+    # Everything that a model or a user wrote is fenced: it is material, not an instruction. Retired
+    # criteria are shown so that the writer does not repeat them.
     return fill(
         read_prompt("rubric_evolver.txt"),
         question=fenced(render_conversation(example.prompt)),
@@ -290,13 +303,14 @@ def write_prompt(example: Example, texts: list[str], buffer: Buffer) -> str:
 
 def listing(criteria: list[EvolvingCriterion]) -> str:
     """One line per criterion, with its weight."""
+    # Empty fences would leave the model to guess whether something is missing.
     if not criteria:
         return "(none)"
     return "\n".join(f"{c.weight:+.1f} {c.title}: {c.text}" for c in criteria)
 
 
 def read_proposal(answer: dict) -> list[Criterion]:
-    """The criteria in a writer's answer. Raises ValueError, for the model to read, for a misfit.
+    """The criteria in a writer's answer. Raises ValueError with what is wrong with it.
 
     >>> answer = {"positive": [], "negative": [{"text": "Repeats the question."}]}
     >>> [(c.title, c.weight) for c in read_proposal(answer)]
@@ -306,6 +320,7 @@ def read_proposal(answer: dict) -> list[Criterion]:
     for name, weight in (("positive", 1.0), ("negative", -1.0)):
         criteria = []
         for entry in read_entries(answer, name):
+            # The message goes back to the model, which is asked once more (LLMJudge.write).
             if not entry.text:
                 raise ValueError('every entry of "positive" and "negative" needs a "text"')
             criteria.append(Criterion(entry.text, weight, entry.title))
@@ -327,17 +342,18 @@ class Entry(NamedTuple):
 
 
 def read_entries(answer: dict, name: str) -> list[Entry]:
-    """The entries of the list `name`; a missing text is "", a missing title the text's beginning.
-
-    Raises ValueError, for the model to read, when there is no such list.
-    """
-    if not isinstance(answer.get(name), list):
+    """The entries of the list `name`; a missing text is "". Raises ValueError without such a list."""
+    is_list = isinstance(answer.get(name), list)
+    if not is_list:
         raise ValueError(f'"{name}" must be a list')
+
     entries = []
     for item in answer[name]:
+        # What is no object has no text, and the caller decides what that means.
         values = item if isinstance(item, dict) else {}
         text = one_line(values.get("text"))
         title = one_line(values.get("title"))
+        # A title is for logs and pictures: the beginning of the text serves as well.
         if not title:
             title = text[:40]
         entries.append(Entry(title, text, values))
@@ -346,6 +362,7 @@ def read_entries(answer: dict, name: str) -> list[Entry]:
 
 def one_line(value: object) -> str:
     """A text on one line, fit to be sent (judge.clean); "" for anything but a text."""
+    # A model may answer with a number or null where a text should be.
     if not isinstance(value, str):
         return ""
     return " ".join(clean(value).split())
@@ -370,9 +387,13 @@ def graded_questions(
     conversation = render_conversation(example.prompt)
     questions = []
     for criterion in rubric:
+        # Counting is exact and free, whichever judge is used: met is 2 of 2, not met is 0.
         if criterion.check:
             questions.append(check_verdict(criterion.check, response, example.question))
             continue
+
+        # A prompt of our own, because the grades are not yes or no; the offline judge reads the
+        # statement instead.
         prompt = fill(
             GRADE,
             conversation=fenced(conversation),
@@ -396,26 +417,29 @@ def evolving_reward(rubric: list[Criterion], scores: list[float]) -> float:
     """S of Eq. 1: sum of w s over the sum of the positive w.
 
     rubric: [K] criteria; scores: [K] grades in {0, 0.5, 1}, none missing (rar.group_rewards fills
-    them in). At most 1, and below 0 where faults outweigh. A new positive criterion changes the
-    denominator and a new negative one does not: compare S within a group, not over the steps.
+    them in). At most 1, and below 0 where faults outweigh.
 
     >>> rubric = [Criterion("", 1), Criterion("", 1), Criterion("", -1)]
     >>> [evolving_reward(rubric, scores) for scores in ([1, 0.5, 0], [1, 1, 1], [0, 0, 1])]
     [0.75, 0.5, -0.5]
     """
     points = sum(criterion.weight * score for criterion, score in zip(rubric, scores))
+    # A new positive criterion enlarges the denominator and a new negative one does not: S is to be
+    # compared within a group, not over the steps.
     positive = sum(criterion.weight for criterion in rubric if criterion.weight > 0)
-    return points / max(positive, 1.0)  # decision 7
+    # At least 1 (decision 7): a rubric of light or only negative criteria would blow S up.
+    return points / max(positive, 1.0)
 
 
 def round_to_half(score: float | None) -> float | None:
-    """The nearest of the grades 0, 0.5, 1: a judge may answer 1.3. The released code passes it on.
+    """The nearest of the grades 0, 0.5 and 1; a half rounds up.
 
     >>> [round_to_half(score) for score in (0.2, 0.25, 0.74, 0.75, None)]
     [0.0, 0.5, 0.5, 1.0, None]
     """
     if score is None:
         return None
+    # A judge may answer 1.3 of 2. The released code passes that on.
     return math.floor(2 * score + 0.5) / 2
 
 
@@ -463,7 +487,8 @@ class RLER(RubricReward):
     # ---- the hooks, in call order
 
     def before_step(self, step: int, examples: list[Example], lab=None) -> dict:
-        """Notes the step. step: updates done before; the buffers count from 1, 0 means initial."""
+        """Notes the step. step: updates done before. There is nothing to decide: no metrics."""
+        # The buffers count visits from 1: "born in step 0" means initial.
         self.step = step + 1
         return {}
 
@@ -476,9 +501,12 @@ class RLER(RubricReward):
         self.open_visits(groups)
         proposals = self.propose(show_progress)
         for prompt_id, visit in self.visits.items():
+            # Nobody was asked about a group without text: that is no failure of the writer.
             proposed = proposals.get(prompt_id, [])
+            # A writer was shown the retired criteria and told not to repeat them (decision 4).
             revive = not self.has_writer
             self.count += visit.buffer.admit(proposed, prompt_id, self.step, revive)
+        # New criteria judge the very responses that they come from.
         super().score(groups, show_progress)
 
     def rubric_for(self, example: Example) -> list[Criterion]:
@@ -495,6 +523,7 @@ class RLER(RubricReward):
         self, rubric: list[Criterion], matrix: list[list[float | None]]
     ) -> list[float]:
         """Eq. 1 for each rollout. matrix: scores [G][K]; returns [G]."""
+        # Rounded first: the mean that fills in for a missing verdict is one of grades.
         grades = []
         for row in matrix:
             grades.append([round_to_half(score) for score in row])
@@ -511,10 +540,11 @@ class RLER(RubricReward):
         active = []
         agreements = []
         for prompt_id, visit in self.visits.items():
-            # Measured before pruning: the rollouts are judged by the criteria of that time.
+            # Before pruning: the verdicts belong to the criteria in use until now.
             agreements.append(agreement(visit))
             keep = self.config.rubrics_kept
             self.count["retired"] += visit.buffer.prune(spreads(visit), self.step, keep)
+            # The policy is updated: from here on the visit has happened (decision 5).
             self.buffers[prompt_id] = visit.buffer
             active += visit.buffer.active
 
@@ -522,6 +552,7 @@ class RLER(RubricReward):
         for name in ("proposed", "new", "revived", "duplicates", "failed", "retired"):
             metrics[f"rubric_{name}"] = self.count[name]
         metrics["rubric_active"] = len(active) / max(len(self.visits), 1)
+        # nan without active criteria: a mean of nothing is not 0.
         metrics["rubric_age"] = nanmean([float(self.step - c.born) for c in active])
         metrics["rubric_negative"] = nanmean([float(c.weight < 0) for c in active])
         metrics["rubric_agreement"] = nanmean(agreements)
@@ -529,7 +560,10 @@ class RLER(RubricReward):
 
     def state_dict(self) -> dict:
         """All buffers as plain values, for a checkpoint."""
-        buffers = {prompt_id: asdict(buffer) for prompt_id, buffer in self.buffers.items()}
+        # asdict copies deep: later steps do not change what was given here.
+        buffers = {}
+        for prompt_id, buffer in self.buffers.items():
+            buffers[prompt_id] = asdict(buffer)
         return {"step": self.step, "buffers": buffers}
 
     def load_state_dict(self, state: dict) -> None:
@@ -543,11 +577,14 @@ class RLER(RubricReward):
 
     def open_visits(self, groups: list[Group]) -> None:
         """Starts the step's visits, one per prompt, each with a copy of the prompt's buffer."""
+        # What a broken-off step left behind goes.
         self.visits = {}
         self.count = Counter()
         for example, rollouts in groups:
+            # A prompt may stand in a batch twice; both groups then share one rubric.
             if example.id not in self.visits:
                 if example.id in self.buffers:
+                    # A deep copy: until after_step the old buffer is the valid one (decision 5).
                     buffer = read_buffer(asdict(self.buffers[example.id]))
                 else:
                     buffer = initial_buffer(example)
@@ -567,22 +604,27 @@ class RLER(RubricReward):
                 proposals[visit.example.id] = detect(visit.example, visit.texts, visit.buffer)
             return proposals
 
-        prompts = [write_prompt(visit.example, visit.texts, visit.buffer) for visit in visits]
+        # All prompts of the step at once: the writer's calls run side by side.
+        prompts = []
+        for visit in visits:
+            prompts.append(write_prompt(visit.example, visit.texts, visit.buffer))
 
         def read(index: int, answer: dict) -> list[Criterion]:
             """The writer's answers all read alike, whichever prompt they belong to."""
             return read_proposal(answer)
 
+        # None where the model gave nothing usable, twice.
         answers = self.judge.write(prompts, read, show_progress=show_progress)
-        return {visit.example.id: answer for visit, answer in zip(visits, answers, strict=True)}
+        proposals = {}
+        for visit, answer in zip(visits, answers, strict=True):
+            proposals[visit.example.id] = answer
+        return proposals
 
 
 def spreads(visit: Visit) -> list[float | None]:
-    """The std of each criterion in use over the visit's responses; None for fewer than two verdicts.
-
-    Silence is left out: a criterion that every response with text meets would seem to tell them
-    apart only because an empty response meets nothing.
-    """
+    """The std of each criterion in use over the visit's responses; None for fewer than two verdicts."""
+    # Silence is left out: a criterion that every response with text meets would seem to tell them
+    # apart, only because an empty response meets nothing. The released code counts it.
     stds = []
     for k in range(len(visit.buffer.in_use)):
         scores = []
@@ -599,17 +641,23 @@ def agreement(visit: Visit) -> float:
     Do evolving criteria pull against the initial ones? nan where either has no spread. The released
     code logs the same as rank correlations.
     """
-    initial = []
-    evolving = []
+    from_initial = []
+    from_evolving = []
     for rollout in visit.rollouts:
-        points = {True: 0.0, False: 0.0}
+        initial = 0.0
+        evolving = 0.0
         for criterion, verdict in zip(visit.buffer.in_use, rollout.verdicts, strict=True):
-            # For this figure alone, a missing verdict earns nothing.
-            if verdict.score is not None:
-                points[criterion.is_initial] += criterion.weight * round_to_half(verdict.score)
-        initial.append(points[True])
-        evolving.append(points[False])
-    return correlation(initial, evolving)
+            # In this figure, which rewards nobody, a missing verdict earns nothing.
+            if verdict.score is None:
+                continue
+            points = criterion.weight * round_to_half(verdict.score)
+            if criterion.is_initial:
+                initial += points
+            else:
+                evolving += points
+        from_initial.append(initial)
+        from_evolving.append(evolving)
+    return correlation(from_initial, from_evolving)
 
 
 # ------------------------------------------------------------------------------------ detectors
@@ -623,7 +671,7 @@ class Fault(NamedTuple):
     """A fault as a quantity: bad when `measure` exceeds a limit, which is chosen in the group.
 
     text: the criterion for a reader, with its limit left open. least: the smallest limit that is a
-    fault, in percent for a share (None: see `least_words`).
+    fault, in percent for a share; None for words, where the answer's usual length decides.
     """
 
     title: str
@@ -675,19 +723,20 @@ class Candidate(NamedTuple):
 def detect(example: Example, texts: list[str], buffer: Buffer) -> list[Criterion]:
     """The criteria not in use that separate these responses best; at most MAX_PROPOSALS.
 
-    texts: responses with text. Ranked by the spread of their verdicts; at equal spread the complete
-    ending comes first, then the faults, then the words.
+    texts: responses with text. Sorted by the spread of their verdicts in the group.
     """
     candidates = [candidate(COMPLETE, example, texts)]
     for fault in FAULTS:
-        candidates += fault_candidate(fault, example, texts)
+        candidates.append(fault_candidate(fault, example, texts))
     candidates += word_candidates(example, texts, buffer)
-    # Stable: equal ones stay in the order above.
+    # Stable: at equal spread the complete ending comes first, then faults, then words.
     candidates.sort(key=lambda candidate: candidate.spread, reverse=True)
 
+    # Compared by their words alone, as criterion_id does within one prompt.
     in_use = {criterion_id("", criterion.text) for criterion in buffer.in_use}
     proposed = []
     for criterion, spread in candidates:
+        # Without spread a criterion would be retired after this very visit.
         separates = spread > ZERO_STD
         if separates and criterion_id("", criterion.text) not in in_use:
             proposed.append(criterion)
@@ -696,60 +745,64 @@ def detect(example: Example, texts: list[str], buffer: Buffer) -> list[Criterion
 
 def candidate(criterion: Criterion, example: Example, texts: list[str]) -> Candidate:
     """A criterion with the spread of its check over the responses."""
-    scores = []
-    for text in texts:
-        scores.append(check_verdict(criterion.check, text, example.question).score)
-    return Candidate(criterion, statistics.pstdev(scores))
+    return Candidate(criterion, statistics.pstdev(check_scores(criterion.check, example, texts)))
 
 
-def fault_candidate(fault: Fault, example: Example, texts: list[str]) -> list[Candidate]:
-    """The fault with the limit that separates the group best; [] if no response exceeds any.
+def check_scores(check: str, example: Example, texts: list[str]) -> list[float]:
+    """1.0 for each response that meets the check, 0.0 for each other one."""
+    return [check_verdict(check, text, example.question).score for text in texts]
 
-    As the policy drifts, the best limit moves with it.
-    """
+
+def fault_candidate(fault: Fault, example: Example, texts: list[str]) -> Candidate:
+    """The fault with the limit that separates the group best; as the policy drifts, it moves along."""
     is_share = fault.least is not None
     limit = fault.least if is_share else least_words(example, texts)
 
     best = None
     while True:
+        # Checks have shares from 0 to 1, readers prefer percent.
         bound = f"{limit / 100:g}" if is_share else str(limit)
-        text = fault.text.format(limit)
         check = f"{fault.measure} > {bound}"
-        new = candidate(Criterion(text, -1.0, fault.title, check=check), example, texts)
-        # Of equal limits the lowest stays.
-        if best is None or new.spread > best.spread:
-            best = new
+        scores = check_scores(check, example, texts)
 
-        met = [check_verdict(check, text, example.question).score for text in texts]
-        # Nobody exceeds this limit, so nobody exceeds a higher one.
-        if not any(met):
-            return [best]
+        # Of limits that separate equally well, the lowest stays.
+        spread = statistics.pstdev(scores)
+        if best is None or spread > best.spread:
+            text = fault.text.format(limit)
+            best = Candidate(Criterion(text, -1.0, fault.title, check=check), spread)
+
+        # Where nobody exceeds this limit, nobody exceeds a higher one.
+        if not any(scores):
+            return best
         limit += LIMIT_STEP
 
 
 def least_words(example: Example, texts: list[str]) -> int:
-    """Half as many words again as the reference, in steps; without one, as the median response."""
+    """The least length that counts as padding: half as long again as a usual answer."""
     usual = len(example.reference.split())
+    # Without a reference, the group itself says what is usual.
     if usual == 0:
         usual = statistics.median(len(text.split()) for text in texts)
     return LIMIT_STEP * math.ceil(1.5 * usual / LIMIT_STEP)
 
 
 def word_candidates(example: Example, texts: list[str], buffer: Buffer) -> list[Candidate]:
-    """The words of the reference that separate best, of those that nothing asks for yet."""
-    # A word of the question, or of a criterion in use, is asked for or given away already.
-    mentioned = [example.question]
-    mentioned += [criterion.text for criterion in buffer.in_use]
-    excluded = set(content_words(" ".join(mentioned)))
+    """The words of the reference that separate the group best, of those that nothing asks for yet."""
+    # A word of the question is given away, one of a criterion in use is asked for already.
+    excluded = set(content_words(example.question))
+    for criterion in buffer.in_use:
+        excluded.update(content_words(criterion.text))
 
     candidates = []
     for word in dict.fromkeys(re.findall(r"[^\W\d_]{4,}", example.reference.lower())):
-        # Words that differ in their ending alone count as one; small words have no content.
+        # Compared by stems; a small word ("about") has none, and is never asked for.
         if set(content_words(word)) - excluded:
             text = f"Mentions the word '{word}'."
             check = f'mentions "{word}"'
             criterion = Criterion(text, 1.0, f"Mentions {word}", check=check)
             candidates.append(candidate(criterion, example, texts))
+
+    # A few words only: a rubric of keywords would pay for stuffing them.
     candidates.sort(key=lambda candidate: candidate.spread, reverse=True)
     return candidates[:MAX_WORDS_ASKED]
 
@@ -801,4 +854,3 @@ def demo() -> None:
 
 if __name__ == "__main__":
     demo()
-    sys.exit(0)
