@@ -8,10 +8,10 @@ responses that it has to tell apart:
     active[x]     = []                                   # one buffer per prompt
 
     visit(x):  ys  = G rollouts of the policy
-               new = write(x, ys, rubric so far)         # criteria that separate ys; weight +1 or -1
-               active[x] += new                          # so they judge the responses they come from
+               new = write(x, ys, rubric so far)   # criteria that separate ys; weight +1 or -1
+               active[x] += new                    # so they judge the responses they come from
 
-               S(y) = sum_k w_k s_k(y) / sum_{w_k > 0} w_k        # Eq. 1, k over persistent + active
+               S(y) = sum_k w_k s_k(y) / sum_{w_k > 0} w_k     # Eq. 1, k over persistent + active
                advantages and policy update as in GRPO
 
                active[x] = the 5 criteria of active[x] whose scores differ most among ys
@@ -22,16 +22,17 @@ because they are not in the paper, the detectors that take the writer's place of
 
 Where this file decides what the paper leaves open, or departs from its released code (6188f34):
 
-1. Initial weights are scaled to a mean size of 1, so that an evolving criterion weighs as much as an
-   average initial one. The released code takes a data set's own weights as they are; beside a 5, a
-   criterion of weight 1 hardly moves the reward.
+1. Initial weights are scaled to a mean size of 1, so that an evolving criterion weighs as much as
+   an average initial one. The released code takes a data set's own weights as they are; beside a 5,
+   a criterion of weight 1 hardly moves the reward.
 2. A missing verdict is left out of mean and std; in the reward it counts as its group's mean
    (rar.group_rewards). The released code counts it as 0.
 3. A failed proposal changes nothing. The released code drops the active criteria for that step.
-4. A criterion that comes back word for word is dropped: the writer sees it in its prompt. The detectors
-   have no other words: there a retired criterion that separates the group again is revived, with its
-   id and its history.
-5. Nothing of a visit is kept before the policy is updated: a run killed in between repeats the step.
+4. A criterion that comes back word for word is dropped: the writer sees it in its prompt. The
+   detectors have no other words: there a retired criterion that separates the group again is
+   revived, with its id and its history.
+5. Nothing of a visit is kept before the policy is updated: a run killed in between repeats the
+   step.
 6. The reward is S alone. The released code mixes in format, citations and searches
    (0.5 S + 0.2 + 0.2 + 0.1); responses here neither cite nor search.
 7. The denominator of Eq. 1 is at least 1, as in the released code.
@@ -90,8 +91,8 @@ MAX_PROPOSALS = 5  # per visit, duplicates among them: the paper's writer is ask
 class EvolvingCriterion(Criterion):
     """A criterion with a history.
 
-    born: the step of its first visit, counted from 1 (0: initial). seen: [step, std or None] of each
-    visit. retired: the step whose visit ended it (None: in use). why: the reason for that.
+    born: the step of its first visit, counted from 1 (0: initial). seen: [step, std or None] of
+    each visit. retired: the step whose visit ended it (None: in use). why: the reason for that.
     """
 
     id: str = ""
@@ -125,8 +126,9 @@ def criterion_id(prompt_id: str, text: str) -> str:
     >>> criterion_id("p", "Is polite.") == criterion_id("q", "Is polite.")
     False
     """
-    # Case, spaces and signs do not count: a writer's second version of a criterion differs in these.
-    # (So "x < 5" and "x > 5" are one criterion; a writer that needs both has words for them.)
+    # Case, spaces and signs do not count: a writer's second version of a criterion differs in
+    # these. (So "x < 5" and "x > 5" are one criterion; a writer that needs both has words for
+    # them.)
     words = " ".join(re.findall(r"\w+|%", text.lower()))
     digest = hashlib.sha256(f"{prompt_id}\n{words}".encode("utf8", "replace"))
     return digest.hexdigest()[:12]
@@ -164,8 +166,8 @@ class Buffer:
     ) -> Counter:
         """Adds proposals to the active criteria before they are judged; `prune` enforces the cap.
 
-        proposed: None where the writer failed. revive: a retired criterion proposed again comes back.
-        Returns counts: proposed, failed, new, revived, duplicates.
+        proposed: None where the writer failed. revive: a retired criterion proposed again comes
+        back. Returns counts: proposed, failed, new, revived, duplicates.
         """
         # A writer that fails says nothing about the criteria in use: they stay (decision 3).
         if proposed is None:
@@ -184,7 +186,8 @@ class Buffer:
                 self.active.append(replace(old, retired=None, why=""))
                 count["revived"] += 1
             elif key in retired or key in in_use:
-                # One more copy would be judged, and paid, twice; a retired one has failed already.
+                # One more copy would be judged, and paid, twice; a retired one has failed
+                # already.
                 count["duplicates"] += 1
                 continue
             else:
@@ -200,14 +203,14 @@ class Buffer:
         """
         for criterion, std in zip(self.in_use, stds, strict=True):
             criterion.seen.append([step, std])
-            # Only the current spread counts, however old a criterion is: a fault that every response
-            # commits has none. It costs something only while some responses avoid it.
+            # Only the current spread counts, however old a criterion is: a fault that every
+            # response commits has none. It costs something only while some responses avoid it.
             if not criterion.is_initial and std is not None and std <= ZERO_STD:
                 criterion.retired = step
                 criterion.why = "no spread"
 
-        # A criterion without a verdict keeps the rank of its last one. The sort is stable: ties go to
-        # the criterion that has been active longer.
+        # A criterion without a verdict keeps the rank of its last one. The sort is stable: ties
+        # go to the criterion that has been active longer.
         ranked = [criterion for criterion in self.active if criterion.retired is None]
         ranked.sort(key=lambda criterion: criterion.last_std, reverse=True)
         for criterion in ranked[keep:]:
@@ -278,10 +281,10 @@ def population_std(scores: list[float | None]) -> float | None:
 
 # ------------------------------------------------------------------------------------ the writer
 
-# A language model is asked once per visit, with data/rubric_evolver.txt. The demands are those of
-# the paper's appendix D.3; the words are ours, and so is that retired criteria are shown. As in the
-# paper's open variant (Qwen3-8B as judge and writer, Table 4) it reads final answers only: with
-# reasoning and tool output, a group can have 130,000 tokens.
+# A language model is asked once per visit, with data/rubric_evolver.txt. The demands are those
+# of the paper's appendix D.3; the words are ours, and so is that retired criteria are shown. As
+# in the paper's open variant (Qwen3-8B as judge and writer, Table 4) it reads final answers
+# only: with reasoning and tool output, a group can have 130,000 tokens.
 
 
 def write_prompt(example: Example, texts: list[str], buffer: Buffer) -> str:
@@ -290,8 +293,8 @@ def write_prompt(example: Example, texts: list[str], buffer: Buffer) -> str:
     responses = []
     for number, text in enumerate(dict.fromkeys(texts), 1):
         responses.append(f"Response {number}:\n{fenced(text)}")
-    # Everything that a model or a user wrote is fenced: it is material, not an instruction. Retired
-    # criteria are shown so that the writer does not repeat them.
+    # Everything that a model or a user wrote is fenced: it is material, not an instruction.
+    # Retired criteria are shown so that the writer does not repeat them.
     return fill(
         read_prompt("rubric_evolver.txt"),
         question=fenced(render_conversation(example.prompt)),
@@ -342,7 +345,7 @@ class Entry(NamedTuple):
 
 
 def read_entries(answer: dict, name: str) -> list[Entry]:
-    """The entries of the list `name`; a missing text is "". Raises ValueError without such a list."""
+    """The entries of the list `name`; a missing text is "". Raises ValueError without the list."""
     is_list = isinstance(answer.get(name), list)
     if not is_list:
         raise ValueError(f'"{name}" must be a list')
@@ -370,8 +373,8 @@ def one_line(value: object) -> str:
 
 # ------------------------------------------------------------------------------------ Eq. 1
 
-# Each call sees one criterion and one response, as in the paper (Fig. 12, which says no more of the
-# grades than 0 to 2).
+# Each call sees one criterion and one response, as in the paper (Fig. 12, which says no more of
+# the grades than 0 to 2).
 GRADE = """Conversation:\n{conversation}\n\nResponse to check:\n{response}\n\n\
 Statement: {statement}\n\n\
 How far is the statement true of the response? 0 = not at all, 1 = in part, 2 = fully. \
@@ -424,8 +427,8 @@ def evolving_reward(rubric: list[Criterion], scores: list[float]) -> float:
     [0.75, 0.5, -0.5]
     """
     points = sum(criterion.weight * score for criterion, score in zip(rubric, scores))
-    # A new positive criterion enlarges the denominator and a new negative one does not: S is to be
-    # compared within a group, not over the steps.
+    # A new positive criterion enlarges the denominator and a new negative one does not: S is to
+    # be compared within a group, not over the steps.
     positive = sum(criterion.weight for criterion in rubric if criterion.weight > 0)
     # At least 1 (decision 7): a rubric of light or only negative criteria would blow S up.
     return points / max(positive, 1.0)
@@ -450,8 +453,8 @@ def round_to_half(score: float | None) -> float | None:
 class Visit:
     """What happens to one prompt in the step under way; never saved (decision 5).
 
-    buffer: a copy that `after_step` puts in the place of the old one. rollouts: all of the prompt's,
-    also where it stands in the batch twice.
+    buffer: a copy that `after_step` puts in the place of the old one. rollouts: all of the
+    prompt's, also where it stands in the batch twice.
     """
 
     example: Example
@@ -533,9 +536,9 @@ class RLER(RubricReward):
         """Keeps the criteria that tell this step's rollouts apart. Returns metrics of the rubrics.
 
         rubric_proposed, _new, _revived, _duplicates, _failed, _retired: counts of the step.
-        rubric_active: active criteria per prompt; _age: their mean age in steps; _negative: the share
-        with weight -1; _agreement: correlation, over a prompt's rollouts, of the points from initial
-        criteria with those from evolving ones.
+        rubric_active: active criteria per prompt; _age: their mean age in steps; _negative: the
+        share with weight -1; _agreement: correlation, over a prompt's rollouts, of the points from
+        initial criteria with those from evolving ones.
         """
         active = []
         agreements = []
@@ -584,7 +587,8 @@ class RLER(RubricReward):
             # A prompt may stand in a batch twice; both groups then share one rubric.
             if example.id not in self.visits:
                 if example.id in self.buffers:
-                    # A deep copy: until after_step the old buffer is the valid one (decision 5).
+                    # A deep copy: until after_step the old buffer is the valid one (decision
+                    # 5).
                     buffer = read_buffer(asdict(self.buffers[example.id]))
                 else:
                     buffer = initial_buffer(example)
@@ -622,9 +626,9 @@ class RLER(RubricReward):
 
 
 def spreads(visit: Visit) -> list[float | None]:
-    """The std of each criterion in use over the visit's responses; None for fewer than two verdicts."""
-    # Silence is left out: a criterion that every response with text meets would seem to tell them
-    # apart, only because an empty response meets nothing. The released code counts it.
+    """The std of each criterion in use over the responses; None for fewer than two verdicts."""
+    # Silence is left out: a criterion that every response with text meets would seem to tell
+    # them apart, only because an empty response meets nothing. The released code counts it.
     stds = []
     for k in range(len(visit.buffer.in_use)):
         scores = []
@@ -662,9 +666,9 @@ def agreement(visit: Visit) -> float:
 
 # ------------------------------------------------------------------------------------ detectors
 
-# Not in the paper. They take the writer's place where no language model is at hand, so that a run
-# without one shows the same life of rubrics, and exactly the same one each time. What they propose
-# has a check: judge.py decides it by counting.
+# Not in the paper. They take the writer's place where no language model is at hand, so that a
+# run without one shows the same life of rubrics, and exactly the same one each time. What they
+# propose has a check: judge.py decides it by counting.
 
 
 class Fault(NamedTuple):
@@ -754,7 +758,7 @@ def check_scores(check: str, example: Example, texts: list[str]) -> list[float]:
 
 
 def fault_candidate(fault: Fault, example: Example, texts: list[str]) -> Candidate:
-    """The fault with the limit that separates the group best; as the policy drifts, it moves along."""
+    """The fault with the limit that separates best; as the policy drifts, the limit moves."""
     is_share = fault.least is not None
     limit = fault.least if is_share else least_words(example, texts)
 
@@ -787,7 +791,7 @@ def least_words(example: Example, texts: list[str]) -> int:
 
 
 def word_candidates(example: Example, texts: list[str], buffer: Buffer) -> list[Candidate]:
-    """The words of the reference that separate the group best, of those that nothing asks for yet."""
+    """The words of the reference that separate best, of those that nothing asks for yet."""
     # A word of the question is given away, one of a criterion in use is asked for already.
     excluded = set(content_words(example.question))
     for criterion in buffer.in_use:
