@@ -65,10 +65,9 @@ Matrix = list[list[float | None]]
 
 
 def class_of(criterion: Criterion, class_by: str = "axis") -> str:
-    """The criterion's class: its axis, its category, or the value of its first tag of the kind
-    `class_by`.
+    """The criterion's class; "other" where it has none.
 
-    "other" where it has none.
+    class_by: "axis", "category", or the kind of a tag, "level" for tags like "level:cluster".
 
     >>> class_of(Criterion("", 1, axis="accuracy"))
     'accuracy'
@@ -110,8 +109,7 @@ def check_classes(examples: list[Example], class_by: str) -> None:
 
 
 def meta_classes(rubric: list[Criterion], class_by: str = "axis") -> dict[str, list[int]]:
-    """Class -> indices of its criteria in the rubric, for the classes that have a reward
-    (decision 2).
+    """Class -> indices of its criteria, for the classes that have a reward (decision 2).
 
     >>> rubric = [Criterion("", 4, axis="accuracy"), Criterion("", -3, axis="tone")]
     >>> meta_classes(rubric + [Criterion("", -2, axis="accuracy")])
@@ -139,8 +137,7 @@ def select(values: list, indices: list[int]) -> list:
 
 
 def class_weights(rubric: list[Criterion], class_by: str = "axis") -> dict[str, float]:
-    """w_k = P_k / P: the weight that HealthBench's score gives to class k. Over the classes
-    they sum to one."""
+    """w_k = P_k / P, the weight of class k in HealthBench's score. The weights sum to one."""
     # Classes without a reward have no positive points, so P is the sum over all the others.
     total = positive_points(rubric)
     weights = {}
@@ -159,8 +156,9 @@ def class_rewards(
     matrix: Matrix,
     class_by: str = "axis",
 ) -> dict[str, list[float]]:
-    """Class -> rewards r_k [G] of a group, from its verdicts [G][K]. Missing verdicts as in
-    rar.group_rewards.
+    """Class -> rewards r_k [G] of a group, from its verdicts [G][K].
+
+    Missing verdicts are treated as in rar.group_rewards.
 
     HealthBench's score R is the weighted sum of these, plus the points of classes that have
     penalties only, which no r_k contains: R = sum_k w_k r_k + remainder.
@@ -175,7 +173,7 @@ def class_rewards(
     """
     rewards = {}
     for name, indices in meta_classes(rubric, class_by).items():
-        # The group's verdicts on the criteria of this class, [G][K of the class].
+        # The columns of the matrix that are about criteria of this class.
         verdicts = []
         for row in matrix:
             verdicts.append(select(row, indices))
@@ -187,17 +185,20 @@ def class_rewards(
 
 
 def contraction(weights: list[float], rewards: list[list[float]]) -> tuple[float, float]:
-    """(Var(R), sum_k w_k Var(r_k)) over a group; weights [K] that sum to one, rewards [K][G], R
-    = sum_k w_k r_k.
+    """(Var(R), sum_k w_k Var(r_k)) over a group, where R = sum_k w_k r_k.
+
+    weights: [K], summing to one. rewards: [K][G].
 
     The first is never larger (Cauchy-Schwarz, then Jensen), and the gap is the weighted
     disagreement of the classes:
 
         sum_k w_k Var(r_k) - Var(R) = sum_{k<l} w_k w_l Var(r_k - r_l)
 
-    Equal spreads, equal weights 1/K, mean correlation rho: Var(R) = (1/K + (1 - 1/K) rho)
-    Var(r_k). Five classes that have nothing to do with each other leave a fifth of the
-    variance.
+    With equal spreads, equal weights 1/K and mean correlation rho:
+
+        Var(R) = (1/K + (1 - 1/K) rho) Var(r_k)
+
+    Five classes that have nothing to do with each other leave a fifth of the variance.
 
     What it means for learning: without division by the std, the update shrinks with std(R).
     With the division, the shrinking itself cancels; what remains is that the *direction* is
@@ -226,20 +227,17 @@ def contraction_metrics(
     judged: list[tuple[list[Criterion], Matrix]],
     class_by: str = "axis",
 ) -> dict[str, float]:
-    """What a step's groups show of the contraction. judged: (rubric, verdicts [G][K]) per
-    group.
+    """What a step's groups show of the contraction; judged: (rubric, verdicts [G][K]) per group.
 
     Means over the groups that have no missing verdict:
 
-      var_ratio                    Var(sum_k w_k r_k) / sum_k w_k Var(r_k) with w_k = P_k / P. A
-      mean of ratios, so it
-                                   lies a little low in small groups
+      var_ratio                    Var(sum_k w_k r_k) / sum_k w_k Var(r_k) with w_k = P_k / P;
+                                   a mean of ratios, so it is biased low in small groups
       std_scalar, std/<class>      std within the group
       dead_scalar, dead/<class>    share of groups without any spread
       corr/<a>/<b>                 correlation of two classes within a group
 
-    The scalar is HealthBench's score, with the points of classes that have penalties only (see
-    `class_rewards`).
+    The scalar is HealthBench's score, which counts the classes of penalties only as well.
     """
     values = defaultdict(list)
     for rubric, matrix in judged:
@@ -376,8 +374,10 @@ def gdpo(groups: list[dict[str, list[float]]]) -> list[list[float]]:
 
 
 class AxisMean(RubricReward):
-    """A scalar reward to compare with: the mean of the class rewards, as taking turns weighs
-    them too."""
+    """A scalar reward to compare with: the mean of the class rewards.
+
+    It weighs the classes as cyclic turns do, all alike, but adds them up.
+    """
 
     def can_learn_from(self, example: Example) -> bool:
         """Whether any class of the example has a reward."""
@@ -389,8 +389,8 @@ class AxisMean(RubricReward):
         return clip_rewards(rewards, self.config.advantage)
 
     def after_step(self, groups: list[Group]) -> dict:
-        """Returns what the step shows of variance contraction: every group was judged by its
-        full rubric."""
+        """Returns what the step shows of variance contraction."""
+        # Every group was judged by its full rubric, so all classes can be compared within it.
         judged = []
         for _, rollouts in groups:
             judged.append((rollouts[0].criteria, score_matrix(rollouts)))
@@ -400,18 +400,21 @@ class AxisMean(RubricReward):
 
 
 class GDPO(AxisMean):
-    """All classes at once without a scalar: advantages by `gdpo`. The logged reward is the mean
-    of the classes."""
+    """All classes at once, each normalised by itself, see `gdpo`.
+
+    The rewards in the log are the mean of the classes; nothing is learned from them.
+    """
 
     def advantages(self, groups: list[Group]) -> list[list[float]]:
-        """Advantages [G] per group."""
+        """Advantages [P][G]; class by class they need the verdicts, not the rewards."""
         rewards_of_groups = []
         for _, rollouts in groups:
             matrix = score_matrix(rollouts)
-            rewards = class_rewards(rollouts[0].criteria, matrix, self.config.class_by)
+            by_class = class_rewards(rollouts[0].criteria, matrix, self.config.class_by)
 
             # Silence pays in no class, although a judge may praise it for what it avoids.
-            for name, row in rewards.items():
+            rewards = {}
+            for name, row in by_class.items():
                 rewards[name] = silence_rule(rollouts, row)
             rewards_of_groups.append(rewards)
         return gdpo(rewards_of_groups)
@@ -421,12 +424,11 @@ class GDPO(AxisMean):
 
 
 class ARLRR(RubricReward):
-    """One class per stage: `before_step` chooses it, `pool` finds its prompts, `rubric_for` its
-    criteria.
+    """One class per stage: `before_step` chooses it; `pool` and `rubric_for` follow it.
 
     config: schedule, stage, class_by, seed, advantage. All processes make the same choice,
-    because a choice depends on nothing but the step, the examples, the seed, the history, and
-    validation scores that all of them share.
+    because it depends on nothing but the step, the examples, the seed, the history and the
+    validation scores, which all of them share.
     """
 
     def __init__(self, judge, config):
@@ -443,11 +445,10 @@ class ARLRR(RubricReward):
         return bool(meta_classes(example.rubric, self.config.class_by))
 
     def before_step(self, step: int, examples: list[Example], lab: "Lab | None" = None) -> dict:
-        """Begins a new stage when the last one has ended. step: updates done so far. Returns
-        metrics.
+        """Begins a new stage when the last one has ended; returns the choice as metrics.
 
-        lab: what a schedule may try out; None in other people's trainers. Raises DataError when
-        the schedule needs one.
+        step: updates done so far. lab: what a schedule may try out, None in other people's
+        trainers. Raises DataError when the schedule needs one.
         """
         # The end of a stage follows from the step, so there is no counter to save.
         if self.history and step < self.history[-1]["step"] + self.config.stage:
@@ -459,6 +460,7 @@ class ARLRR(RubricReward):
             raise DataError(
                 f"--schedule {schedule} needs train.py; in other trainers use cyclic or random"
             )
+
         order = classes_by_frequency(examples, self.config.class_by)
         chosen, metrics = SCHEDULES[schedule](self, order, lab)
 
@@ -485,8 +487,7 @@ class ARLRR(RubricReward):
         return clip_rewards(rewards, self.config.advantage)
 
     def after_step(self, groups: list[Group]) -> dict:
-        """Returns the share of groups without spread: a class of one criterion has many of
-        them."""
+        """Returns the share of groups without spread, of which small classes have many."""
         return {"dead": dead_share(groups)}
 
     def state_dict(self) -> dict:
@@ -503,8 +504,7 @@ class ARLRR(RubricReward):
 
 
 def classes_by_frequency(examples: list[Example], class_by: str = "axis") -> list[str]:
-    """All classes that have a reward, the one that most prompts have first; ties in
-    alphabetical order."""
+    """The classes that have a reward, that of most prompts first; ties by the alphabet."""
     counts = Counter()
     for example in examples:
         for name in meta_classes(example.rubric, class_by):
@@ -513,8 +513,7 @@ def classes_by_frequency(examples: list[Example], class_by: str = "axis") -> lis
 
 
 def longest_ago(history: list[dict], order: list[str]) -> str:
-    """The class of `order` whose last stage is longest ago; one without a stage before all
-    others, then by order.
+    """The class of `order` whose last stage is longest ago; ties by the order.
 
     >>> longest_ago([{"class": "a"}, {"class": "b"}, {"class": "a"}], ["a", "b"])
     'b'
@@ -597,20 +596,19 @@ def choose_by_search(method: ARLRR, order: list[str], lab: "Lab") -> tuple[str, 
 
 
 def overall_scores(groups: list[Group]) -> list[float]:
-    """The overall score of each validation prompt's one rollout; nan where it could not be
-    judged."""
+    """The overall score of each validation prompt; nan where it could not be judged."""
+    # Validation answers are greedy, so there is one rollout per prompt.
     scores = []
-    for _, rollouts in groups:
-        scores.append(rollouts[0].reward)
+    for _, [rollout] in groups:
+        scores.append(rollout.reward)
     return scores
 
 
 def within_one_se(scores: dict[str, list[float]], order: list[str]) -> list[str]:
-    """The class with the best mean, and those that are worse by no more than one standard error
-    of the difference.
+    """The class with the best mean score, and those within one standard error of it.
 
     scores: class -> overall score of each validation prompt after the class's trial; nan where
-    it could not be judged. The difference is paired: prompt by prompt.
+    it could not be judged. The error is that of the paired difference, prompt by prompt.
 
     >>> scores = {"a": [0.5, 0.5, 0.6], "b": [0.9, 0.8, 0.9], "c": [0.8, 0.9, 0.9]}
     >>> within_one_se(scores, ["a", "b", "c"])
@@ -623,7 +621,7 @@ def within_one_se(scores: dict[str, list[float]], order: list[str]) -> list[str]
         means[name] = -math.inf if math.isnan(mean) else mean
     best = max(order, key=lambda name: means[name])
 
-    # Prompts differ more than classes do, so the difference is taken prompt by prompt.
+    # Prompts differ more than trials do. Paired, what a prompt is worth cancels.
     tied = []
     for name in order:
         gaps = drop_nan([b - a for a, b in zip(scores[name], scores[best])])
@@ -691,14 +689,11 @@ COSTS = ("updates", "rollouts", "verdicts", "tokens")
 
 
 class Lab:
-    """What a schedule may try out between two steps: an update that is taken back, a look at
-    the validation prompts.
+    """What a schedule may try out between two steps, and what that has cost.
 
-    Everything is counted, because a search pays for its trials in every comparison.
-
-    run_update(step)    the run's own update of that step; returns its metrics run_validation()
-    the greedy answers to the validation prompts, judged: groups of one rollout after_restore()
-    called when old weights are back, for a sampler that holds a copy of them
+    run_update(step)    the run's own update of that step; returns its metrics
+    run_validation()    greedy answers to the validation prompts, judged: groups of one rollout
+    after_restore()     called when old weights are back, for a sampler that has a copy of them
     """
 
     def __init__(self, model, optimizer, run_update, run_validation, after_restore):
@@ -728,14 +723,15 @@ class Lab:
     def update(self) -> None:
         """The update that the run would do now."""
         metrics = self.run_update(self.step)
+
+        # Counted, because a search pays for its trials in every comparison.
         self.cost["updates"] += 1
         self.cost["rollouts"] += metrics["rollouts"]
         self.cost["verdicts"] += metrics["verdicts"]
         self.cost["tokens"] += metrics["tokens"]
 
     def validate(self) -> list[Group]:
-        """The greedy answers to the validation prompts, judged by their full rubrics: groups of
-        one rollout."""
+        """Greedy answers to the validation prompts, judged by their full rubrics."""
         groups = self.run_validation()
         for _, rollouts in groups:
             for rollout in rollouts:
@@ -775,9 +771,11 @@ def simulate(
         shared = [rng.gauss(0, 1) for _ in range(group_size)]
         rewards = []
         for _ in range(n_classes):
+            # Weights whose squares sum to one keep the spread at 1 and the correlation at rho.
             row = [math.sqrt(rho) * s + math.sqrt(1 - rho) * rng.gauss(0, 1) for s in shared]
             rewards.append(row)
 
+        # One class per group is enough: by symmetry all follow the sum alike.
         total, parts = contraction(weights, rewards)
         of_sum.append(total)
         of_classes.append(parts)
@@ -813,13 +811,17 @@ def demo(
     rng = random.Random(seed)
     table = []
     for rho in (0.0, 0.3, 0.6, 1.0):
-        ratio, low, high, follows = simulate(rho, n_classes, group_size, n_groups, rng)
+        ratio, low, high, corr = simulate(rho, n_classes, group_size, n_groups, rng)
+
+        # By the theorem, and for classes of equal spread corr(r_k, R) is the root of the ratio.
         predicted = 1 / n_classes + (1 - 1 / n_classes) * rho
+        predicted_corr = math.sqrt(predicted)
+        interval = f"({low:.3f} to {high:.3f})"
         print(
-            f"  {rho:.1f}   {ratio:.3f} ({low:.3f} to {high:.3f})    {predicted:.3f}           "
-            f"{follows:.3f}     {math.sqrt(predicted):.3f}"
+            f"  {rho:.1f}   {ratio:.3f} {interval}    {predicted:.3f}           "
+            f"{corr:.3f}     {predicted_corr:.3f}"
         )
-        table.append((rho, ratio, low, high, predicted, follows, math.sqrt(predicted)))
+        table.append((rho, ratio, low, high, predicted, corr, predicted_corr))
     print("\nDividing advantages by the group's std undoes the shrinking,")
     print("not the dilution of corr(r_k, R).")
     print("The correlation is predicted for infinitely many answers: a group of 8 is a little off.")
