@@ -39,9 +39,9 @@ Where this file decides what the paper leaves open, or departs from its released
 
     python rler.py                                       # one group: what evolves, and what it pays
     python train.py --method rler                        # a whole run
-    python tools/report.py RUN                           # the life of every criterion of that run
-    python tools/write_rubrics.py QUESTIONS.jsonl --out FILE.jsonl --judge URL --judge_model NAME \\
-        --search data/corpus.jsonl                       # initial rubrics from what a search finds
+    python tools/report.py RUN --rubrics                 # the life of a prompt's criteria
+    python tools/write_rubrics.py QUESTIONS.jsonl --out FILE.jsonl --judge URL \\
+        --judge_model NAME --search data/corpus.jsonl    # initial rubrics from what a search finds
 """
 
 import hashlib
@@ -474,13 +474,16 @@ class RLER(RubricReward):
     """
 
     def __init__(self, judge, config):
-        """config: evolve (one of EVOLVE), rubrics_kept (K). Raises DataError for another evolve."""
+        """config: evolve (one of EVOLVE), rubrics_kept (K), and those of RubricReward.
+
+        Raises DataError for another evolve.
+        """
         if config.evolve not in EVOLVE:
             choices = ", ".join(EVOLVE)
             raise DataError(f"--evolve {config.evolve}: not known; use one of {choices}")
-        self.judge = judge
-        self.config = config
-        self.has_writer = hasattr(judge, "write")  # a language model; else the detectors propose
+        super().__init__(judge, config)
+        # A language model can write; the offline judge cannot, and the detectors propose.
+        self.has_writer = hasattr(judge, "write")
 
         self.step = 0
         self.buffers: dict[str, Buffer] = {}
@@ -494,10 +497,6 @@ class RLER(RubricReward):
         # The buffers count visits from 1: "born in step 0" means initial.
         self.step = step + 1
         return {}
-
-    def can_learn_from(self, example: Example) -> bool:
-        """Any example will do: no reference is needed."""
-        return True
 
     def score(self, groups: list[Group], show_progress: bool = False) -> None:
         """Proposes criteria, then judges as RubricReward does, with the new criteria in place."""
@@ -833,7 +832,8 @@ def demo() -> None:
         rollouts.append(SimpleNamespace(text=text, finish="stop"))
 
     group = Group(example, rollouts)
-    method = RLER(LexicalJudge(), SimpleNamespace(evolve="std", rubrics_kept=5))
+    config = SimpleNamespace(method="rler", advantage="std", evolve="std", rubrics_kept=5)
+    method = RLER(LexicalJudge(), config)
     method.before_step(0, [example])
     method.score([group])
     metrics = method.after_step([group])
