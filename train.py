@@ -1,22 +1,22 @@
-"""Reinforcement learning from rubric rewards: one command from prompts with rubrics to a better model.
+"""Reinforcement learning from rubric rewards: one command, from prompts to a better model.
 
-    data/*.jsonl -> Example -> policy.rollouts -> Rollout x G -> method.score -> advantages -> grpo.update
-                    (prompt,    (one group         (text, ids,    (judge: one     (nan = not    (loss, backward,
-                     rubric)     per prompt)        log-probs)     verdict per     scored)       optimiser)
-                                                                   criterion)
+    data/*.jsonl -> Example -> policy.rollouts -> Rollout x G -> method.score -> grpo.update -> next
+                    (prompt,    (one group         (text, ids,    (one verdict    (loss,         step
+                     rubric)     per prompt)        log-probs)     per criterion)  backward)
 
-    python train.py                                      # SmolLM2-135M, built-in prompts, two CPU cores: ten minutes
-    python train.py --method points --steps 20 --seed 1  # every field of Config is a flag
-    python train.py --data FILE.jsonl --steps 3          # own prompts or HealthBench rows
-    python train.py --resume RUN                         # continue a run that was stopped
+    python train.py                                 # SmolLM2-135M, two CPU cores, ten minutes
+    python train.py --method points --seed 1        # every field of Config is a flag
+    python train.py --data FILE.jsonl --steps 3     # own prompts or HealthBench rows
+    python train.py --resume RUN                    # continue a run that was stopped
+    torchrun --nproc_per_node 8 train.py            # several processes
 
-A run's folder holds config.json, prompts.jsonl, metrics.jsonl (one line per step), samples.jsonl (one line per rollout,
-with every verdict), report.html, report.png, and checkpoint (loads with transformers). `python tools/report.py RUN RUN`
-compares runs; `python tools/compare.py RUN` evaluates one.
+A run's folder holds config.json, prompts.jsonl, metrics.jsonl (one line per step), samples.jsonl
+(one line per rollout, with every verdict), report.html, report.png and checkpoint (loads with
+transformers). tools/report.py compares runs, tools/compare.py evaluates one.
 
-Reading order: Config; data; Policy; train_step and loop (the whole idea, on one screen); evaluation; the run's folder;
-resuming; main. Under torchrun each process samples its share of the prompts, the first one judges, and all of them
-compute the same update.
+Reading order: Config; data; Policy; train_step and loop, the idea on one screen; evaluation; the
+run's folder; resuming; main. Of several processes each samples its share of the prompts, the first
+one judges, and all of them compute the same update.
 """
 
 import argparse
@@ -35,12 +35,11 @@ import statistics
 import sys
 import threading
 import time
-import unicodedata
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -51,7 +50,7 @@ import grpo
 import rar
 import rler
 from judge import JudgeError, LexicalJudge, LLMJudge, progress_bar
-from tools import report
+from tools.report import printable, summarise, write_report
 
 HERE = Path(__file__).resolve().parent
 
@@ -60,174 +59,129 @@ class UserError(Exception):
     """Something that the user can put right: printed as one line, exit status 2."""
 
 
-# ------------------------------------------------------------------------------------------- settings
+# ---------------------------------------------------------------------- settings
 
 
-def setting(default, help: str, at_least=None, above=None, at_most=None):
-    """A field of Config: its default, its help text, and the values that make sense."""
-    limits = {"help": help, "at_least": at_least, "above": above, "at_most": at_most}
-    return field(default=default, metadata=limits)
+class Limits(NamedTuple):
+    """The values of a number that make sense."""
+
+    at_least: float = -math.inf
+    at_most: float = math.inf
+    above: float = -math.inf
 
 
-Method = Literal[
-    "explicit",
-    "points",
-    "predefined",
-    "implicit",
-    "likert",
-    "reference_likert",
-    "axis_mean",
-    "gdpo",
-    "rler",
-    "arlrr",
-]
+# As annotated types: what a setting is, what it does (its help text), and its limits.
+COUNT = Limits(at_least=1, at_most=10**6)
+SHARE = Limits(at_least=0, at_most=1)
+POSITIVE = Limits(above=0)
+NOT_NEGATIVE = Limits(at_least=0)
+ONE_IF_ON = Literal[0, 1]
+METHODS = Literal[
+    "explicit", "points", "predefined", "implicit", "likert", "reference_likert",
+    "axis_mean", "gdpo", "rler", "arlrr",
+]  # fmt: skip
 
 
 @dataclass
 class Config:
-    """Every setting of a run, each a flag of the command line."""
+    """Every setting of a run, once. Each is a flag of the command line."""
 
-    # what is trained, on what, and who judges
-    method: Method = setting(
-        "explicit",
-        "reward: explicit (RaR, Eq. 1), points (HealthBench), rler (evolving rubrics), arlrr (one class of "
-        "criteria at a time), axis_mean and gdpo (all classes, weighed alike); with a model as judge also "
-        "predefined, implicit, likert, reference_likert",
-    )
-    model: str = setting("smollm2", "policy: smollm2 (embedded default), a folder, or a hub id")
-    data: str = setting("", "training prompts, own format or HealthBench rows; default: data/train.jsonl")
-    eval_data: str = setting(
-        "", "held-out prompts; default: data/heldout.jsonl, or a tenth of --data (at most 24 prompts)"
-    )
-    prompts: int = setting(
-        0,
-        "use only the first so many training prompts; 0 = all of --data, 20 of the built-in ones",
-        at_least=0,
-    )
-    judge: str = setting(
-        "offline", "offline (lexical, see judge.py), or the base URL of an OpenAI-compatible server"
-    )
-    judge_model: str = setting(
-        "", "the model's name on that server; its key comes from the environment, JUDGE_API_KEY"
-    )
-    judge_k: int = setting(
-        1, "criteria per call to the judge; 0 = all of a response's", at_least=0, at_most=1000
-    )
-    judge_max_missing: float = setting(
-        0.1, "stop when a larger share of a step's verdicts is missing", at_least=0, at_most=1
-    )
+    method: Annotated[
+        METHODS,
+        "reward: explicit (RaR, Eq. 1), points (HealthBench), rler (evolving rubrics), arlrr (one "
+        "class of criteria at a time), axis_mean and gdpo (all classes count alike); with a model "
+        "as judge also predefined, implicit, likert, reference_likert",
+    ] = "explicit"
+    model: Annotated[str, "policy: smollm2 (embedded), a folder, or a hub id"] = "smollm2"
+    data: Annotated[str, "training prompts, own format or HealthBench's [data/train.jsonl]"] = ""
+    eval_data: Annotated[str, "held-out prompts [data/heldout.jsonl; 1/10 of --data, <= 24]"] = ""
+    prompts: Annotated[
+        int, "the first so many training prompts; 0: all of --data, 20 built-in ones", NOT_NEGATIVE
+    ] = 0
 
-    # one step: rollouts
-    steps: int = setting(25, "updates of the policy", at_least=1, at_most=10**7)
-    prompts_per_step: int = setting(4, "prompts per step", at_least=1, at_most=10**5)
+    judge: Annotated[str, "offline (lexical), or the base URL of an OpenAI-like server"] = "offline"
+    judge_model: Annotated[str, "the model's name there (key: environment, JUDGE_API_KEY)"] = ""
+    judge_k: Annotated[int, "criteria per call to the judge; 0: all", NOT_NEGATIVE] = 1
+    judge_max_missing: Annotated[float, "stop when a larger share is missing", SHARE] = 0.1
+
+    steps: Annotated[int, "updates of the policy", COUNT] = 25
+    prompts_per_step: Annotated[int, "prompts per step", COUNT] = 4
     # A group of one has no other answer to be better than.
-    group_size: int = setting(8, "rollouts per prompt (G)", at_least=2, at_most=10**4)
-    temperature: float = setting(
-        0.7, "of sampling and of scoring: a small model rambles at 1.0", above=0, at_most=100
-    )
-    max_new_tokens: int = setting(64, "length limit of a completion", at_least=1, at_most=10**6)
-    sampler: Literal["torch", "vllm"] = setting(
-        "torch", "who decodes: torch (any machine) or vllm (its engine in this process, for a GPU)"
-    )
-    vllm_memory: float = setting(
-        4.0, "GiB for the engine's keys and values; weights and trainer come on top", above=0, at_most=10**4
-    )
-    vllm_sleep: Literal[0, 1] = setting(
-        0, "1: the engine gives its memory back while the policy trains (costs seconds per step)"
-    )
+    group_size: Annotated[int, "rollouts per prompt (G)", Limits(2, 10**4)] = 8
+    temperature: Annotated[
+        float, "of sampling and of scoring; a small model rambles at 1.0", Limits(0, 100, above=0)
+    ] = 0.7
+    max_new_tokens: Annotated[int, "length limit of a completion", COUNT] = 64
+    sampler: Annotated[
+        Literal["torch", "vllm"], "torch (any machine) or vllm (in this process, for a GPU)"
+    ] = "torch"
+    vllm_memory: Annotated[float, "GiB for the engine's keys and values", POSITIVE] = 4.0
+    vllm_sleep: Annotated[ONE_IF_ON, "1: frees the engine's memory during updates (slower)"] = 0
 
-    # one step: the update
-    loss: Literal["grpo", "dr_grpo", "dapo"] = setting(
-        "dr_grpo",
-        "token weights: dr_grpo (constant), grpo (sequence mean: at this lr answers shrink to a third), "
-        "dapo (token mean)",
-    )
-    advantage: Literal["std", "mean", "none"] = setting(
-        "std", "(r - mean) / std of the group: std; r - mean: mean; r alone, no baseline: none"
-    )
-    lr: float = setting(
-        1e-4,
-        "learning rate of AdamW, after a linear warm-up over a tenth of the steps; 1e-6 to 5e-6 at 7B",
-        above=0,
-    )
-    epochs: int = setting(
-        1, "passes over a batch of rollouts; from the second on the clip has work", at_least=1, at_most=1000
-    )
-    minibatches: int = setting(
-        1, "optimiser steps per epoch, each on its own part of the groups", at_least=1, at_most=10**5
-    )
-    clip_low: float = setting(
-        0.2, "PPO's clip: how far below 1 the probability ratio may count", at_least=0, at_most=1
-    )
-    clip_high: float = setting(
-        0.0, "how far above 1; 0 = 0.28 with --loss dapo (clip-higher), else as clip_low", at_least=0
-    )
-    beta: float = setting(
-        0.0, "weight of the KL penalty towards the starting model; 0 = only measure it", at_least=0
-    )
-    tis_cap: float = setting(
-        -1.0,
-        "truncated importance sampling against the sampler's own probabilities: cap on a token's weight, "
-        "0 = off, -1 = 2 with --sampler vllm, whose kernels differ from the trainer's, else off",
-        at_least=-1,
-    )
-    mask_truncated: Literal[0, 1] = setting(
-        0, "1: completions cut off by the length limit stay out of the loss (but in the baseline)"
-    )
-    pass_tokens: int = setting(
-        3072, "tokens per training pass; the result does not depend on it", at_least=1, at_most=10**9
-    )
-    checkpointing: Literal[0, 1] = setting(
-        0, "1: gradient checkpointing, for models that do not fit in memory"
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "arithmetic of the layers (weights stay float32); auto = bfloat16 on a GPU that has it"
-    )
+    loss: Annotated[
+        Literal["grpo", "dr_grpo", "dapo"],
+        "token weights: dr_grpo (constant), grpo (sequence mean; shortens), dapo (token mean)",
+    ] = "dr_grpo"
+    advantage: Annotated[
+        Literal["std", "mean", "none"], "(r - mean) / std of the group, r - mean, or r alone"
+    ] = "std"
+    lr: Annotated[float, "AdamW's, after a warm-up; 1e-6 to 5e-6 at 7B", POSITIVE] = 1e-4
+    epochs: Annotated[int, "passes over a batch of rollouts", COUNT] = 1
+    minibatches: Annotated[int, "optimiser steps per epoch, each on a part", COUNT] = 1
+    clip_low: Annotated[float, "the ratio counts down to 1 - this (PPO's clip)", SHARE] = 0.2
+    clip_high: Annotated[
+        float, "and up to 1 + this; 0: 0.28 with --loss dapo, else as clip_low", NOT_NEGATIVE
+    ] = 0.0
+    beta: Annotated[float, "weight of the KL penalty; 0: only measured", NOT_NEGATIVE] = 0.0
+    tis_cap: Annotated[
+        float,
+        "truncated importance sampling against the sampler's log-probs: cap on a token's weight; "
+        "0: off; -1: 2 with vllm, whose kernels are not the trainer's, else off",
+        Limits(at_least=-1),
+    ] = -1.0
+    mask_truncated: Annotated[ONE_IF_ON, "1: cut-off completions stay out of the loss"] = 0
+    pass_tokens: Annotated[int, "tokens per training pass (memory)", Limits(at_least=1)] = 3072
+    checkpointing: Annotated[ONE_IF_ON, "1: gradient checkpointing (memory)"] = 0
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"], "of the layers' arithmetic; weights are float32"
+    ] = "auto"
 
-    # the methods' own
-    evolve: Literal["std", "static"] = setting(
-        "std", "rler: keep the evolving rubrics that tell rollouts apart best (std); static: none evolve"
-    )
-    rubrics_kept: int = setting(
-        5, "rler: evolving rubrics kept per prompt (K)", at_least=1, at_most=1000
-    )
-    schedule: Literal["search", "lowest_score", "cyclic", "random"] = setting(
-        "search", "arlrr: how the next class of criteria is chosen"
-    )
-    stage: int = setting(5, "arlrr: updates before the next class is chosen", at_least=1)
-    class_by: str = setting(
-        "axis", "arlrr, axis_mean, gdpo: what makes a class: axis, category, or the kind of a tag"
-    )
-    validation: int = setting(
-        12, "arlrr: training prompts held back, by which search and lowest_score choose", at_least=1
-    )
+    evolve: Annotated[
+        Literal["std", "static"], "rler: keep rubrics that tell rollouts apart (std), or add none"
+    ] = "std"
+    rubrics_kept: Annotated[int, "rler: evolving rubrics kept per prompt (K)", COUNT] = 5
+    schedule: Annotated[
+        Literal["search", "lowest_score", "cyclic", "random"], "arlrr: how a class is chosen"
+    ] = "search"
+    stage: Annotated[int, "arlrr: updates before the next class is chosen", COUNT] = 5
+    class_by: Annotated[str, "what makes a class: axis, category, or a kind of tag"] = "axis"
+    validation: Annotated[int, "arlrr: training prompts held back to choose by", COUNT] = 12
 
-    # the run
-    seed: int = setting(0, "of prompt order and sampling", at_least=0, at_most=2**63 - 1)
-    out: str = setting("", "the run's folder; default: runs/<method>-seed<seed>-<time>")
-    resume: str = setting("", "the folder of a run to continue")
-    eval_every: int = setting(
-        10, "steps between held-out evaluations (one before and one after are always made)", at_least=1
-    )
-    save_every: int = setting(10, "steps between checkpoints (one is always made at the end)", at_least=1)
+    seed: Annotated[int, "of prompt order and sampling", Limits(0, 2**63 - 1)] = 0
+    out: Annotated[str, "the run's folder [runs/<method>-seed<seed>-<time>]"] = ""
+    resume: Annotated[str, "the folder of a run to continue"] = ""
+    eval_every: Annotated[int, "steps between evaluations (first and last are made)", COUNT] = 10
+    save_every: Annotated[int, "steps between checkpoints (the last is made)", COUNT] = 10
 
     def __post_init__(self):
         if self.tis_cap < 0:
+            # vLLM's kernels give other log-probs than the trainer's; torch's are the same.
             self.tis_cap = 0.0
             if self.sampler == "vllm":
                 self.tis_cap = 2.0
 
 
-# What may differ from the run that is resumed: how long it is, how often it looks, and where a model as judge is served.
-# Anything else would make one log out of two experiments.
+# What may differ from the run that is resumed: its length, how often it looks, and where a model as
+# judge is served. Anything else would make one log out of two experiments.
 RESUMABLE = {"steps", "eval_every", "save_every", "resume", "judge"}
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors that name the nearest flag: a mistyped flag that passes costs a run of hours."""
+    """argparse with one-line errors that name the nearest flag."""
 
     def error(self, message: str):
         """Raises UserError."""
+        # A mistyped flag that passes costs a run of hours.
         if message.startswith("unrecognized arguments:"):
             flag = message.split(":", 1)[1].split()[0].split("=")[0]
             similar = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.5)
@@ -247,107 +201,87 @@ def parse_config(argv: list[str]) -> tuple[Config, set[str]]:
         allow_abbrev=False,
     )
     for entry in fields(Config):
-        choices = get_args(entry.type) or None
-        kind = entry.type
+        kind, about, *_ = get_args(entry.type)
+        choices = get_args(kind) or None
         if choices:
             kind = type(choices[0])
-        about = entry.metadata["help"]
         if entry.default != "":
-            about += f" [{entry.default}]"
+            about = f"{about} [{entry.default}]"
 
         # SUPPRESS leaves out what was not given: a resumed run must know the difference.
-        parser.add_argument(
-            f"--{entry.name}",
-            type=kind,
-            choices=choices,
-            default=argparse.SUPPRESS,
-            help=about.replace("%", "%%"),
-        )
+        options = {"type": kind, "choices": choices, "default": argparse.SUPPRESS}
+        parser.add_argument(f"--{entry.name}", help=about.replace("%", "%%"), **options)
 
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
-        # An empty value is an unset variable of a script: its default would be another experiment.
+        # An empty value is a script's unset variable; the default would be another experiment.
         if value == "":
             raise UserError(f"--{name}: empty; give a value, or leave the flag out")
-    config = Config(**given)
-    check_settings(config, given)
-    return config, set(given)
-
-
-def check_settings(config: Config, names) -> None:
-    """Checks the values of these settings, whether they come from flags or from a file. Raises UserError."""
-    for entry in fields(Config):
-        if entry.name not in names:
-            continue
-        value = getattr(config, entry.name)
-        problem = setting_problem(entry, value)
+        problem = setting_problem(name, value)
         if problem:
-            raise UserError(f"--{entry.name} {printable(str(value))[:200]}: {problem}")
+            raise UserError(f"--{name} {value}: {problem}")
+    return Config(**given), set(given)
 
 
-def setting_problem(entry, value) -> str:
-    """What is wrong with the value of a field of Config; "" when nothing is."""
-    choices = get_args(entry.type)
+def setting_problem(name: str, value) -> str:
+    """What is wrong with a setting, given as a flag or read from a file; "" when nothing is."""
+    kind, _, *limits = get_args(Config.__dataclass_fields__[name].type)
+    choices = get_args(kind)
     if choices:
-        # 1.0 and True equal 1, but they are not what the flag takes.
-        if value not in choices or type(value) is not type(choices[0]):
-            return "give one of " + ", ".join(str(choice) for choice in choices)
-        return ""
-    if entry.type is str:
-        if not isinstance(value, str) or printable(value) != value:
-            return "give a text without control characters"
-        return ""
-    number = type(value) is int or (entry.type is float and type(value) is float)
-    if not number:
-        return f"give a number ({entry.type.__name__})"
+        # True and 1.0 equal 1, but they are not what the flag takes.
+        if value in choices and type(value) is type(choices[0]):
+            return ""
+        return "give one of " + ", ".join(str(choice) for choice in choices)
+    if kind is str:
+        if isinstance(value, str) and printable(value) == value:
+            return ""
+        return "give a text without control characters"
 
-    limits = entry.metadata
+    # A whole number will do where a float is wanted, not the other way round.
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        return f"give a number ({kind.__name__})"
     if not math.isfinite(value):
         return "give a finite number"
-    if limits["at_least"] is not None and value < limits["at_least"]:
-        return f"give at least {limits['at_least']}"
-    if limits["above"] is not None and value <= limits["above"]:
-        return f"give a number above {limits['above']}"
-    if limits["at_most"] is not None and value > limits["at_most"]:
-        return f"give at most {limits['at_most']}"
+    for limit in limits:
+        if value < limit.at_least:
+            return f"give at least {limit.at_least}"
+        if value > limit.at_most:
+            return f"give at most {limit.at_most}"
+        if value <= limit.above:
+            return f"give a number above {limit.above}"
     return ""
 
 
 def make_judge(config: Config):
-    """The judge that the settings name. A judge of your own goes here: `ask` and `take_stats` are all it needs."""
+    """The judge that the settings name. One of your own goes here: it needs `ask`, `take_stats`."""
     if config.judge == "offline":
         return LexicalJudge()
+
+    # Its answers are cached beside the run's folder: runs that are compared share them.
+    cache = Path(config.resume or config.out or "runs/run").parent / "judge_cache.jsonl"
     return LLMJudge(
         config.judge,
         config.judge_model,
         k=config.judge_k,
-        cache_path=judge_cache(config),
+        cache_path=str(cache),
         max_missing=config.judge_max_missing,
     )
 
 
-def judge_cache(config: Config) -> str:
-    """Answers of the model judge are cached beside the run's folder, so that all runs there share them."""
-    if config.resume or config.out:
-        folder = Path(config.resume or config.out)
-        return str(folder.parent / "judge_cache.jsonl")
-    return "runs/judge_cache.jsonl"
+def make_method(config: Config, judge) -> rar.RubricReward:
+    """The reward that the settings name. A reward of your own goes here."""
+    # Nothing below asks which method it is: they differ in their hooks only.
+    methods = {
+        "rler": rler.RLER,
+        "arlrr": arlrr.ARLRR,
+        "axis_mean": arlrr.AxisMean,
+        "gdpo": arlrr.GDPO,
+    }
+    method = methods.get(config.method, rar.RubricReward)
+    return method(judge, config)
 
 
-def make_method(config: Config, judge):
-    """The reward that the settings name; nothing below asks which one it is. A reward of your own goes here."""
-    if config.method == "rler":
-        return rler.RLER(judge, config)
-    if config.method == "arlrr":
-        return arlrr.ARLRR(judge, config)
-    if config.method == "axis_mean":
-        return arlrr.AxisMean(judge, config)
-    if config.method == "gdpo":
-        return arlrr.GDPO(judge, config)
-    return rar.RubricReward(judge, config)
-
-
-# ------------------------------------------------------------------------------------------- data
+# ---------------------------------------------------------------------- data
 
 
 def read_data(config: Config) -> tuple[list[rar.Example], list[rar.Example]]:
@@ -357,31 +291,29 @@ def read_data(config: Config) -> tuple[list[rar.Example], list[rar.Example]]:
         return train, rar.read_examples(config.eval_data)
     if not config.data:
         return train, rar.read_examples(HERE / "data" / "heldout.jsonl")
-
-    # No held-out file: hold back a tenth, by a shuffle that is the same for every seed, and never train on it.
     if len(train) < 2:
-        raise UserError(
-            f"{config.data}: one row cannot be both trained on and held out; give --eval_data or more rows"
-        )
+        problem = "one row cannot be both trained on and held out; give --eval_data or more rows"
+        raise UserError(f"{config.data}: {problem}")
+
+    # No held-out file: hold back a tenth, by a shuffle that is the same for every seed, and never
+    # train on it.
     random.Random(0).shuffle(train)
     size = min(24, max(1, len(train) // 10))
     return train[size:], train[:size]
 
 
 def fitting(
-    examples: list[rar.Example],
-    policy: "Policy",
-    max_new_tokens: int,
-    split: str,
+    examples: list[rar.Example], policy: "Policy", max_new_tokens: int, split: str
 ) -> list[rar.Example]:
-    """The examples whose prompts fit the model's context; says how many do not. Raises UserError when none does."""
+    """The examples whose prompts fit the model's context. Raises UserError when none does."""
     # A prompt that is too long is left out and not cut: the rubric was written for all of it.
     short = []
     for example in examples:
         if len(policy.encode(example)) + max_new_tokens <= policy.context:
             short.append(example)
 
-    limit = f"the model's context of {policy.context} tokens (with --max_new_tokens {max_new_tokens})"
+    context = f"the model's context of {policy.context} tokens"
+    limit = f"{context} (with --max_new_tokens {max_new_tokens})"
     if not short:
         raise UserError(f"no {split} prompt fits {limit}; shorten them, or lower --max_new_tokens")
     skipped = len(examples) - len(short)
@@ -393,43 +325,39 @@ def fitting(
 def next_batch(examples: list[rar.Example], config: Config, step: int) -> list[rar.Example]:
     """The prompts of a step: laps over all examples, each lap in an order of its own.
 
-    A prompt appears twice where a lap ends inside the batch, or where there are fewer prompts than places.
+    A prompt appears twice where a lap ends inside the batch, or where the batch is the larger one.
     """
+    # The order follows from (seed, lap) alone: a resumed run finds its place without a cursor.
     batch = []
     start = step * config.prompts_per_step
     for position in range(start, start + config.prompts_per_step):
         lap, place = divmod(position, len(examples))
-
-        # The order follows from (seed, lap) alone: a resumed run finds its place without a saved cursor.
         order = list(range(len(examples)))
         random.Random(f"{config.seed}-{lap}").shuffle(order)
         batch.append(examples[order[place]])
     return batch
 
 
-# ------------------------------------------------------------------------------------------- the policy
+# ---------------------------------------------------------------------- the policy
 
 
 class Policy:
-    """Model, tokenizer, and what sampling needs to know about them. Every process holds all of it."""
+    """Model, tokenizer, and what sampling needs to know of them. Every process holds all of it."""
 
     def __init__(self, name: str, dtype: str = "auto"):
         """name: smollm2, a folder, or a hub id. Raises UserError when it cannot be loaded."""
         self.device = "cpu"
         if torch.cuda.is_available():
-            self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        bfloat16 = None
-        if dtype != "auto":
-            bfloat16 = dtype == "bfloat16"
-
+            self.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        bfloat16 = {"auto": None, "bfloat16": True, "float32": False}[dtype]
         try:
             self.model, self.tokenizer = grpo.load_policy(name, self.device, bfloat16)
         except ImportError:
-            raise  # it names the package to install
-        except Exception as error:  # a folder can be broken in as many ways as there are libraries
-            raise UserError(
-                f"{name}: cannot be loaded as a model ({first_line(error)}); give smollm2, a folder or a hub id"
-            ) from None
+            # It names the package to install.
+            raise
+        except Exception as error:  # noqa: BLE001  (a folder can be broken in many ways)
+            why = f"cannot be loaded as a model ({first_line(error)})"
+            raise UserError(f"{name}: {why}; give smollm2, a folder or a hub id") from None
 
         self.ends = grpo.end_tokens(self.model, self.tokenizer)
         # Some models have no limit.
@@ -442,24 +370,20 @@ class Policy:
 
     def start_engine(self, config: Config, examples: list[rar.Example]) -> None:
         """Starts vLLM next to the policy. Raises UserError when it is missing or does not fit."""
-        # Room for the longest of these prompts and not more: it would be taken from the trainer.
+        # Room for the longest of these prompts and not more: it is taken from the trainer.
         longest = max(len(self.encode(example)) for example in examples)
+        context = longest + config.max_new_tokens
+        folder = self.model.config._name_or_path
+        bfloat16 = self.model.bfloat16_layers
+        sleep = bool(config.vllm_sleep)
         try:
-            self.engine = grpo.VLLMSampler(
-                self.model.config._name_or_path,
-                longest + config.max_new_tokens,
-                self.model.bfloat16_layers,
-                config.vllm_memory,
-                bool(config.vllm_sleep),
-            )
+            self.engine = grpo.VLLMSampler(folder, context, bfloat16, config.vllm_memory, sleep)
         except ImportError as error:
-            raise UserError(
-                f"--sampler vllm: vLLM cannot be imported ({error}); pip install vllm==0.32.0"
-            ) from None
+            advice = "pip install vllm==0.32.0"
+            raise UserError(f"--sampler vllm: cannot be imported ({error}); {advice}") from None
         except (ValueError, RuntimeError) as error:
-            raise UserError(
-                f"--sampler vllm: {first_line(error)}; free memory on the card, or lower --vllm_memory"
-            ) from None
+            advice = "free memory on the card, or lower --vllm_memory"
+            raise UserError(f"--sampler vllm: {first_line(error)}; {advice}") from None
 
     def sleep(self) -> None:
         """Frees the engine's memory for the update, where --vllm_sleep asks for it."""
@@ -480,36 +404,37 @@ class Policy:
         seed: int = 0,
         description: str = "rollouts",
     ) -> list[rar.Group]:
-        """One group of rollouts per example, with their text. Each process samples its share; all get all groups."""
+        """One group of rollouts per example, with their text.
+
+        Each process samples its share; all of them get all groups.
+        """
         rank, world = grpo.rank_and_world()
         prompts = [self.encode(example) for example in examples]
         mine = prompts[rank::world]
+        common = (group_size, max_new_tokens, temperature, self.ends)
 
         # The bar counts tokens as if every completion reached the length limit.
         total = len(mine) * group_size * max_new_tokens
-        with progress_bar(total, description, "tok", show=rank == 0) as bar:
+        with progress_bar(total, description, "tok", is_first()) as bar:
             if self.engine:
-                # vLLM gives the n completions of a request the seeds seed, seed + 1, ...: none may come twice.
+                # vLLM gives the n completions of a request the seeds seed, seed + 1, ...: none may
+                # come twice.
                 seeds = [seed + place * group_size for place in range(len(prompts))]
-                sampled = self.engine.sample(
-                    mine, seeds[rank::world], group_size, max_new_tokens, temperature, self.ends, bar.update
-                )
+                sampled = self.engine.sample(mine, seeds[rank::world], *common, bar.update)
             else:
-                # Drawn for the whole batch and then cut, so that the number of processes changes nothing.
+                # Drawn for the whole batch, then cut: the number of processes changes nothing.
                 uniform = None
                 if temperature > 0:
                     uniform = grpo.uniform_numbers(len(prompts), group_size, max_new_tokens, seed)
                     uniform = uniform[rank::world]
-                sampled = grpo.sample(
-                    self.model, mine, group_size, max_new_tokens, temperature, self.ends, uniform, bar.update
-                )
+                sampled = grpo.sample(self.model, mine, *common, uniform, bar.update)
 
-        # A judge reads the text without special tokens; the loss sees the ids, the end token among them.
+        # A judge reads the text without special tokens; the loss sees the ids, end token included.
         for group in sampled:
             for rollout in group:
                 rollout.text = self.tokenizer.decode(rollout.ids, skip_special_tokens=True)
 
-        # Prompt number i was sampled by process i % world, as its group number i // world.
+        # Prompt i was sampled by process i % world, as its group number i // world.
         by_rank = gather(sampled)
         groups = []
         for place, example in enumerate(examples):
@@ -517,12 +442,12 @@ class Policy:
         return groups
 
 
-# ------------------------------------------------------------------------------------------- the loop
+# ---------------------------------------------------------------------- the loop
 
 
 @dataclass
 class Run:
-    """What a run holds in memory. It trains on examples; heldout is only measured; validation is for arlrr."""
+    """What a run holds in memory. It trains on `examples` and measures on `heldout`."""
 
     config: Config
     policy: Policy
@@ -531,83 +456,91 @@ class Run:
     method: rar.RubricReward
     examples: list[rar.Example]
     heldout: list[rar.Example]
-    validation: list[rar.Example]
+    validation: list[rar.Example]  # for the schedules of arlrr.py
 
 
-def train_step(run: Run, step: int, measure_kl: bool = True) -> tuple[dict, list[rar.Group]]:
-    """One update: roll out, judge, learn. Returns its metrics and groups. arlrr's trials call it too.
+def train_step(run: Run, step: int, is_trial: bool = False) -> tuple[dict, list[rar.Group]]:
+    """One update: roll out, judge, learn. Returns its metrics and groups.
 
-    step: number of updates before this one (the log counts from 1).
+    step: updates before this one (the log counts from 1). is_trial: arlrr's search takes it back.
     """
     config = run.config
     policy = run.policy
     method = run.method
     batch = next_batch(method.pool(run.examples), config, step)
 
-    # 1. Roll out G completions per prompt. Seeded by (seed, step) alone: a resumed run draws the same numbers.
-    started = time.perf_counter()
+    # 1. Roll out G completions per prompt. The draws follow from (seed, step) alone: a resumed run
+    #    repeats them.
+    start = time.perf_counter()
     seed = random.Random(f"{config.seed}-{step}").getrandbits(62)
-    groups = policy.rollouts(batch, config.group_size, config.max_new_tokens, config.temperature, seed)
+    shape = (config.group_size, config.max_new_tokens, config.temperature)
+    groups = policy.rollouts(batch, *shape, seed)
 
-    # 2. Judge: one verdict per (completion, criterion), one reward per completion; nan = could not be scored.
-    #    One process asks, in one batch of calls, and the others get its groups.
+    # 2. Judge: one verdict per (completion, criterion), one reward per completion; nan: not scored.
+    #    The first process asks, in one batch of calls; the others get its groups.
     rolled_out = time.perf_counter()
     groups = from_rank_zero(scored, method, groups)
 
-    # 3. Learn from being better or worse than the rest of the group. Every batch comes from the policy that learns
-    #    from it, and is then thrown away; with several epochs or minibatches the clip bounds the drift.
+    # 3. Learn from being better or worse than the rest of the group. A batch comes from the policy
+    #    that learns from it, and is then thrown away.
     judged = time.perf_counter()
     method.set_advantages(groups)
     set_learning_rate(run.optimizer, config, step)
     policy.sleep()
     rollouts = [group.rollouts for group in groups]
-    with progress_bar(len(groups) * config.group_size, "train", "row", show=is_first()) as bar:
-        learned = grpo.update(policy.model, run.optimizer, rollouts, config, run.reference, bar.update)
-    if learned["kl"] is None and measure_kl:
+    with progress_bar(len(groups) * config.group_size, "train", "row", is_first()) as bar:
+        learned = grpo.update(
+            policy.model, run.optimizer, rollouts, config, run.reference, bar.update
+        )
+    if learned["kl"] is None and not is_trial:
         # beta is 0: the loss did not need it, but it shows how far the policy has moved.
         learned["kl"] = grpo.measure_kl(run.reference, rollouts, config.temperature)
     policy.sync()
-    learned["seconds_rollout"] = rolled_out - started
-    learned["seconds_judge"] = judged - rolled_out
-    learned["seconds_train"] = time.perf_counter() - judged
-    return {"step": step + 1, **group_metrics(groups), **learned}, groups
+
+    log = {"step": step + 1} | group_metrics(groups) | learned
+    log["seconds_rollout"] = rolled_out - start
+    log["seconds_judge"] = judged - rolled_out
+    log["seconds_train"] = time.perf_counter() - judged
+    log["tokens_per_second"] = log["tokens"] / log["seconds_rollout"]
+    return log, groups
 
 
 def loop(run: Run, folder: "RunFolder", step: int, stop: "Stop") -> None:
-    """Steps, evaluations, logs and checkpoints from `step` to config.steps."""
+    """Steps, evaluations, logs and checkpoints, from `step` to config.steps."""
     config = run.config
     method = run.method
     lab = make_lab(run)
     score = first_score(run, folder, step)
-
-    with progress_bar(config.steps, "steps", "step", show=is_first(), initial=step) as bar:
+    with progress_bar(config.steps, "steps", "step", is_first()) as bar:
+        bar.update(step)
         while step < config.steps and not stop.signal:
             with explained(run, folder, step):
-                log = method.before_step(step, run.examples, lab.at(step))  # ARL-RR: choose (or search) the class
+                # ARL-RR chooses, or searches, the class that the step is about.
+                log = method.before_step(step, run.examples, lab.at(step))
                 metrics, groups = train_step(run, step)
-            log |= metrics
+                log |= metrics
 
-            # Asked once per step: a signal from here on is for the next one, so that no step is left unsaved.
+            # Asked once per step: a signal from here on is for the next step, and none is unsaved.
             stop.agree()
-            log |= from_rank_zero(method.after_step, groups)  # RLER: admit, retire; others: their own metrics
+            log |= from_rank_zero(method.after_step, groups)  # RLER retires rubrics
             step += 1
 
-            # 4. Evaluate and log, then save. In this order: resuming can cut the log back to the checkpoint, but cannot
-            #    write lines that are missing. So what fails here (a disk, a judge) costs steps and not the run.
+            # 4. Evaluate, log, then save. Resuming can cut the log back to the checkpoint, but it
+            #    cannot write lines that are missing: what fails here costs steps, not the run.
             folder.write_samples(step, "train", groups)
             is_last = step == config.steps
-            evaluates = is_last or step % config.eval_every == 0
-            if evaluates:
-                heldout_metrics, answers = evaluate_heldout(run)
-                log |= heldout_metrics
+            is_evaluated = is_last or step % config.eval_every == 0
+            if is_evaluated:
+                metrics, answers = evaluate_heldout(run)
+                log |= metrics
                 folder.write_samples(step, "heldout", answers)
                 score = log["eval_score"]
             folder.append("metrics.jsonl", [log | method.judge.take_stats()])
             if is_last or stop.signal or step % config.save_every == 0:
                 folder.save_checkpoint(run, step)
-            if evaluates:
+            if is_evaluated:
                 folder.write_report()
-            show_progress(bar, config, log, score)
+            show_step(bar, config, log, score)
 
 
 def scored(method: rar.RubricReward, groups: list[rar.Group]) -> list[rar.Group]:
@@ -617,40 +550,40 @@ def scored(method: rar.RubricReward, groups: list[rar.Group]) -> list[rar.Group]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, step: int) -> None:
-    """Linear warm-up over a tenth of the steps: Adam's first steps divide by moments of a single gradient.
-
-    It follows from step and --steps, so that there is no scheduler to save.
-    """
+    """Linear warm-up over a tenth of the steps."""
+    # Adam's first steps divide by the moments of a single gradient. The rate follows from step and
+    # --steps, so that there is no scheduler to save.
     warm_up = max(1, round(config.steps * 0.1))
     for options in optimizer.param_groups:
         options["lr"] = config.lr * min(1.0, (step + 1) / warm_up)
 
 
 def group_metrics(groups: list[rar.Group]) -> dict:
-    """What the rollouts of a step say. A nan reward counts in none of the means; judge_missing says how many there are."""
+    """What the rollouts of a step say about the policy and the reward."""
     rollouts = []
+    scores = []
     spreads = []
     correlations = []
     for group in groups:
-        rollouts.extend(group.rollouts)
-        is_scored = [r for r in group.rollouts if not math.isnan(r.reward)]
-        rewards = [r.reward for r in is_scored]
-        lengths = [float(len(r.ids)) for r in is_scored]
+        # A reward of nan counts in none of the means; judge_missing says how much that is.
+        with_reward = [r for r in group.rollouts if not math.isnan(r.reward)]
+        rewards = [r.reward for r in with_reward]
+        lengths = [float(len(r.ids)) for r in with_reward]
         if rewards:
             spreads.append(statistics.pstdev(rewards))
         correlations.append(rar.correlation(lengths, rewards))
+        rollouts.extend(group.rollouts)
+        for rollout in group.rollouts:
+            scores.extend(verdict.score for verdict in rollout.verdicts)
 
-    scores = []
-    for rollout in rollouts:
-        scores.extend(verdict.score for verdict in rollout.verdicts)
     tokens = sum(len(r.ids) for r in rollouts)
     return {
         "reward": rar.nanmean([r.reward for r in rollouts]),
         "reward_std": rar.nanmean(spreads),
         "judge_missing": scores.count(None) / len(scores),
         "completion_tokens": tokens / len(rollouts),
-        "truncated": statistics.fmean(r.finish == "length" for r in rollouts),
-        # Within the groups; high values mean that length is being paid for.
+        "truncated": sum(r.finish == "length" for r in rollouts) / len(rollouts),
+        # Within the groups. A high value: length is being paid for.
         "length_reward_corr": rar.nanmean(correlations),
         "rollouts": len(rollouts),
         "verdicts": len(scores),
@@ -659,15 +592,18 @@ def group_metrics(groups: list[rar.Group]) -> dict:
 
 
 def make_lab(run: Run) -> arlrr.Lab:
-    """What a schedule of arlrr.py may try out between two steps: the run's own update and its own evaluation."""
+    """What a schedule of arlrr.py may try out between two steps."""
 
+    # The run's own update and evaluation, so that a trial is what the stage would be.
     def run_update(step: int) -> dict:
-        metrics, _ = train_step(run, step, measure_kl=False)
+        """The metrics of one update, which is going to be taken back."""
+        metrics, _ = train_step(run, step, is_trial=True)
         return metrics
 
     def run_validation() -> list[rar.Group]:
-        config = run.config
-        _, groups = evaluate(run.policy, run.method.judge, run.validation, config.max_new_tokens)
+        """Judged greedy answers to the validation prompts."""
+        limit = run.config.max_new_tokens
+        _, groups = evaluate(run.policy, run.method.judge, run.validation, limit)
         return groups
 
     return arlrr.Lab(run.policy.model, run.optimizer, run_update, run_validation, run.policy.sync)
@@ -675,26 +611,31 @@ def make_lab(run: Run) -> arlrr.Lab:
 
 @contextmanager
 def explained(run: Run, folder: "RunFolder", step: int):
-    """Turns what can break a step into one line that says what to do, and saves the policy as of the last good step."""
+    """Turns what can break a step into one line that says what to do."""
     try:
         yield
     except (JudgeError, FloatingPointError) as error:
+        # The policy is that of the last good step; with several epochs or minibatches, of the last
+        # good one of them. All processes raise this error, so that all of them come here.
         if step:
             folder.save_checkpoint(run, step)
         advice = f"when that is put right: python train.py --resume {folder.path}"
         raise type(error)(f"step {step + 1}: {error}; {advice}") from None
     except torch.OutOfMemoryError:
         # Perhaps in the middle of an update, so nothing is saved.
-        raise UserError(
-            f"step {step + 1}: the GPU's memory is full; try --checkpointing 1, --vllm_sleep 1, fewer "
-            "--prompts_per_step or --max_new_tokens in a new run"
-        ) from None
+        advice = "--checkpointing 1, --vllm_sleep 1, fewer --prompts_per_step or --max_new_tokens"
+        why = f"step {step + 1}: the GPU's memory is full"
+        raise UserError(f"{why}; try {advice} in a new run") from None
 
 
-def show_progress(bar, config: Config, log: dict, score: float) -> None:
-    """One more step on the bar; where there is no terminal to draw it on, one line of text."""
+def show_step(bar, config: Config, log: dict, score: float) -> None:
+    """One more step on the bar, or a line of text where there is no terminal to draw it on."""
     seconds = [f"{log[f'seconds_{phase}']:.0f}" for phase in ("rollout", "judge", "train")]
-    note = {"reward": f"{log['reward']:.3f}", "held-out": f"{score:.3f}", "seconds": "+".join(seconds)}
+    note = {
+        "reward": f"{log['reward']:.3f}",
+        "held-out": f"{score:.3f}",
+        "seconds": "+".join(seconds),
+    }
     bar.set_postfix(note)
     bar.update()
     if bar.disable:
@@ -702,38 +643,35 @@ def show_progress(bar, config: Config, log: dict, score: float) -> None:
         say(f"step {log['step']}/{config.steps}  " + "  ".join(pairs))
 
 
-# ------------------------------------------------------------------------------------------- evaluation
+# ---------------------------------------------------------------------- evaluation
 
 
 def evaluate(
-    policy: Policy,
-    judge,
-    examples: list[rar.Example],
-    max_new_tokens: int,
+    policy: Policy, judge, examples: list[rar.Example], max_new_tokens: int
 ) -> tuple[dict, list[rar.Group]]:
-    """Greedy answers scored by rar.evaluate. Returns (metrics, groups of one rollout), the same on all processes."""
+    """Greedy answers scored by rar.evaluate: (metrics, groups of one rollout), on all processes."""
     # As many prompts together as keep keys and values small, padding counted.
     parts = []
     longest = 0
     for example in examples:
-        longest = max(longest, len(policy.encode(example)))
-        if parts and (len(parts[-1]) + 1) * (longest + max_new_tokens) <= 8192:
+        length = len(policy.encode(example)) + max_new_tokens
+        longest = max(longest, length)
+        if parts and (len(parts[-1]) + 1) * longest <= 8192:
             parts[-1].append(example)
         else:
             parts.append([example])
-            longest = len(policy.encode(example))
+            longest = length
 
-    # Greedy: the same weights score the same each time, and two checkpoints differ by their weights alone.
+    # Greedy, so that two checkpoints differ by their weights alone.
     groups = []
     for part in parts:
-        groups.extend(policy.rollouts(part, 1, max_new_tokens, 0.0, description="held-out"))
+        groups += policy.rollouts(part, 1, max_new_tokens, 0.0, description="held-out")
     return from_rank_zero(graded, judge, groups)
 
 
 def graded(judge, groups: list[rar.Group]) -> tuple[dict, list[rar.Group]]:
     """(metrics, the groups with their verdicts)."""
-    metrics = rar.evaluate(judge, groups, show_progress=True)
-    return metrics, groups
+    return rar.evaluate(judge, groups, show_progress=True), groups
 
 
 def evaluate_heldout(run: Run) -> tuple[dict, list[rar.Group]]:
@@ -742,8 +680,7 @@ def evaluate_heldout(run: Run) -> tuple[dict, list[rar.Group]]:
 
 
 def first_score(run: Run, folder: "RunFolder", step: int) -> float:
-    """The held-out score that a run begins with: measured in a new run, read from the log in a resumed one."""
-    config = run.config
+    """The held-out score that the run begins with. Raises UserError."""
     if step == 0:
         # Without this evaluation nobody could tell what was learned from what was there.
         metrics, groups = evaluate_heldout(run)
@@ -753,28 +690,29 @@ def first_score(run: Run, folder: "RunFolder", step: int) -> float:
         say(f"held-out score before training: {score:.3f}  ({interval(*metrics['eval_ci'])})")
         return score
 
+    # A resumed run finds it in its log.
     score = math.nan
-    evaluated_at = -1
+    last_evaluated = 0
     for row in read_log(folder.path / "metrics.jsonl"):
-        if row.get("eval_score") is not None:
-            score = row["eval_score"]
         if "eval_score" in row:
-            evaluated_at = row["step"]
-    if step >= config.steps and evaluated_at < step:
-        raise UserError(
-            f"--steps {config.steps}: the run is at step {step} already, and was not evaluated there; give more"
-        )
+            last_evaluated = row["step"]
+            score = row["eval_score"]
+            if score is None:
+                score = math.nan
+    if step >= run.config.steps and last_evaluated < step:
+        why = f"the run is at step {step} already, and was not evaluated there"
+        raise UserError(f"--steps {run.config.steps}: {why}; give more")
     return score
 
 
 def interval(low: float, high: float) -> str:
-    """A 95 % interval in words. A single prompt has none: resampling one value gives that value."""
+    """A 95 % interval in words. One prompt has none: resampling one value gives that value."""
     if math.isnan(low):
         return "one prompt: no interval"
     return f"95 % interval {low:.3f} to {high:.3f}"
 
 
-# ------------------------------------------------------------------------------------------- several processes
+# ---------------------------------------------------------------------- processes
 
 
 def is_first() -> bool:
@@ -793,19 +731,17 @@ def gather(value) -> list:
 
 
 def from_rank_zero(function, *arguments):
-    """Calls the function in the first process only. All get its result, or raise the error that it raised.
-
-    All raise the same, so that none waits for another that has left.
-    """
+    """Calls the function in the first process only; all get its result or raise its error."""
     _, world = grpo.rank_and_world()
     if world == 1:
         return function(*arguments)
 
+    # An error travels like a result: a process that left alone would keep the others waiting.
     outcome = [None, None]
     if is_first():
         try:
             outcome[0] = function(*arguments)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  (raised again below)
             outcome[1] = error
     dist.broadcast_object_list(outcome, src=0)
     result, error = outcome
@@ -815,39 +751,24 @@ def from_rank_zero(function, *arguments):
 
 
 def join_processes() -> None:
-    """Joins the others when torchrun has started several processes. nccl talks between GPUs, gloo between CPUs."""
-    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+    """Joins the others when torchrun has started several processes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return
+    # nccl talks between GPUs, gloo between CPUs.
     backend = "gloo"
     if torch.cuda.is_available():
         backend = "nccl"
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # The others wait while the first one judges, and a model judge may take longer than the usual ten minutes.
+    # The others wait while the first one judges, and a model may take longer than ten minutes.
     dist.init_process_group(backend, timeout=timedelta(hours=12))
 
 
-# ------------------------------------------------------------------------------------------- the terminal
-
-
-def printable(text: str) -> str:
-    """The text with what a terminal would obey (escape sequences, reversed writing) shown instead of sent.
-
-    >>> printable("caf\u00e9 \u4f60\\x1b[31m")
-    'caf\u00e9 \u4f60\\\\x1b[31m'
-    """
-    shown = []
-    for character in text:
-        # Control characters, halves of surrogate pairs, and marks that turn the direction of writing.
-        obeyed = unicodedata.category(character) in ("Cc", "Cs")
-        turns = "\u202a" <= character <= "\u202e" or "\u2066" <= character <= "\u2069"
-        if (obeyed or turns) and character not in "\n\t":
-            character = ascii(character)[1:-1]
-        shown.append(character)
-    return "".join(shown)
+# ---------------------------------------------------------------------- the terminal
 
 
 def write_line(stream, text: str) -> None:
-    """Prints to a stream that may not know every character and whose reader may be gone."""
+    """Prints to a stream that may not have every character, and whose reader may be gone."""
+    # What a model or a server says must not move the cursor or set the title.
     encoding = getattr(stream, "encoding", None) or "utf8"
     line = printable(text).encode(encoding, "backslashreplace").decode(encoding)
     try:
@@ -878,17 +799,17 @@ def first_line(error: Exception) -> str:
     return lines[0]
 
 
-# ------------------------------------------------------------------------------------------- the run's folder
+# ---------------------------------------------------------------------- the run's folder
 
 
 @contextmanager
 def writing(path: Path, advice: str):
-    """Turns what cannot be written into one line; what was there before is still there. Raises UserError."""
+    """Turns what cannot be written into one line. Raises UserError."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # each library has its own error for a full disk, the tokenizer's a bare Exception
+    except Exception as error:  # noqa: BLE001  (each library has its own error for a full disk)
         why = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{path}: cannot be written ({why}); {advice}") from None
 
@@ -901,14 +822,14 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def json_lines(rows: list[dict]) -> bytes:
-    """Lines of JSON in UTF-8; nan is written as null, which every JSON reader knows."""
+    """Lines of JSON in UTF-8."""
     lines = [json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows]
-    # A lone surrogate has no UTF-8; "?" keeps the log readable.
+    # Half of a surrogate pair has no UTF-8.
     return "".join(lines).encode("utf8", "replace")
 
 
 def finite(value):
-    """The value with nan and infinity replaced by None (JSON knows neither), and six decimals, at any depth.
+    """The value with nan and infinity as None (JSON has neither), and six decimals, at any depth.
 
     >>> finite({"reward": math.nan, "scores": [1 / 3, 2]})
     {'reward': None, 'scores': [0.333333, 2]}
@@ -925,14 +846,14 @@ def finite(value):
 
 
 def parse_row(line: bytes) -> dict | None:
-    """A row of a log; None for what is none: cut by a kill or a full disk, or broken by an editor.
+    """A row of a log; None for a line that a kill or a full disk has cut, or an editor broken.
 
-    >>> parse_row(b'{"step": 3}'), parse_row(b'{"step": 3, "rew'), parse_row(b'[3]'), parse_row(b'{"step": "3"}')
-    ({'step': 3}, None, None, None)
+    >>> parse_row(b'{"step": 3}'), parse_row(b'{"step": 3, "rew'), parse_row(b'{"step": "3"}')
+    ({'step': 3}, None, None)
     """
     try:
-        row = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
-    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
+        row = json.loads(line)
+    except (ValueError, RecursionError):
         return None
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         return None
@@ -940,11 +861,17 @@ def parse_row(line: bytes) -> dict | None:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The rows of metrics.jsonl or samples.jsonl, without lines that are none."""
+    """The rows of metrics.jsonl or samples.jsonl."""
     if not path.is_file():
         return []
-    rows = [parse_row(line) for line in path.read_bytes().split(b"\n")]
-    return [row for row in rows if row is not None]
+    rows = []
+    # Bytes, split at "\n" only: a text can hold other line ends, and a cut can fall inside one of
+    # its characters.
+    for line in path.read_bytes().split(b"\n"):
+        row = parse_row(line)
+        if row is not None:
+            rows.append(row)
+    return rows
 
 
 def versions() -> dict[str, str]:
@@ -963,20 +890,21 @@ def versions() -> dict[str, str]:
 
 
 class RunFolder:
-    """The folder of a run, owned by one run at a time. Of several processes only the first touches the files.
+    """The folder of a run. One run owns it at a time; of its processes the first one writes.
 
-    Logs are opened, appended to and closed at each step: `tail -f` shows whole lines, and a kill costs at most the last.
+    Logs are opened, appended to and closed at each step: `tail -f` shows whole lines, and a kill
+    costs at most the last one.
     """
 
     def __init__(self, config: Config):
-        """Makes the folder (or finds that of --resume) and locks it. Raises UserError."""
+        """Makes the folder, or finds that of --resume, and locks it. Raises UserError."""
         self.lock = None
         self.is_new = False
         self.path = from_rank_zero(self.claim, config)
         self.advice = f"make room there, then python train.py --resume {self.path}"
 
     def claim(self, config: Config) -> Path:
-        """Claimed before anything is loaded, so that of two runs started together the second one does not begin."""
+        """The folder, locked. Called before anything is loaded: a second run must not begin."""
         if config.resume:
             path = Path(config.resume)
             if not (path / "config.json").is_file():
@@ -984,25 +912,24 @@ class RunFolder:
             self.take_lock(path)
             return path
 
-        with writing(Path(config.out or "runs"), "choose another --out"):
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        path = Path(config.out or f"runs/{config.method}-seed{config.seed}-{stamp}")
+        with writing(path, "choose another --out"):
             if config.out:
-                path = Path(config.out)
                 self.is_new = not path.exists()
                 path.mkdir(parents=True, exist_ok=True)
             else:
-                path = unused_folder(f"runs/{config.method}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
+                path = make_unused(path)
                 self.is_new = True
         self.take_lock(path)
-        for name in ("config.json", "metrics.jsonl"):
-            if (path / name).exists():
-                self.release()
-                raise UserError(
-                    f"{path}: holds a run already; continue it with --resume {path}, or choose another --out"
-                )
+        if (path / "config.json").exists() or (path / "metrics.jsonl").exists():
+            self.release()
+            advice = f"continue it with --resume {path}, or choose another --out"
+            raise UserError(f"{path}: holds a run already; {advice}")
         return path
 
     def take_lock(self, path: Path) -> None:
-        """Locks RUN/lock until the process ends, however it ends. Raises UserError that says who holds it."""
+        """Locks RUN/lock until the process ends, however it ends. Raises UserError."""
         name = path / "lock"
         with writing(name, "choose another --out"):
             lock = open(name, "a+", encoding="utf8")  # noqa: SIM115  (open as long as the run)
@@ -1010,19 +937,21 @@ class RunFolder:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            holder = printable(lock.read(200)).strip() or "another process"
+            holder = lock.read(200).strip() or "another process"
             lock.close()
             raise UserError(f"{path}: in use by {holder}; wait for it, or stop it") from None
         except OSError:
-            warn(f"{path}: its file system has no locks; start no second run in it")
+            warn(f"{path}: its file system has no locks; start no second run there")
 
-        # The last holder may have deleted the file between our opening it and locking it.
-        if not name.exists() or not os.path.samestat(os.fstat(lock.fileno()), os.stat(name)):
+        # The last holder may have deleted the file between our opening and our locking it.
+        if not name.exists() or not os.path.samestat(os.fstat(lock.fileno()), name.stat()):
             lock.close()
-            return self.take_lock(path)
+            self.take_lock(path)
+            return
         with writing(name, "choose another --out"):
             lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            lock.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
             lock.flush()
         self.lock = lock
 
@@ -1037,29 +966,28 @@ class RunFolder:
     def abandon(self) -> None:
         """Gives the folder back, and removes it if this run has made it and written nothing."""
         self.release()
-        if self.is_new and is_first():
+        if self.is_new:
             with suppress(OSError):
                 self.path.rmdir()
 
-    def write_start(self, config: Config, examples: list[rar.Example]) -> None:
+    def write_start(self, run: Run) -> None:
         """config.json, and prompts.jsonl: samples.jsonl names prompts by their ids only."""
         if not is_first():
             return
         prompts = []
-        for example in examples:
+        for example in run.examples + run.heldout:
             prompts.append({"id": example.id, "prompt": example.prompt, "tags": example.tags})
-        settings = json.dumps(asdict(config), indent=1, ensure_ascii=False) + "\n"
+        settings = json.dumps(asdict(run.config), indent=1, ensure_ascii=False) + "\n"
         with writing(self.path, "choose another --out"):
             replace_file(self.path / "prompts.jsonl", json_lines(prompts))
             replace_file(self.path / "config.json", settings.encode("utf8"))
 
     def append(self, name: str, rows: list[dict]) -> None:
         """Adds lines to a log. Raises UserError."""
-        if not is_first():
-            return
-        path = self.path / name
-        with writing(path, self.advice), open(path, "ab") as file:
-            file.write(json_lines(rows))
+        if is_first():
+            path = self.path / name
+            with writing(path, self.advice), open(path, "ab") as file:
+                file.write(json_lines(rows))
 
     def write_samples(self, step: int, split: str, groups: list[rar.Group]) -> None:
         """One line per rollout: what it says, what the judge says about it, what it is worth."""
@@ -1070,34 +998,32 @@ class RunFolder:
         self.append("samples.jsonl", rows)
 
     def write_report(self) -> None:
-        """report.html and report.png, from the files written so far."""
+        """report.html and report.png, from the files written so far. Raises UserError."""
         if is_first():
             with writing(self.path / "report.html", self.advice):
-                report.write_report(self.path)
+                write_report(self.path)
 
     def save_checkpoint(self, run: Run, step: int) -> None:
-        """Writes checkpoint-STEP aside and renames it; then `checkpoint`, a link, names it, and older ones go.
-
-        So at every moment `checkpoint` is whole. Raises UserError.
-        """
+        """Writes checkpoint-STEP, then makes `checkpoint` name it. Raises UserError."""
         target = self.path / f"checkpoint-{step}"
         if not is_first() or find_checkpoint(self.path) == target:
             return
-        aside = self.path / f"checkpoint-{step}.tmp"
         state = {
             "step": step,
             "versions": versions(),
             "optimizer": run.optimizer.state_dict(),
             "method": run.method.state_dict(),
         }
+
+        # Written aside, renamed, then named by the link: at every moment `checkpoint` is complete.
+        aside = self.path / f"checkpoint-{step}.tmp"
         try:
             with writing(self.path / "checkpoint", self.advice):
                 remove(aside)
                 run.policy.model.save_pretrained(aside)
                 run.policy.tokenizer.save_pretrained(aside)
                 torch.save(state, aside / "trainer.pt")
-
-                # One of this step is left where a kill came before the link was changed.
+                # One of this step is there when a kill came before the link was changed.
                 remove(target)
                 os.replace(aside, target)
                 point_to(self.path / "checkpoint", target.name)
@@ -1105,16 +1031,16 @@ class RunFolder:
             # What a full disk leaves half written takes room that is needed.
             with suppress(OSError):
                 remove(aside)
+
+        # Only now the older ones, and what a kill has left half written.
         for other in self.path.glob("checkpoint-*"):
             if other != target:
                 with suppress(OSError):
                     remove(other)
 
     def truncate(self, step: int) -> None:
-        """Drops the log's rows after `step`, and lines that are no rows.
-
-        The resumed run writes those steps again, and as it draws the same numbers they will be the same rows.
-        """
+        """Drops the logs' rows after `step`, and lines that are no rows. Raises UserError."""
+        # The resumed run draws the same numbers, so it writes the same rows again.
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.path / name
             if not path.is_file():
@@ -1123,39 +1049,33 @@ class RunFolder:
             for line in path.read_bytes().split(b"\n"):
                 row = parse_row(line)
                 if row is not None and row["step"] <= step:
-                    lines.append(line.strip().removeprefix(b"\xef\xbb\xbf") + b"\n")
+                    lines.append(line + b"\n")
             with writing(path, self.advice):
                 replace_file(path, b"".join(lines))
 
 
-def unused_folder(wanted: str) -> Path:
-    """Makes a folder of this name, or with a number after it where that is taken: mkdir lets only one process win."""
+def make_unused(wanted: Path) -> Path:
+    """Makes a folder of this name, or with a number after it where that is taken."""
+    # mkdir lets only one of several processes win.
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    path = wanted
     number = 1
     while True:
-        path = Path(wanted)
-        if number > 1:
-            path = Path(f"{wanted}-{number}")
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             path.mkdir()
             return path
         except FileExistsError:
             number += 1
+            path = wanted.with_name(f"{wanted.name}-{number}")
 
 
 def sample_row(step: int, split: str, example: rar.Example, rollout: grpo.Rollout) -> dict:
     """A row of samples.jsonl."""
     verdicts = []
     for criterion, verdict in zip(rollout.criteria, rollout.verdicts, strict=True):
-        verdicts.append(
-            {
-                "title": criterion.title or criterion.text[:60],
-                "weight": criterion.weight,
-                "axis": criterion.axis,
-                "score": verdict.score,
-                "reason": verdict.reason,
-            }
-        )
+        title = criterion.title or criterion.text[:60]
+        about = {"title": title, "weight": criterion.weight, "axis": criterion.axis}
+        verdicts.append(about | {"score": verdict.score, "reason": verdict.reason})
     return {
         "step": step,
         "split": split,
@@ -1170,36 +1090,36 @@ def sample_row(step: int, split: str, example: rar.Example, rollout: grpo.Rollou
 
 
 def remove(path: Path) -> None:
-    """Deletes a folder, or a link to one (not what it names), if it is there."""
-    if path.is_symlink():
-        path.unlink()
-    elif path.exists():
+    """Deletes a file, a folder, or a link (not what it names), if it is there."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def point_to(link: Path, name: str) -> None:
-    """Makes the link name another folder beside it, in one move."""
-    aside = link.with_name(link.name + "-link.tmp")
+    """Makes the link name a folder beside it, in one move."""
+    aside = link.with_name(link.name + ".link.tmp")
     remove(aside)
     aside.symlink_to(name)
     if link.is_dir() and not link.is_symlink():
-        # The run was copied by something that follows links. The new checkpoint is whole already.
+        # A copy of the run that followed links. The new checkpoint is complete already.
         remove(link)
     os.replace(aside, link)
 
 
-# ------------------------------------------------------------------------------------------- resuming
+# ---------------------------------------------------------------------- resuming
 
 
 def find_checkpoint(folder: Path) -> Path | None:
-    """The run's last checkpoint: what `checkpoint` names, else the newest checkpoint-STEP, else None."""
+    """The last checkpoint: what `checkpoint` names, else the newest checkpoint-STEP, else None."""
     link = folder / "checkpoint"
     if link.is_symlink() and link.exists():
         return folder / os.readlink(link)
     if link.exists():
         return link
 
-    # A run that was killed before the first link, or copied without it. The folders are whole: they were renamed.
+    # Killed before the first link, or copied without it. These are complete: they were renamed.
     newest = None
     newest_step = -1
     for path in folder.glob("checkpoint-*"):
@@ -1216,85 +1136,101 @@ def resumed_config(config: Config, given: set[str], folder: Path) -> Config:
     try:
         saved = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
-        raise UserError(f"{path}: cannot be read as JSON; the run cannot be resumed without its settings") from None
+        raise UserError(f"{path}: not JSON; put it back, or start a new run") from None
     names = [entry.name for entry in fields(Config)]
-    if not isinstance(saved, dict):
-        saved = {}
-    missing = [name for name in names if name not in saved]
+    missing = names
+    if isinstance(saved, dict):
+        missing = [name for name in names if name not in saved]
     if missing:
-        # A default in their place could be another experiment.
-        raise UserError(f"{path}: lacks {', '.join(missing[:5])}; edited, or of another version of train.py")
+        # A default in its place could be another experiment.
+        lacks = ", ".join(missing[:5])
+        raise UserError(f"{path}: lacks {lacks}; edited, or of another version of train.py")
 
     fixed = given - RESUMABLE
-    if "offline" in (saved["judge"], config.judge) and "judge" in given:
-        # A server may have moved; the offline judge and a model are two different rewards.
+    if "judge" in given and "offline" in (saved["judge"], config.judge):
+        # A server may have moved; but the offline judge and a model are two rewards.
         fixed = fixed | {"judge"}
     changed = []
     for name in sorted(fixed):
-        if saved[name] != getattr(config, name):
-            changed.append(f"--{name} {getattr(config, name)} (the run has {saved[name]})")
+        value = getattr(config, name)
+        if saved[name] != value:
+            changed.append(f"--{name} {value} (the run has {saved[name]})")
     if changed:
+        advice = "leave them out or start a new run"
+        differences = ", ".join(changed)
         raise UserError(
-            f"--resume {folder}: would mix two experiments: {', '.join(changed)}; leave them out or start a new run"
+            f"--resume {folder}: would mix two experiments: {differences}; {advice}"
         )
 
     settings = {name: saved[name] for name in names}
     for name in given:
         settings[name] = getattr(config, name)
-    for entry in fields(Config):
-        problem = setting_problem(entry, settings[entry.name])
+    for name, value in settings.items():
+        problem = setting_problem(name, value)
         if problem:
-            raise UserError(f"{path}: {entry.name} {printable(str(settings[entry.name]))[:200]}: {problem}")
+            raise UserError(f"{path}: {name} {value!r:.100}: {problem}")
     return Config(**settings)
 
 
-def read_state(folder: Path, saved: Config) -> dict | None:
-    """The state in the run's checkpoint; None when the run was killed before the first one. Raises UserError."""
-    last_step = 0
-    for row in read_log(folder / "metrics.jsonl"):
-        last_step = max(last_step, row["step"])
+def read_state(folder: Path, config: Config) -> dict | None:
+    """The state in the last checkpoint; None when the run has none yet. Raises UserError."""
     checkpoint = find_checkpoint(folder)
+    advice = "put it back, or start a new run"
     if checkpoint is None:
-        # The log may be one save ahead of the checkpoints, not more.
-        if last_step > saved.save_every:
-            raise UserError(
-                f"--resume {folder}: its log goes to step {last_step}, but its checkpoint is missing; put it back, "
-                "or start a new run"
-            )
+        # The log is at most one save ahead. Further, there was a checkpoint, and beginning again
+        # would drop its steps.
+        steps = [row["step"] for row in read_log(folder / "metrics.jsonl")]
+        if steps and max(steps) > config.save_every:
+            why = f"the log is at step {max(steps)}, but there is no checkpoint"
+            raise UserError(f"--resume {folder}: {why}; {advice}")
         return None
 
     path = checkpoint / "trainer.pt"
     if not path.is_file():
-        raise UserError(f"{path}: missing; without it the run cannot be resumed: put it back, or start a new run")
+        raise UserError(f"{path}: missing, and the run cannot be resumed without it; {advice}")
     try:
         # weights_only: never a pickle that could run code.
         state = torch.load(path, weights_only=True)
         step = state["step"]
-        other = dict(state["versions"])
-        state["optimizer"]["state"], state["method"]
-    except Exception as error:
-        raise UserError(f"{path}: cannot be read ({first_line(error)}); put back a whole one, or start a new run") from None
+        made_with = dict(state["versions"])
+    except Exception as error:  # noqa: BLE001  (a file is broken in many ways)
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); {advice}") from None
     if type(step) is not int or step < 1:
-        raise UserError(f"{path}: its step is {step!r}; put back a whole one, or start a new run")
+        raise UserError(f"{path}: step {step!r:.100} is none; {advice}")
 
-    changed = [name for name, value in versions().items() if other.get(name, value) != value]
-    if changed:
-        say(f"the checkpoint was made with other {', '.join(changed)}: the run continues, but not bit for bit as it would have")
+    other = [name for name, value in versions().items() if made_with.get(name, value) != value]
+    if other:
+        names = ", ".join(other)
+        say(f"the checkpoint was made with other {names}: from here on not the same bit for bit")
     return state
 
 
-# ------------------------------------------------------------------------------------------- the process
+def load_state(optimizer, method: rar.RubricReward, state: dict, folder: Path) -> None:
+    """Puts back the optimiser's moments and the method's state. Raises UserError."""
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+        method.load_state_dict(state["method"])
+        # The optimiser itself would notice in its first step only.
+        for parameter, moments in optimizer.state.items():
+            if moments["exp_avg"].shape != parameter.shape:
+                raise ValueError("moments of another model")
+    except Exception as error:  # noqa: BLE001  (of another run or edited)
+        why = f"does not belong to this run ({first_line(error)})"
+        raise UserError(f"{folder}/checkpoint/trainer.pt: {why}; put its own back") from None
+
+
+# ---------------------------------------------------------------------- the process
 
 
 class Stop:
-    """While it is open, Ctrl-C and SIGTERM are noted and the loop ends after the step; the second one ends the step too.
+    """While it is open, Ctrl-C and SIGTERM are noted, and the loop ends after the step.
 
-    Clusters send SIGTERM some minutes before they take a machine back: time enough for a step and a checkpoint.
+    Clusters send SIGTERM some minutes before they take a machine back: time for a step and a save.
     """
 
     def __init__(self):
         self.noted = 0  # the signal that came
-        self.signal = 0  # the signal that all processes have agreed to stop for
+        self.signal = 0  # the one for which all processes have agreed to stop
         self.handlers = {}
 
     def __enter__(self):
@@ -1305,7 +1241,7 @@ class Stop:
         return self
 
     def note(self, number: int, frame) -> None:
-        """The handler."""
+        """The handler. The second signal ends the step as well."""
         if self.noted:
             raise KeyboardInterrupt
         self.noted = number
@@ -1320,72 +1256,12 @@ class Stop:
             signal.signal(number, handler)
 
 
-def train(config: Config, given: set[str]) -> int:
-    """A run from start to end, new or resumed. Returns the exit status: 0, or 128 + the signal that stopped it."""
-    started = time.time()
-    folder = RunFolder(config)
-    state = None
-    try:
-        if config.resume:
-            config = resumed_config(config, given, folder.path)
-            state = read_state(folder.path, config)
-        torch.manual_seed(config.seed)
-        run = begin(config, folder.path, state)
-        if not config.resume:
-            folder.write_start(config, run.examples + run.heldout)
-    except BaseException:
-        folder.abandon()
-        raise
-
-    try:
-        return train_in(folder, run, state, started)
-    finally:
-        folder.release()
-
-
-def train_in(folder: RunFolder, run: Run, state: dict | None, started: float) -> int:
-    """The loop, and the words before and after it. Returns the exit status."""
-    config = run.config
-    step = 0
-    if state:
-        step = state["step"]
-    if config.resume:
-        # A run killed before its first checkpoint begins again.
-        last_step = step
-        if step == 0:
-            last_step = -1
-        from_rank_zero(folder.truncate, last_step)
-        folder.write_start(config, run.examples + run.heldout)
-    announce(run, folder.path)
-
-    stop = Stop()
-    is_finished = step >= config.steps
-    try:
-        with stop:
-            loop(run, folder, step, stop)
-    except KeyboardInterrupt:
-        # Asked twice: the step under way is lost, the last checkpoint is not.
-        stop.signal = stop.noted or signal.SIGINT
-    if stop.signal:
-        say(f"\nstopped; continue with: python train.py --resume {folder.path}")
-        return 128 + stop.signal
-
-    if is_finished:
-        # It may have been killed before its last report.
-        folder.write_report()
-    if is_first():
-        say(report.summarise(folder.path))
-    say(
-        f"\n{(time.time() - started) / 60:.1f} minutes. In {folder.path}/: report.html, report.png, metrics.jsonl, "
-        "samples.jsonl, prompts.jsonl, config.json, checkpoint (loads with transformers)"
-    )
-    return 0
-
-
 def begin(config: Config, folder: Path, state: dict | None) -> Run:
-    """Data, judge, method, policy and optimiser, new or as the checkpoint in `folder` has them. Raises UserError."""
+    """A run in memory, new or as its checkpoint has it. Raises UserError, DataError, JudgeError."""
     # In the order of what it costs to be wrong: data and flags first, the model after them.
     examples, heldout = read_data(config)
+    if config.method in ("arlrr", "axis_mean", "gdpo"):
+        arlrr.check_classes(examples, config.class_by)
     method = make_method(config, make_judge(config))
     name = config.model
     if state:
@@ -1394,37 +1270,30 @@ def begin(config: Config, folder: Path, state: dict | None) -> Run:
     examples = fitting(examples, policy, config.max_new_tokens, "training")
     heldout = fitting(heldout, policy, config.max_new_tokens, "held-out")
 
-    # For every schedule, so that all of them train on the same prompts.
+    # Held back for every schedule, so that all of them train on the same prompts.
     validation = []
     if config.method == "arlrr":
         if len(examples) <= config.validation:
-            raise UserError(
-                f"--validation {config.validation}: only {len(examples)} training prompts; hold fewer back, at least "
-                "one must be left"
-            )
+            why = f"only {len(examples)} training prompts"
+            raise UserError(f"--validation {config.validation}: {why}; at least one must be left")
         validation = examples[-config.validation :]
         examples = examples[: -config.validation]
 
-    # Few prompts that come back often show learning in ten minutes; a data set of one's own is used whole.
+    # Few prompts that come back often show learning in ten minutes; own data are used whole.
     size = config.prompts
     if size == 0:
         size = len(examples) if config.data else 20
     examples = [example for example in examples[:size] if method.can_learn_from(example)]
     if not examples:
-        raise UserError(
-            f"--method {config.method} can learn from none of the training prompts (reference_likert needs references)"
-        )
+        why = "can learn from none of the training prompts (reference_likert needs references)"
+        raise UserError(f"--method {config.method} {why}")
 
-    # Second moments that forget in about 20 steps (0.95, not 0.999): a run has tens to hundreds of steps. No weight
-    # decay: it would pull the policy away from where it started, whatever the reward says.
-    optimizer = torch.optim.AdamW(
-        policy.model.parameters(),
-        lr=config.lr,
-        betas=(0.9, 0.95),
-        weight_decay=0.0,
-        fused=True,
-    )
-    # The reference is the model that the run began with, also when the policy comes from a checkpoint.
+    # Moments that forget in about 20 steps (0.95, not 0.999): a run has tens to hundreds of steps.
+    # No weight decay: it would pull the policy away from its start, whatever the reward says.
+    options = {"lr": config.lr, "betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
+    optimizer = torch.optim.AdamW(policy.model.parameters(), **options)
+
+    # The reference is the model that the run began with, also when it is resumed.
     if state:
         reference = Policy(config.model, config.dtype).model.requires_grad_(False)
         load_state(optimizer, method, state, folder)
@@ -1435,52 +1304,80 @@ def begin(config: Config, folder: Path, state: dict | None) -> Run:
     return Run(config, policy, reference, optimizer, method, examples, heldout, validation)
 
 
-def load_state(optimizer, method: rar.RubricReward, state: dict, folder: Path) -> None:
-    """Puts back the optimiser's moments and the method's state. Raises UserError when they are of another run."""
-    try:
-        optimizer.load_state_dict(state["optimizer"])
-        method.load_state_dict(state["method"])
-        for options in optimizer.param_groups:
-            for parameter in options["params"]:
-                for moment in optimizer.state[parameter].values():
-                    if moment.ndim and moment.shape != parameter.shape:
-                        raise ValueError("moments of another model")
-    except Exception as error:
-        raise UserError(
-            f"{folder / 'checkpoint' / 'trainer.pt'}: does not belong to this run ({first_line(error)}); put back its "
-            "own, or start a new run"
-        ) from None
-
-
 def announce(run: Run, folder: Path) -> None:
-    """Says what is about to happen, and what it will ask of the judge: who pays for calls wants to know before."""
+    """Says what is about to happen."""
     config = run.config
-    say(
-        f"{len(run.examples)} training and {len(run.heldout)} held-out prompts, {config.steps} steps of "
-        f"{config.prompts_per_step} x {config.group_size} rollouts, into {folder}/"
-    )
+    prompts = f"{len(run.examples)} training and {len(run.heldout)} held-out prompts"
+    shape = f"{config.prompts_per_step} x {config.group_size} rollouts"
+    say(f"{prompts}, {config.steps} steps of {shape}, into {folder}/")
     if config.judge != "offline":
-        calls_per_rollout = []
+        # Who pays for calls wants to know before the first one.
+        calls = 0.0
         for example in run.examples:
             per_call = config.judge_k or len(example.rubric)
-            calls_per_rollout.append(math.ceil(len(example.rubric) / per_call))
-        calls = config.prompts_per_step * config.group_size * statistics.fmean(calls_per_rollout)
+            calls += math.ceil(len(example.rubric) / per_call)
+        calls *= config.prompts_per_step * config.group_size / len(run.examples)
         say(
-            f"judge {config.judge_model}: up to {calls:.0f} calls per step for the rollouts, {calls * config.steps:.0f} "
-            "in all, less what repeats; evaluations, a search's trials and the writing of criteria come on top"
+            f"judge {config.judge_model}: up to {calls:.0f} calls per step for the rollouts, "
+            f"{calls * config.steps:.0f} in all, less what repeats; evaluations, a search's trials "
+            "and the writing of criteria come on top"
         )
     elif config.data:
         say(
-            "The offline judge is a stand-in: it compares words and counts form, it does not understand. "
-            "Read its scores as a smoke test."
+            "The offline judge is a stand-in: it compares words and counts form, it does not "
+            "understand. Read its scores as a smoke test."
         )
 
 
-def keep_memory() -> None:
-    """Tells glibc to reuse freed memory. By default it gives every large tensor back to the system and faults it in anew.
+def train(config: Config, given: set[str]) -> int:
+    """A run, new or resumed. Returns the exit status: 0, or 128 + the signal that stopped it."""
+    folder = RunFolder(config)
+    try:
+        state = None
+        if config.resume:
+            config = resumed_config(config, given, folder.path)
+            state = read_state(folder.path, config)
+        torch.manual_seed(config.seed)
+        run = begin(config, folder.path, state)
+        step = 0
+        if state:
+            step = state["step"]
+        if config.resume:
+            # Step 0 was logged too: a run killed before its first checkpoint begins again.
+            from_rank_zero(folder.truncate, step if state else -1)
+        folder.write_start(run)
+        announce(run, folder.path)
+        return train_until_stopped(run, folder, step)
+    finally:
+        folder.abandon()
 
-    That costs an eighth of a step's time on two cores. On other systems than Linux nothing happens.
-    """
+
+def train_until_stopped(run: Run, folder: RunFolder, step: int) -> int:
+    """The loop and the words after it. Returns the exit status."""
+    stop = Stop()
+    was_finished = step >= run.config.steps
+    try:
+        with stop:
+            loop(run, folder, step, stop)
+    except KeyboardInterrupt:
+        # Asked twice: the step under way is lost, the last checkpoint is not.
+        stop.signal = stop.noted or signal.SIGINT
+    if stop.signal:
+        say(f"\nstopped; continue with: python train.py --resume {folder.path}")
+        return 128 + stop.signal
+
+    if was_finished:
+        # It may have been killed before its last report.
+        folder.write_report()
+    if is_first():
+        say(summarise(folder.path))
+    return 0
+
+
+def reuse_memory() -> None:
+    """Tells glibc to reuse freed memory."""
+    # By default every large tensor is given back to the system and faulted in anew: an eighth of a
+    # step's time on two cores. On other systems than Linux nothing happens here.
     with suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no separate mappings, so that freed blocks can be used again
@@ -1488,8 +1385,8 @@ def keep_memory() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0; 2 with one line that says what is wrong, where, and what to do; 128 + the signal that stopped it."""
-    keep_memory()
+    """Exit status: 0; 2 with one line (what is wrong, where, what to do); 128 + the signal."""
+    reuse_memory()
     join_processes()
     if argv is None:
         argv = sys.argv[1:]
@@ -1497,7 +1394,7 @@ def main(argv: list[str] | None = None) -> int:
         config, given = parse_config(argv)
         status = train(config, given)
     except (UserError, rar.DataError, JudgeError, FloatingPointError, ImportError) as error:
-        # Any process may be the one with the error, so whoever has one prints it.
+        # Any process may be the one with the error: whoever has one prints it.
         write_line(sys.stderr, "train.py: " + " ".join(str(error).split()))
         status = 2
     except KeyboardInterrupt:
@@ -1505,7 +1402,8 @@ def main(argv: list[str] | None = None) -> int:
         status = 128 + signal.SIGINT
     if dist.is_initialized():
         if status == 0:
-            gather(None)  # the first one may still be writing
+            # The first one may still be writing.
+            gather(None)
         dist.destroy_process_group()
     return status
 
