@@ -1,5 +1,10 @@
-"""Reading 10,000 rows and scoring a step's verdicts: one JSON line. A benchmark, not a timed test: python tests/bench_rar.py"""
+"""Reading many rows and scoring a step's verdicts: one JSON line. A benchmark, not a timed test.
 
+    python tests/evidence/bench_rar.py                   # 10,000 rows of HealthBench's size
+    python tests/evidence/bench_rar.py --rows 100000
+"""
+
+import argparse
 import json
 import random
 import resource
@@ -8,46 +13,106 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import rar
+import rar  # noqa: E402
 
-ROWS, PROMPTS, GROUP, CRITERIA = 10_000, 64, 16, 20
-
-
-def rows(rng: random.Random, number: int) -> dict:
-    """A row as large as HealthBench's: 12 criteria of 120 to 250 characters, a conversation of one to three turns."""
-    words = lambda n: " ".join("".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 9))) for _ in range(n))
-    talk = [{"role": ("user", "assistant")[k % 2], "content": words(60)} for k in range(rng.choice((1, 1, 3)))]
-    items = [{"criterion": words(30), "points": p, "tags": ["level:example", f"axis:{rng.choice(rar.AXES)}"]} for p in (7, 5, 10, 3, 8, 2, 6, 9, -6, -3, -8, 4)]
-    return {"prompt_id": str(number), "prompt": talk, "rubrics": items, "example_tags": ["theme:hedging"]}
+PROMPTS = 64
+GROUP = 16
+CRITERIA = 20
+POINTS = (7, 5, 10, 3, 8, 2, 6, 9, -6, -3, -8, 4)
 
 
-def main() -> None:
-    rng = random.Random(0)
+def some_words(rng: random.Random, n: int) -> str:
+    """A text of n made-up words."""
+    words = []
+    for _ in range(n):
+        words.append("".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 9))))
+    return " ".join(words)
+
+
+def some_row(rng: random.Random, number: int) -> dict:
+    """A row as large as HealthBench's: 12 criteria, a conversation of one to three turns."""
+    messages = []
+    for turn in range(rng.choice((1, 1, 3))):
+        role = ("user", "assistant")[turn % 2]
+        messages.append({"role": role, "content": some_words(rng, 60)})
+    rubrics = []
+    for points in POINTS:
+        tags = ["level:example", f"axis:{rng.choice(rar.AXES)}"]
+        rubrics.append({"criterion": some_words(rng, 30), "points": points, "tags": tags})
+    return {
+        "prompt_id": str(number),
+        "prompt": messages,
+        "rubrics": rubrics,
+        "example_tags": ["theme:hedging"],
+    }
+
+
+def some_verdicts(rng: random.Random, missing: float) -> list[list[list[float | None]]]:
+    """Verdicts [P][G][K] of a step, a share of them missing."""
+    step = []
+    for _ in range(PROMPTS):
+        matrix = []
+        for _ in range(GROUP):
+            row = [float(rng.random() < 0.5) for _ in range(CRITERIA)]
+            matrix.append([None if rng.random() < missing else score for score in row])
+        step.append(matrix)
+    return step
+
+
+def peak_mb() -> float:
+    """The most memory this process has held, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def bench_reading(rng: random.Random, rows: int) -> dict:
+    """Seconds and memory for reading so many rows."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "rows.jsonl")
         with open(path, "w", encoding="utf8") as file:
-            for number in range(ROWS):
-                file.write(json.dumps(rows(rng, number)) + "\n")
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            for number in range(rows):
+                file.write(json.dumps(some_row(rng, number)) + "\n")
+
+        before = peak_mb()
         started = time.perf_counter()
         examples = rar.read_examples(path)
         seconds = time.perf_counter() - started
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         size = path.stat().st_size
-    rubric = [rar.Criterion("", rng.choice((-3, 1, 2, 5)), category="") for _ in range(CRITERIA)]
-    steps = [[[float(rng.random() < 0.5) for _ in range(CRITERIA)] for _ in range(GROUP)] for _ in range(PROMPTS)]
+    return {
+        "rows": len(examples),
+        "file_mb": round(size / 1e6),
+        "read_seconds": round(seconds, 2),
+        "process_mb": round(peak_mb()),
+        "added_mb": round(peak_mb() - before),
+    }
+
+
+def bench_scoring(rng: random.Random) -> dict:
+    """Milliseconds for the rewards of a step, by design, without and with missing verdicts."""
+    weights = [rng.choice((-3, 1, 2, 5)) for _ in range(CRITERIA)]
+    rubric = [rar.Criterion("", weight) for weight in weights]
     times = {}
-    for name, matrices in (("", steps), ("_with_missing", [[[None if rng.random() < 0.05 else v for v in row] for row in m] for m in steps])):
-        for method, aggregate in rar.AGGREGATIONS.items():
+    for label, missing in (("", 0.0), ("_with_missing", 0.05)):
+        step = some_verdicts(rng, missing)
+        for name in ("explicit", "points"):
             started = time.perf_counter()
-            for matrix in matrices:
-                rar.group_rewards(aggregate, rubric, matrix)
-            times[f"score_{method}{name}_ms"] = round(1000 * (time.perf_counter() - started), 1)
-    print(json.dumps({"rows": len(examples), "file_mb": round(size / 1e6), "read_seconds": round(seconds, 2),
-                      "process_mb": round(memory / 1024), "added_mb": round((memory - before) / 1024), **times}))  # fmt: skip
+            for matrix in step:
+                rar.group_rewards(rar.DESIGNS[name].aggregate, rubric, matrix)
+            milliseconds = 1000 * (time.perf_counter() - started)
+            times[f"score_{name}{label}_ms"] = round(milliseconds, 1)
+    return times
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Reading rows and scoring a step, timed.")
+    parser.add_argument("--rows", type=int, default=10_000, help="rows to read [10000]")
+    args = parser.parse_args(argv)
+    rng = random.Random(0)
+    print(json.dumps(bench_reading(rng, args.rows) | bench_scoring(rng)))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
