@@ -7,15 +7,18 @@ import os
 
 import pytest
 import torch
+from test_grpo import flat, set_advantages, settings
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import grpo
 import train
-from grpo import Settings, sample, update
+from grpo import sample, update
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
+)
 ENDS = {1}
-# Longer than one block of vLLM's cache (16 tokens, 128 on a CPU), so that a stale prefix cache would show.
+# One is longer than a block of vLLM's cache (16 tokens, 128 on a CPU): a stale prefix cache shows.
 PROMPTS = [[2 + (7 * i) % 250 for i in range(300)], [5, 6, 7], [9 + i for i in range(40)]]
 
 
@@ -35,17 +38,21 @@ def tiny(tiny, tmp_path_factory):
 def engine(tiny):
     state = torch.get_rng_state()
     sampler = grpo.VLLMSampler(tiny, 400, bfloat16=False, memory_gib=1.0)
-    assert torch.equal(state, torch.get_rng_state())  # starting it must not change what the run would have drawn
+    # Starting it must not change what the run draws.
+    assert torch.equal(state, torch.get_rng_state())
     return sampler
 
 
-def gap(engine, model, temperature=0.8, seed=0) -> float:
+def gap(engine, model, temperature=0.8) -> float:
     """Largest difference of a token's log-prob, vLLM against the trainer."""
-    groups = engine.sample(PROMPTS, 4, 12, temperature, ENDS, seed)
+    groups = engine.sample(PROMPTS, [0, 4, 8], 4, 12, temperature, ENDS)
     assert [len(g) for g in groups] == [4, 4, 4]
     with torch.no_grad():
         logp, _ = grpo.completion_logprobs(model, groups, temperature)
-    return (logp - logp.new_tensor([p for g in groups for r in g for p in r.logp])).abs().max().item()
+    sampled = []
+    for rollout in flat(groups):
+        sampled.extend(rollout.logp)
+    return (logp - logp.new_tensor(sampled)).abs().max().item()
 
 
 def test_vllm_weights_arrive_in_the_live_engine(engine, tiny):
@@ -56,7 +63,8 @@ def test_vllm_weights_arrive_in_the_live_engine(engine, tiny):
     assert gap(engine, model) < 1e-3 and gap(engine, model, temperature=0.5) < 1e-3
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+            noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+            p.add_(0.1 * noise)
     assert gap(engine, model) > 0.1
     engine.sync(model)
     assert gap(engine, model) < 1e-3
@@ -66,17 +74,29 @@ def test_vllm_rollouts_have_the_form_of_the_torch_sampler(engine, tiny):
     """Ids with the end token, a log-prob for each, a finish reason; greedy text equal to ours; seeds that repeat."""
     model, _ = grpo.load_policy(tiny)
     engine.sync(model)
-    ours, theirs = sample(model, PROMPTS, 1, 20, 0.0, ENDS), engine.sample(PROMPTS, 1, 20, 0.0, ENDS)
+    ours = sample(model, PROMPTS, 1, 20, 0.0, ENDS)
+    theirs = engine.sample(PROMPTS, [0, 1, 2], 1, 20, 0.0, ENDS)
     assert [r.ids for [r] in ours] == [r.ids for [r] in theirs]
-    ends, seen = set(range(100, 108)), []
-    groups = engine.sample(PROMPTS, 6, 20, 1.0, ends, seed=5, progress=seen.append)
+
+    ends = set(range(100, 108))
+    counts = []
+
+    def ids(seeds):
+        groups = engine.sample(PROMPTS, seeds, 6, 20, 1.0, ends, on_token=counts.append)
+        return groups, [r.ids for r in flat(groups)]
+
+    groups, first = ids([5, 11, 17])
     for prompt, group in zip(PROMPTS, groups):
         for r in group:
-            assert r.prompt_ids == prompt and len(r.logp) == len(r.ids) <= 20 and all(p <= 0 for p in r.logp)
-            assert (r.finish == "stop") == (r.ids[-1] in ends | {1}) and not set(r.ids[:-1]) & ends
-    assert {r.finish for g in groups for r in g} == {"stop", "length"} and sum(seen) == sum(len(r.ids) for g in groups for r in g)
-    ids = lambda seed: [[r.ids for r in g] for g in engine.sample(PROMPTS, 6, 20, 1.0, ends, seed)]
-    assert ids(5) == [[r.ids for r in g] for g in groups] != ids(6)
+            assert r.prompt_ids == prompt and len(r.logp) == len(r.ids) <= 20
+            assert all(p <= 0 for p in r.logp)
+            assert (r.finish == "stop") == (r.ids[-1] in ends | {1})
+            assert not set(r.ids[:-1]) & ends
+    assert {r.finish for r in flat(groups)} == {"stop", "length"}
+    assert sum(counts) == sum(len(r.ids) for r in flat(groups))
+
+    assert ids([5, 11, 17])[1] == first
+    assert ids([6, 12, 18])[1] != first
     assert len({tuple(r.ids) for r in groups[1]}) > 1
 
 
@@ -86,23 +106,25 @@ def test_vllm_importance_weights_pull_a_stale_sampler_back(engine, tiny):
     engine.sync(model)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(1.3)
-    groups = engine.sample(PROMPTS, 4, 12, 1.0, ENDS, seed=1)
-    for g in groups:
-        for r, a in zip(g, (1.0, -1.0, 0.5, -0.5)):
-            r.advantage = a
-    log = update(model, torch.optim.SGD(model.parameters(), lr=0.0), groups, Settings(tis_cap=2.0))
+    groups = engine.sample(PROMPTS, [1, 5, 9], 4, 12, 1.0, ENDS)
+    set_advantages(groups, [(1.0, -1.0, 0.5, -0.5)] * 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    log = update(model, optimizer, groups, settings(tis_cap=2.0))
     assert log["logp_gap"] > 0.01 and 0 < log["tis_mean"] <= 2.0
 
 
 def test_vllm_trains_through_the_command(tiny, tmp_path):
     """Three steps of train.py: finite rewards, and a gap that stays small because every step syncs."""
     out = tmp_path / "run"
-    flags = ["--sampler", "vllm", "--vllm_memory", "1", "--model", str(tiny), "--steps", "3", "--prompts", "3", "--lr", "0.003"]
-    assert train.main([*flags, "--max_new_tokens", "32", "--prompts_per_step", "3", "--group_size", "8", "--out", str(out)]) == 0
+    flags = "--sampler vllm --vllm_memory 1 --steps 3 --prompts 3 --lr 0.003 --max_new_tokens 32"
+    flags += " --prompts_per_step 3 --group_size 8"
+    assert train.main([*flags.split(), "--model", str(tiny), "--out", str(out)]) == 0
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert all(math.isfinite(row["reward"]) for row in rows[1:])
-    trained = [row for row in rows[1:] if row["grad_norm"] > 0]  # a step whose groups are all alike trains nothing
+    trained = [
+        row for row in rows[1:] if row["grad_norm"] > 0
+    ]  # a step whose groups are all alike trains nothing
     assert len(trained) >= 2
     for row in trained:
         assert row["logp_gap"] < 1e-3 and row["tis_mean"] == pytest.approx(1, abs=1e-3)
