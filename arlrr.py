@@ -54,9 +54,22 @@ from copy import deepcopy
 import torch
 
 from judge import progress_bar
-from rar import ZERO_STD, Criterion, DataError, Example, Group, RubricReward
-from rar import bootstrap, correlation, drop_nan, group_rewards, nanmean, points_reward
-from rar import score_matrix, silence_rule
+from rar import (
+    ZERO_STD,
+    Criterion,
+    DataError,
+    Example,
+    Group,
+    RubricReward,
+    bootstrap,
+    correlation,
+    drop_nan,
+    group_rewards,
+    nanmean,
+    points_reward,
+    score_matrix,
+    silence_rule,
+)
 
 # The verdicts [G][K] of a group: one row per rollout, one column per criterion, None = missing.
 Matrix = list[list[float | None]]

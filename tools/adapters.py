@@ -1,0 +1,446 @@
+"""Rubric rewards in other people's trainers: TRL's GRPOTrainer and verl.
+
+    # TRL: a reward function; the data set needs the columns "prompt" and "id"
+    method = RubricReward(judge, SimpleNamespace(method="explicit", advantage="std"))
+    reward = as_trl_reward(method, examples, heldout)
+    GRPOTrainer(model, reward_funcs=[reward], train_dataset=Dataset.from_list(trl_rows(examples)),
+                eval_dataset=Dataset.from_list(trl_rows(heldout)), ...)
+
+    # verl: a file my_reward.py with these lines, and custom_reward_function.path=my_reward.py
+    compute_score = as_verl_reward(method, examples, heldout)
+
+What a trainer hands over decides which methods it can run:
+
+    as_trl_reward            whole batches                    all but gdpo; rler in one process
+    as_verl_batch_reward     whole batches (older verl)       all but gdpo; rler in one process
+    as_verl_reward           one rollout at a time (verl      the designs of rar.py and axis_mean,
+                             since 0.7: the reward loop)      which score a rollout by itself
+
+Examples and `heldout` are told apart by their ids. Rows of held-out examples are scored as
+train.py scores them, by their own rubric and HealthBench's points; no class has its turn there,
+no rubric evolves on them.
+
+What could not be scored (a failed verdict; a prompt whose class has no turn) is None for TRL,
+which leaves it out of the group. If TRL adds up several reward functions, it counts as 0 there.
+verl has no word for it: such a rollout gets the mean reward of its prompt, so that it moves
+neither up nor down.
+
+    python tools/adapters.py data/train.jsonl --trainer verl --split train --out train_verl.jsonl
+    python tools/adapters.py data/train.jsonl --trainer trl --out train_trl.jsonl
+"""
+
+import argparse
+import asyncio
+import json
+import math
+import os
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rar import (
+    DataError,
+    Example,
+    Group,
+    RubricReward,
+    criterion_questions,
+    judge_groups,
+    points_reward,
+    read_examples,
+)
+from rler import RLER
+
+# ---------------------------------------------------------------------- what a completion says
+
+
+def answer_text(completion: object) -> str | None:
+    """The text that a judge is shown; None where there is nothing to judge.
+
+    completion: a text, a list of parts, or a chat. Of a chat the assistant's last message counts:
+    what a tool returned is not the policy's answer. Raises DataError for anything else.
+
+    >>> answer_text([{"type": "text", "text": "Rest. "}, {"type": "text", "text": "Drink."}])
+    'Rest. Drink.'
+    >>> call = {"role": "assistant", "content": "Let me look it up."}
+    >>> answer_text([call, {"role": "tool", "content": "Rest."}])
+    'Let me look it up.'
+    """
+    if completion is None or isinstance(completion, str):
+        return completion
+    if not isinstance(completion, list):
+        kind = type(completion).__name__
+        raise DataError(f"a completion is a {kind}; it must be a text, a list of parts, or a chat")
+
+    is_chat = any(isinstance(entry, dict) and "role" in entry for entry in completion)
+    if not is_chat:
+        return parts_text(completion)
+
+    # From the end: in a dialogue with tools the last message may be a tool's.
+    for message in reversed(completion):
+        if message.get("role") == "assistant":
+            return content_text(message.get("content"))
+    return None
+
+
+def content_text(content: object) -> str:
+    """The text of a message's content: a text, a list of parts, or nothing."""
+    # A message that only calls a tool has no content. It says nothing, and is judged as silence.
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        return parts_text(content)
+    raise DataError(f"a message's content is a {type(content).__name__}; it must be a text")
+
+
+def parts_text(parts: list) -> str:
+    """The text parts, joined. Parts of other kinds (thoughts, images) are not the answer."""
+    texts = []
+    for part in parts:
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, dict) and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+    return "".join(texts)
+
+
+# ---------------------------------------------------------------------- one step of a method
+
+
+class Scorer:
+    """A method and its examples, for a trainer that samples and updates by itself."""
+
+    def __init__(
+        self,
+        method: RubricReward,
+        examples: list[Example],
+        heldout: list[Example],
+        by_prompt: bool = True,
+    ):
+        """by_prompt: the rollouts of a prompt are a group; else each is a group of its own.
+
+        Raises DataError for a method that is more than a reward, or an id in both lists.
+        """
+        if type(method).advantages is not RubricReward.advantages:
+            raise DataError(
+                "gdpo is a rule for advantages, which other trainers compute by themselves: "
+                "use axis_mean, or the trainer's own GDPO"
+            )
+        self.method = method
+        self.examples = {example.id: example for example in examples}
+        self.heldout = {example.id: example for example in heldout}
+        self.by_prompt = by_prompt
+        self.steps_done = 0
+
+        # The id alone says what a row is for, so no id may say both.
+        for name in self.heldout:
+            if name in self.examples:
+                raise DataError(f"id {name!r} is among the training and the held-out examples")
+
+    def example(self, name: object) -> Example:
+        """The example that a row's id names. Raises DataError."""
+        if isinstance(name, str):
+            if name in self.examples:
+                return self.examples[name]
+            if name in self.heldout:
+                return self.heldout[name]
+        raise DataError(
+            f"no rubric for a row with the id {name!r}; give the examples that the data set was "
+            "made from (tools/adapters.py makes it)"
+        )
+
+    def rewards(self, ids: list, texts: list[str | None], step: int | None = None) -> list[float]:
+        """One step: rewards in the order of the texts; nan for what was not scored.
+
+        step: updates done so far; None counts the calls.
+        """
+        if len(ids) != len(texts):
+            raise DataError(f"{len(ids)} ids for {len(texts)} completions; give one id for each")
+
+        # Every id is looked up before anything is judged: an error should cost no verdicts.
+        rollouts = []
+        training = {}
+        heldout = {}
+        for number, (name, text) in enumerate(zip(ids, texts)):
+            example = self.example(name)
+            rollout = SimpleNamespace(text=text, reward=math.nan)
+            rollouts.append(rollout)
+
+            # A completion that is not there is no silence: nothing is known about it.
+            if text is None:
+                continue
+            groups = heldout if name in self.heldout else training
+            key = name if self.by_prompt else number
+            if key not in groups:
+                groups[key] = Group(example, [])
+            groups[key].rollouts.append(rollout)
+
+        if training:
+            self.score(list(training.values()), step)
+        if heldout:
+            self.evaluate(list(heldout.values()))
+        return [rollout.reward for rollout in rollouts]
+
+    def score(self, groups: list[Group], step: int | None) -> None:
+        """Calls the hooks of the method in the order of rar.RubricReward."""
+        method = self.method
+        # Each process would evolve rubrics of its own, by the part of a group that it has.
+        if isinstance(method, RLER) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise DataError(
+                "rler needs all rollouts of a prompt in one process, and this trainer has several; "
+                "use one process, another method, or train.py"
+            )
+        if step is None:
+            step = self.steps_done
+        method.before_step(step, list(self.examples.values()))
+
+        # What the method does not want now stays without a reward.
+        usable = {}
+        for example, _ in groups:
+            if method.can_learn_from(example):
+                usable[example.id] = example
+        wanted = {example.id for example in method.pool(list(usable.values()))}
+        scored = [group for group in groups if group.example.id in wanted]
+
+        method.score(scored)
+        method.after_step(scored)
+        self.steps_done += 1
+
+    def evaluate(self, groups: list[Group]) -> None:
+        """HealthBench's score by the example's own rubric; the method's state is not touched."""
+        rubrics = [example.rubric for example, _ in groups]
+        judge_groups(self.method.judge, groups, rubrics, criterion_questions)
+        for example, rollouts in groups:
+            for rollout in rollouts:
+                # nan with a missing verdict, as in rar.evaluate: what it would be is not known.
+                scores = [verdict.score for verdict in rollout.verdicts]
+                rollout.reward = points_reward(example.rubric, scores)
+
+
+# ---------------------------------------------------------------------- TRL
+
+
+def as_trl_reward(method: RubricReward, examples: list[Example], heldout: list[Example] = ()):
+    """The method as a reward function of TRL's GRPOTrainer.
+
+    The data sets need the column "id", see `trl_rows`. Raises DataError where it is missing.
+    """
+    scorer = Scorer(method, examples, heldout)
+
+    def rubric_reward(
+        completions: list,
+        id: list | None = None,
+        trainer_state=None,
+        **columns,
+    ) -> list[float | None]:
+        """TRL's convention: columns come as lists with one entry per completion."""
+        if id is None:
+            raise DataError('the data set has no column "id"; make it with tools/adapters.py')
+
+        # With several updates per batch the calls are fewer than the updates.
+        step = None
+        if trainer_state is not None:
+            step = trainer_state.global_step
+
+        texts = [answer_text(completion) for completion in completions]
+        rewards = []
+        for reward in scorer.rewards(id, texts, step):
+            rewards.append(None if math.isnan(reward) else reward)
+        return rewards
+
+    return rubric_reward
+
+
+def trl_rows(examples: list[Example]) -> list[dict]:
+    """Rows of a data set for TRL: Dataset.from_list(trl_rows(examples))."""
+    return [{"prompt": example.prompt, "id": example.id} for example in examples]
+
+
+# ---------------------------------------------------------------------- verl
+
+
+class PromptMeans:
+    """Mean reward per prompt: what verl is given for a rollout that could not be scored."""
+
+    def __init__(self):
+        self.total = defaultdict(float)
+        self.count = Counter()
+
+    def fill(self, ids: list[str], rewards: list[float]) -> list[float]:
+        """The rewards with every nan replaced by the prompt's mean; 0 where it has none.
+
+        >>> PromptMeans().fill(["a", "a", "a", "b"], [0.5, math.nan, 0.7, math.nan])
+        [0.5, 0.6, 0.7, 0.0]
+        """
+        # First all that are known: the mean should not depend on the order in the batch.
+        for name, reward in zip(ids, rewards):
+            if not math.isnan(reward):
+                self.total[name] += reward
+                self.count[name] += 1
+
+        filled = []
+        for name, reward in zip(ids, rewards):
+            if not math.isnan(reward):
+                filled.append(reward)
+            elif self.count[name]:
+                filled.append(self.total[name] / self.count[name])
+            else:
+                filled.append(0.0)
+        return filled
+
+
+def row_id(extra_info: object) -> str:
+    """The example's id in a row of verl. Raises DataError."""
+    if not isinstance(extra_info, dict) or extra_info.get("id") is None:
+        raise DataError(
+            'a row has no "id" in its extra_info; make the data set with tools/adapters.py'
+        )
+    return extra_info["id"]
+
+
+class Call:
+    """A call of verl's reward loop that waits for its turn at the judge."""
+
+    def __init__(self, name: str, text: str | None):
+        self.name = name
+        self.text = text
+        self.reward = None
+        self.error = None
+
+
+def as_verl_reward(method: RubricReward, examples: list[Example], heldout: list[Example] = ()):
+    """The method as verl's reward function of today: one rollout per call, many calls at a time.
+
+    The rows need the example's id in extra_info, see `verl_rows`. Raises DataError for a method
+    that needs whole steps, which no such call can see.
+    """
+    if type(method).before_step is not RubricReward.before_step:
+        raise DataError(
+            f"{type(method).__name__} needs whole steps, and verl's reward loop hands over one "
+            "rollout at a time; use a design of rar.py (explicit, points, ...), or train.py"
+        )
+    # The loop deals a prompt's rollouts out to several workers, so each is a group of its own.
+    scorer = Scorer(method, examples, heldout, by_prompt=False)
+    means = PromptMeans()
+    lock = asyncio.Lock()
+    waiting: list[Call] = []
+
+    async def compute_score(
+        data_source: str,
+        solution_str: str,
+        ground_truth: str,
+        extra_info: dict,
+        **_,
+    ) -> dict:
+        """verl's convention. "scored" is 0 where "score" is only the prompt's mean."""
+        call = Call(row_id(extra_info), answer_text(solution_str))
+        # A wrong id is the error of this row, not of all that are judged with it.
+        scorer.example(call.name)
+        waiting.append(call)
+
+        # The call that gets the lock takes all that wait by then to the judge, in one flat batch.
+        # One by one, a language model would be asked about a rollout only after the last one.
+        async with lock:
+            if call in waiting:
+                batch = list(waiting)
+                waiting.clear()
+                await asyncio.to_thread(score_calls, scorer, batch)
+        if call.error is not None:
+            raise call.error
+        [score] = means.fill([call.name], [call.reward])
+        return {"score": score, "scored": float(not math.isnan(call.reward))}
+
+    return compute_score
+
+
+def score_calls(scorer: Scorer, batch: list[Call]) -> None:
+    """Sets the reward of every call, or the error that stopped them all."""
+    ids = [call.name for call in batch]
+    texts = [call.text for call in batch]
+    try:
+        rewards = scorer.rewards(ids, texts)
+    except Exception as error:
+        # Each call raises it: verl would wait for ever for one that says nothing.
+        for call in batch:
+            call.error = error
+        return
+    for call, reward in zip(batch, rewards):
+        call.reward = reward
+
+
+def as_verl_batch_reward(
+    method: RubricReward,
+    examples: list[Example],
+    heldout: list[Example] = (),
+):
+    """The method as the function of verl's older batch manager (reward_manager "batch")."""
+    scorer = Scorer(method, examples, heldout)
+
+    def compute_score(
+        data_sources: list,
+        solution_strs: list,
+        ground_truths: list,
+        extra_infos: list,
+        **_,
+    ) -> list[float]:
+        """verl's convention: lists with one entry per rollout; returns the rewards."""
+        ids = [row_id(extra_info) for extra_info in extra_infos]
+        texts = [answer_text(text) for text in solution_strs]
+        # The mean of this batch only: the policy was another one in the batches before.
+        return PromptMeans().fill(ids, scorer.rewards(ids, texts))
+
+    return compute_score
+
+
+def verl_rows(examples: list[Example], split: str = "train") -> list[dict]:
+    """Rows of a data set for verl, as its data preprocessing scripts write them."""
+    rows = []
+    for index, example in enumerate(examples):
+        rows.append({
+            "data_source": "rubrics",
+            "prompt": example.prompt,
+            "reward_model": {"style": "rule", "ground_truth": example.reference},
+            "extra_info": {"id": example.id, "split": split, "index": index},
+        })
+    return rows
+
+
+# ---------------------------------------------------------------------- the command line
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Writes a data set for a trainer. Exit status 0, or 2 with one line that says what is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="adapters.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("data", help="prompts with rubrics, as for train.py --data")
+    parser.add_argument("--trainer", choices=["trl", "verl"], required=True, help="who reads it")
+    parser.add_argument("--split", default="train", help="verl: the name of the split [train]")
+    parser.add_argument("--out", required=True, help="the JSONL file to write")
+    args = parser.parse_args(argv)
+    try:
+        examples = read_examples(args.data)
+        if args.trainer == "trl":
+            rows = trl_rows(examples)
+        else:
+            rows = verl_rows(examples, args.split)
+        with open(args.out, "x", encoding="utf8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    except FileExistsError:
+        print(f"adapters.py: {args.out}: is there already; name another file", file=sys.stderr)
+        return 2
+    except (DataError, OSError) as error:
+        print(f"adapters.py: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.out}: {len(rows)} rows")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
