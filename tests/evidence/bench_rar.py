@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import rar  # noqa: E402
+import rar
 
 PROMPTS = 64
 GROUP = 16
@@ -71,8 +71,7 @@ def bench_reading(rng: random.Random, rows: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "rows.jsonl")
         with open(path, "w", encoding="utf8") as file:
-            for number in range(rows):
-                file.write(json.dumps(some_row(rng, number)) + "\n")
+            file.writelines(json.dumps(some_row(rng, number)) + "\n" for number in range(rows))
 
         before = peak_mb()
         started = time.perf_counter()

@@ -33,8 +33,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from grpo import advantages  # noqa: E402
-from rar import Criterion, explicit_reward, group_rewards, points_reward, satisfied  # noqa: E402
+from grpo import advantages
+from rar import Criterion, explicit_reward, group_rewards, points_reward, satisfied
 
 SEEDS = range(5)
 
