@@ -1,7 +1,7 @@
 """Reinforcement learning from rubric rewards: one command, from prompts to a better model.
 
-    data/*.jsonl -> Example -> policy.rollouts -> Rollout x G -> method.score -> grpo.update -> next
-                    (prompt,    (one group         (text, ids,    (one verdict    (loss,         step
+    data/*.jsonl -> Example -> policy.rollouts -> Rollout x G -> method.score -> grpo.update -> ...
+                    (prompt,    (one group         (text, ids,    (one verdict    (loss,
                      rubric)     per prompt)        log-probs)     per criterion)  backward)
 
     python train.py                                 # SmolLM2-135M, two CPU cores, ten minutes

@@ -1,4 +1,4 @@
-"""What the tests share: the files under test on the path, a tiny random model, and the optional real data."""
+"""What the tests share: the files on the path, a tiny random model, the optional real data, the marker `long`."""
 
 import json
 import shutil
@@ -10,6 +10,22 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 SHARED = ROOT.parent / "shared" / "data"  # real benchmark rows, not part of the repository
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="also run the tests that take minutes (marker: long)")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: takes minutes; skipped without --long")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--long"):
+        return
+    for item in items:
+        if "long" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="takes minutes: give --long"))
 
 
 @pytest.fixture
@@ -28,7 +44,8 @@ def shared():
 def few(tmp_path):
     """Two held-out prompts, so that evaluations take no time."""
     path = tmp_path / "few.jsonl"
-    path.write_text("\n".join((ROOT / "data" / "heldout.jsonl").read_text(encoding="utf8").split("\n")[:2]) + "\n", encoding="utf8")
+    lines = (ROOT / "data" / "heldout.jsonl").read_text(encoding="utf8").split("\n")
+    path.write_text("\n".join(lines[:2]) + "\n", encoding="utf8")
     return str(path)
 
 
@@ -39,7 +56,8 @@ def fork(tmp_path):
     folder.mkdir()
     for name in ("rar", "judge", "grpo", "rler", "arlrr", "train"):
         shutil.copy(ROOT / f"{name}.py", folder)
-    shutil.copytree(ROOT / "data", folder / "data")
+    for name in ("data", "tools"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 
 
@@ -88,11 +106,10 @@ def tiny_model(tiny):
 def forms(tmp_path_factory):
     """Prompts with two classes of criteria about form, in which the answers of a random model differ: it learns from both."""
     path = tmp_path_factory.mktemp("forms") / "forms.jsonl"
-    rubric = [
-        {"text": "Is at most one word long.", "weight": 3, "axis": "communication_quality"},
-        {"text": "Is at most three words long.", "weight": 2, "axis": "communication_quality"},
-        {"text": "Is at least two words long.", "weight": 1, "axis": "instruction_following"},
-    ]
+    short = {"text": "Is at most one word long.", "weight": 3, "axis": "communication_quality"}
+    brief = {"text": "Is at most three words long.", "weight": 2, "axis": "communication_quality"}
+    several = {"text": "Is at least two words long.", "weight": 1, "axis": "instruction_following"}
+    rubric = [short | {"check": "words <= 1"}, brief | {"check": "words <= 3"}, several | {"check": "words >= 2"}]
     rows = [{"id": f"p{n}", "question": f"What is {n} plus {n}?", "rubric": rubric} for n in range(9)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
     return str(path)
