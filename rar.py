@@ -480,7 +480,7 @@ def parse_criterion(item: object, where: str) -> Criterion:
         text=as_text(text, where, "text").strip(),
         weight=float(weight),
         title=as_text(item.get("title"), where, "title", allow_number=True),
-        category=parse_category(item.get("category"), weight, where),
+        category=parse_category(item.get("category"), weight, text, where),
         axis=sys.intern(axis),
         tags=tags,
         check=parse_criterion_check(item.get("check"), where),
@@ -491,7 +491,7 @@ def parse_criterion(item: object, where: str) -> Criterion:
 MAX_WEIGHT = 1e9
 
 
-def parse_category(category: object, weight: float, where: str) -> str:
+def parse_category(category: object, weight: float, text: str, where: str) -> str:
     """The category as written, or "". Raises DataError where its polarity is not the sign's."""
     category = as_text(category, where, "category", allow_number=True)
     if not category:
@@ -501,6 +501,10 @@ def parse_category(category: object, weight: float, where: str) -> str:
     if kind not in CATEGORY_WEIGHTS:
         known = "Essential, Important, Optional, Pitfall"
         raise DataError(f"{where}: category {shorten(category)}; use one of {known}")
+
+    # A pitfall that forbids its fault ("Avoids X", in RaR's data) is good when met.
+    if kind == "pitfall" and weight > 0 and names_avoidance(text.strip()):
+        return category
 
     # Which of the two is the mistake only a person can say, and guessing may pay for a fault.
     if (kind == "pitfall") != (weight < 0):

@@ -2,140 +2,143 @@
 
     python data/prepare.py SOURCE --out FILE.jsonl [--max_bad 0.02] [--force]
 
-SOURCE is a .jsonl, .jsonl.gz, .json (one list), .csv or .parquet file, a folder of these, or a data set of
-the Hugging Face hub: owner/name, owner/name:split, owner/name:config or owner/name:config:split. Parquet
-files and the hub need a package (pip install datasets).
+SOURCE is a .jsonl, .jsonl.gz, .json (one list), .csv or .parquet file, a folder of these, or a data
+set of the Hugging Face hub: owner/name[:config][:split]. Parquet files and the hub need a package
+(pip install datasets).
 
-    python data/prepare.py healthbench.jsonl --out hb.jsonl
-    python data/prepare.py ScaleAI/RaR-Medicine:train --out rar.jsonl
-    python data/prepare.py Idavidrein/gpqa:gpqa_diamond:train --out gpqa.jsonl
+    python data/prepare.py healthbench.jsonl --out healthbench_rows.jsonl
+    python data/prepare.py ScaleAI/RaR-Medicine:train --out rar_rows.jsonl
+    python data/prepare.py Idavidrein/gpqa:gpqa_diamond:train --out gpqa_rows.jsonl
 
-Formats, told apart by the values of a row; a column that is null, or is not listed here, changes nothing:
+Formats, told apart by the values of a row; a column that is null or not named here changes nothing:
 
-    HealthBench        prompt, rubrics: criterion, points, tags      also Professional: conversation, rubric_items
-    RaR as released    question, rubric: title, description, weight
-    RubricHub, verl    prompt or messages, Rubrics or reward_model.rubrics: criterion, points, tags
-    ResearchRubrics    prompt, rubrics or rubric_items: criterion, weight, axis
-    DR Tulu            messages, ground_truth: JSON text with rubrics (open-instruct's layout)
-    ResearchQA         query, rubric: rubric_item, type
-    OpenRubrics        instruction, rubric: numbered text
-    multiple choice    MedQA: question, options, answer_idx          GPQA: Question, Correct Answer, ...
-    our own            question or prompt, rubric: text, weight
+    ours, HealthBench   question or prompt, rubric or rubrics: text or criterion, weight or points
+    ResearchRubrics     the same with axis; also as rubric_items, like HealthBench Professional
+    RubricHub, verl     prompt or messages, reward_model.rubrics or Rubrics: criterion, points, tags
+    DR Tulu             messages, ground_truth: JSON text with rubrics (open-instruct's layout)
+    RaR as released     question, rubric: title, description, weight
+    ResearchQA          query, rubric: rubric_item, type
+    OpenRubrics         instruction, rubric: one numbered text
+    multiple choice     MedQA: question, options, answer_idx; GPQA: Question, Correct Answer, ...
 
-What a format leaves open, and what is done here:
+What the formats leave open, and what is done here:
 
-1. Polarity. All pitfalls of RaR's released data have negative weights, but 80 % of RaR-Science's forbid the
-   fault ("Avoids ..."; good when met) and 88 % of RaR-Medicine's name it ("Recommends ..."; counted by others).
-   `rar.names_avoidance` decides; one that is good when met gets a positive weight. In the other formats
-   the published sign is the polarity.
+1. Polarity. All pitfalls of RaR's released data have negative weights, but 80 % of RaR-Science's
+   forbid the fault ("Avoids ...": good when met) and 88 % of RaR-Medicine's name it ("Recommends
+   ..."; others counted). `rar.names_avoidance` decides; a pitfall that is good when met gets a
+   positive weight. In all other formats the published sign is the polarity.
 2. Weights. ResearchQA and OpenRubrics publish none: every criterion weighs 1.
-3. Axis and category stay empty where a format has none. The words that a format uses (ResearchRubrics' axes)
-   are copied as they are.
-4. Rules. RubricHub names checkers of instruction following ("length_constraints:number_words"). One that
-   `judge.parse_check` can express becomes a check; a row with any other checker is skipped. The names of the
-   parameters are those of IFEval; RubricHub's own documentation of them is not published.
-5. Ids. A row without an id is named after its place: the path below SOURCE, a colon and the line.
+3. Axis and category stay empty where a format has none; ResearchRubrics' own axes are copied.
+4. Rules. RubricHub names checkers of instruction following ("length_constraints:number_words"). One
+   that a check of judge.py can express becomes that check; a row with any other is skipped. Their
+   parameters are named as in IFEval, because RubricHub does not publish its own names.
+5. Ids. A row without one is named after its place: path below SOURCE, a colon, the row's number.
 """
 
 import argparse
 import csv
 import difflib
-import gzip
 import json
+import math
 import os
 import random
 import re
 import sys
-import zlib
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import judge  # noqa: E402  (the line above makes the repository's files importable)
-import rar  # noqa: E402
-from rar import DataError  # noqa: E402
+import judge
+import rar
+from rar import DataError, Example, first_value
 
 # ----------------------------------------------------------------------------- where rows come from
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?::([\w.-]+))?")
+NEEDS_DATASETS = "parquet files and data sets of the hub need a package (pip install datasets)"
 
 
 class Place(NamedTuple):
-    """Where a row is from: `file` (or split) as the user knows it, `name` below the source, row number."""
+    """Where a row is from: its file (or split), the file's path below SOURCE, the row's number."""
 
     file: str
-    name: str
+    inside: str
     number: int
 
     def __str__(self) -> str:
         return f"{self.file}:{self.number}"
 
+    @property
+    def name(self) -> str:
+        """The id of a row that has none: the same wherever SOURCE lies."""
+        return f"{self.inside}:{self.number}"
+
 
 def read_source(source: str) -> Iterator[tuple[Place, object]]:
-    """Yields (place, row), one at a time; a line of JSONL as bytes, so that a bad one stops nothing.
+    """Yields (place, row), one at a time; a line of JSONL as bytes.
 
     Raises DataError when the source cannot be read at all.
     """
     path = Path(source)
+    # In a fixed order, so that a repeat is always the later one.
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES))
         if not files:
-            raise DataError(f"{source}: no {', '.join(SUFFIXES)} file in this folder; name another one")
+            raise DataError(f"{source}: no file in this folder ends with {', '.join(SUFFIXES)}")
         for file in files:
             yield from read_file(file, file.relative_to(path).as_posix())
         return
 
-    match = HUB_NAME.fullmatch(source)
+    # What is on disk comes first: a file is never taken for a data set of the hub.
+    hub = HUB_NAME.fullmatch(source)
     if path.is_file():
         yield from read_file(path, path.name)
-    elif match and not source.endswith(SUFFIXES):
-        yield from read_hub(*match.groups())
+    elif hub and not source.endswith(SUFFIXES):
+        yield from read_hub(*hub.groups())
     else:
-        raise DataError(f"{source}: no such file or folder; a data set of the hub is named owner/name")
+        raise DataError(f"{source}: no such file or folder (on the hub, names are owner/name)")
 
 
-def read_file(path: Path, name: str) -> Iterator[tuple[Place, object]]:
-    """The rows of one file; `name` is the file's path below the source."""
+def read_file(path: Path, inside: str) -> Iterator[tuple[Place, object]]:
+    """The rows of one file; `inside` is its path below the source."""
     readers = {".json": read_json_list, ".csv": read_csv, ".parquet": read_parquet}
-    reader = readers.get(path.suffix, read_lines)
+    reader = readers.get(path.suffix, read_json_lines)
     try:
         for number, row in reader(path):
-            yield Place(str(path), name, number), row
+            yield Place(str(path), inside, number), row
 
-    # What gzip, csv and the decoders raise for a file that is cut off, damaged or of another kind.
-    except (OSError, EOFError, zlib.error, csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); is the file complete?") from None
+    # What the csv module and the decoder raise for a file that is damaged or of another kind.
+    except (OSError, csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); look after the file") from None
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a JSONL file, as bytes."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rb") as file:
-        # Read as bytes, a line ends at "\n" only: as text it would also end at U+2028 inside a string.
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield number, line
+def read_json_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a JSONL file, plain or compressed, still as bytes."""
+    # Decoded one by one, later: a line that is no JSON costs one row and not the file.
+    for where, line in rar.read_lines(path):
+        yield int(where.rpartition(":")[2]), line
 
 
 def read_json_list(path: Path) -> Iterator[tuple[int, object]]:
     """The items of a .json file that holds one list."""
-    rows = parse_json(path.read_bytes())
+    rows = rar.parse_json(path.read_bytes(), str(path))
     if not isinstance(rows, list):
-        raise DataError(f"{path}: not a JSON list; a .json file must hold one list of objects")
+        raise DataError(f"{path}: not a list; a .json file must hold one list of objects")
     yield from enumerate(rows, 1)
 
 
 def read_csv(path: Path) -> Iterator[tuple[int, dict]]:
-    """The rows of a CSV file with a header; an empty cell is a value that is not there."""
+    """The rows of a CSV file whose first line names the columns."""
     # Prompts outgrow the module's default of 128 kB per cell.
     csv.field_size_limit(2**31 - 1)
+    # The csv module finds its own line ends inside quotes; spreadsheets write a byte-order mark.
     with open(path, newline="", encoding="utf-8-sig") as file:
-        for number, cells in enumerate(csv.DictReader(file), 1):
-            yield number, {column: text for column, text in cells.items() if text}
+        yield from enumerate(csv.DictReader(file), 1)
 
 
 def read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
@@ -146,31 +149,36 @@ def read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
 
 def read_hub(name: str, config: str | None, split: str | None) -> Iterator[tuple[Place, dict]]:
     """The rows of a data set of the hub, split by split."""
-    shown = ":".join(part for part in (name, config, split) if part)
-    # A single word after the name is a configuration where the data set has one of that name.
+    shown = ":".join(word for word in (name, config, split) if word)
+    # A single word after the name is a configuration only where the data set has one of that name.
     if config and not split and config not in config_names(shown, name):
-        config, split = None, config
+        split = config
+        config = None
 
-    splits = load_dataset(shown, name, config) if config else load_dataset(shown, name)
+    arguments = [name, config] if config else [name]
+    splits = load_dataset(shown, *arguments)
     if split and split not in splits:
         raise DataError(f"{shown}: no split {split!r}; this data set has {', '.join(splits)}")
-    for part in [split] if split else list(splits):
-        label = ":".join(word for word in (name, config, part) if word)
+
+    # Ids keep the split but not the owner: a copy of the data set gives the same ids.
+    wanted = [split] if split else list(splits)
+    for part in wanted:
+        label = ":".join([*arguments, part])
         for number, row in enumerate(splits[part], 1):
             yield Place(label, label.partition("/")[2], number), row
 
 
-def load_dataset(shown: str, *args, **options):
-    """`datasets.load_dataset`; whatever goes wrong is one line."""
+def load_dataset(shown: str, *arguments: str, **options: str):
+    """`datasets.load_dataset`; whatever goes wrong there is one line."""
+    # Optional, and slow to import: only those who need it pay for it.
     try:
         import datasets
 
-        return datasets.load_dataset(*args, **options)
+        return datasets.load_dataset(*arguments, **options)
     except ImportError:
-        need = "parquet files and data sets of the hub need a package (pip install datasets)"
-        raise DataError(f"{shown}: {need}; .jsonl, .json and .csv files need none") from None
+        raise DataError(f"{shown}: {NEEDS_DATASETS}") from None
     # The package raises its own errors, those of its HTTP client and Python's.
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         raise DataError(f"{shown}: cannot be loaded: " + str(error).partition("\n")[0]) from None
 
 
@@ -181,38 +189,21 @@ def config_names(shown: str, name: str) -> list[str]:
 
         return datasets.get_dataset_config_names(name)
     except ImportError:
-        raise DataError(f"{shown}: data sets of the hub need a package (pip install datasets)") from None
-    except Exception as error:
+        raise DataError(f"{shown}: {NEEDS_DATASETS}") from None
+    # As in `load_dataset`.
+    except Exception as error:  # noqa: BLE001
         raise DataError(f"{shown}: cannot be loaded: " + str(error).partition("\n")[0]) from None
 
 
 # ----------------------------------------------------------------------------- values
 
 
-def parse_json(text: bytes | str) -> object:
-    """JSON, or a DataError that says which kind of line was expected."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise DataError("not JSON; each line must hold one JSON object (UTF-8)") from None
-
-
-def without_nulls(value: object) -> object:
-    """The value without nulls at any depth: columnar files add a null for every column a row lacks.
-
-    >>> without_nulls({"text": "Rests.", "description": None, "tags": [None, {"a": None}]})
-    {'text': 'Rests.', 'tags': [{}]}
-    """
-    if isinstance(value, dict):
-        cleaned = {}
-        for key, inner in value.items():
-            # A table library writes nan, which no comparison equals, for a number that is not there.
-            if inner is not None and inner == inner:
-                cleaned[key] = without_nulls(inner)
-        return cleaned
-    if isinstance(value, list):
-        return [without_nulls(inner) for inner in value if inner is not None]
-    return value
+def is_missing(value: object) -> bool:
+    """Whether a column says nothing: null or an empty cell."""
+    # Table libraries write nan for null.
+    if isinstance(value, float):
+        return math.isnan(value)
+    return value is None or value == ""
 
 
 def is_text(value: object) -> bool:
@@ -221,27 +212,25 @@ def is_text(value: object) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """Whether the value is a number; true and false are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def first_of(row: dict, *keys: str) -> object:
-    """The first of the values that is there and not empty, else None."""
-    for key in keys:
-        value = row.get(key)
-        if is_number(value) or value:
-            return value
-    return None
+    """Whether the value is a number."""
+    # Python counts true and false among its integers; here they are no numbers.
+    return type(value) in (int, float)
 
 
 def unpacked(value: object) -> object:
-    """The value, decoded where it is JSON written as text: how tables keep lists and objects."""
+    """The value; decoded where it is a list or an object that a table keeps as JSON text.
+
+    >>> unpacked('[{"points": 3}]'), unpacked("[sic] text")
+    ([{'points': 3}], '[sic] text')
+    """
+    # Newer rows of open-instruct wrap the text in a list.
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
         value = value[0]
-    if not isinstance(value, str) or value.lstrip()[:1] not in ("{", "["):
+    if not isinstance(value, str) or not value.lstrip().startswith(("{", "[")):
         return value
+    # A text may begin with a bracket and be no JSON.
     try:
-        return without_nulls(json.loads(value))
+        return json.loads(value)
     except (ValueError, RecursionError):
         return value
 
@@ -252,278 +241,206 @@ def object_of(value: object) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def items_of(value: object) -> list[dict]:
-    """The objects of a list, decoded if need be; empty where the value is no list of objects."""
+def list_of(value: object) -> list:
+    """The value as a list, decoded if need be; empty where it is none."""
     value = unpacked(value)
-    if not isinstance(value, list):
-        return []
-    return [item for item in value if isinstance(item, dict)]
+    return value if isinstance(value, list) else []
 
 
 def has_items(value: object, *keys: str) -> bool:
-    """Whether some object of the list has a text or a number under each key."""
-    for item in items_of(value):
-        if all(is_text(item.get(key)) or is_number(item.get(key)) for key in keys):
+    """Whether an object in the list has a text under one of the keys."""
+    # One is enough: if another item lacks it, that item is at fault and not the format another one.
+    for item in list_of(value):
+        if isinstance(item, dict) and is_text(first_value(item, *keys)):
             return True
     return False
 
 
-def texts_of(tags: object) -> list[str]:
-    """All texts in lists of lists of tags; an object {"axis": "accuracy"} is the tag "axis:accuracy".
-
-    >>> texts_of(["level:example", [["axis:accuracy"]], {"cluster": "pain"}])
-    ['level:example', 'axis:accuracy', 'cluster:pain']
-    """
-    texts = []
-    waiting = [tags]
-    # A loop and a stack: tags nested a thousand deep must not end the program.
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, str):
-            texts.append(value)
-        elif isinstance(value, dict):
-            for key, inner in reversed(value.items()):
-                if not is_text(inner):
-                    raise DataError(f"tag {key!r} is not a text")
-                waiting.append(f"{key}:{inner}")
-        elif isinstance(value, list):
-            waiting.extend(reversed(value))
-        elif value is not None:
-            raise DataError(f"tag {value!r} is not a text")
-    return texts
-
-
-# ----------------------------------------------------------------------------- our own rows
-
-
-def own_criterion(
-    text: object,
-    weight: object,
-    title: object = "",
-    category: object = "",
-    axis: object = "",
-    tags: object = None,
-    check: str = "",
-) -> dict:
-    """A criterion in our own format; entries that say nothing are left out. Raises DataError for tags."""
-    tags = texts_of(tags)
-    # HealthBench keeps the axis among the tags.
-    if not axis:
-        axes = [tag for tag in tags if tag.startswith("axis:")]
-        axis = axes[0].removeprefix("axis:") if axes else ""
-
-    item = {"title": title, "text": text, "category": category, "weight": weight}
-    item |= {"axis": axis, "tags": tags, "check": check}
-    return {key: value for key, value in item.items() if key == "weight" or value}
-
-
-def own_row(
-    name: str,
-    prompt: object,
-    rubric: list[dict],
-    reference: object = "",
-    tags: object = None,
-    canary: object = "",
-) -> dict:
-    """A row in our own format. prompt: a text or chat messages; entries that say nothing are left out."""
-    if not isinstance(prompt, (str, list)) or not prompt:
-        raise DataError("no prompt; expected a text or chat messages")
-    row = {"id": name}
-    # One question is easier to read than a list of one message.
-    if isinstance(prompt, list) and len(prompt) == 1 and is_single_question(prompt[0]):
-        row["question"] = prompt[0]["content"]
-    elif isinstance(prompt, list):
-        row["prompt"] = [message_of(message) for message in prompt]
-    else:
-        row["question"] = prompt
-
-    # A number is a reference answer too; an object or a list is something else.
-    if is_number(reference) or is_text(reference):
-        row["reference"] = str(reference)
-    tags = texts_of(tags)
-    if tags:
-        row["example_tags"] = tags
-    if is_text(canary):
-        row["canary"] = canary
-    row["rubric"] = rubric
-    return row
-
-
-def is_single_question(message: object) -> bool:
-    """Whether a message is the user's, with a text."""
-    return isinstance(message, dict) and message.get("role") == "user" and is_text(message.get("content"))
-
-
-def message_of(message: object) -> dict:
-    """The two entries of a chat message that we keep. Raises DataError."""
-    if not isinstance(message, dict):
-        raise DataError("a message of the prompt is no object with 'role' and 'content'")
-    role = message.get("role")
-    content = message.get("content")
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise DataError("every message of the prompt needs 'role' and 'content' as text")
-    return {"role": role, "content": content}
-
-
-def name_of(row: dict, place: str, *keys: str) -> str:
+def id_of(row: dict, place: Place, *keys: str) -> str:
     """The row's id under the first key that has one, else its place."""
-    name = first_of(row, *keys)
-    if is_text(name) or is_number(name):
-        return str(name)
-    return place
+    # A list or an object is no id, whatever the column is called.
+    name = first_value(row, *keys)
+    return str(name) if is_text(name) or is_number(name) else place.name
 
 
-def theme_tags(theme: object) -> list[str]:
-    """The tag of a theme, by which scores are also reported."""
-    return [f"theme:{theme}"] if is_text(theme) else []
+def tags_of(row: dict, *theme_keys: str) -> object:
+    """The row's tags; where it has none, its theme, by which scores are reported as well."""
+    theme = first_value(row, *theme_keys)
+    # Tags of the data set's own may name a theme already.
+    if row.get("example_tags") or not is_text(theme):
+        return row.get("example_tags")
+    return [f"theme:{theme}"]
 
 
-# ----------------------------------------------------------------------------- formats with signed items
+def signed_item(item: object) -> object:
+    """A criterion whose weight has the sign of its polarity, under our names."""
+    # What is no object is left as it is: the reader of our format says what is wrong with it.
+    if not isinstance(item, dict):
+        return item
+    return {
+        "title": item.get("title"),
+        "text": first_value(item, "text", "criterion", "criterion_text"),
+        "category": item.get("category"),
+        "weight": first_value(item, "weight", "points"),
+        "axis": item.get("axis"),
+        "tags": item.get("tags"),
+        "check": item.get("check"),
+    }
 
 
-def is_label(row: dict) -> bool:
-    """HealthBench's meta-evaluation: a physician's labels of one answer."""
-    return isinstance(row.get("binary_labels"), list) and is_text(row.get("completion"))
+# ----------------------------------------------------------------------------- signed weights
 
 
-def refuse_label(row: dict, place: str) -> list[dict]:
-    """Such a row has no rubric to train on."""
-    raise DataError("a label of HealthBench's meta-evaluation, not a prompt with a rubric")
+def is_ours(row: dict) -> bool:
+    """Criteria with texts in a list of the row: our own format, HealthBench, ResearchRubrics."""
+    # HealthBench's meta-evaluation has no rubric; the reader of our format refuses it by name.
+    is_label = isinstance(row.get("binary_labels"), list)
+    return is_label or has_items(first_value(row, "rubrics", "rubric"), "text", "criterion")
 
 
-def is_healthbench(row: dict) -> bool:
-    """Signed points per criterion."""
-    return has_items(row.get("rubrics"), "criterion", "points") and not is_rubrichub(row)
+def convert_ours(row: dict, place: Place) -> list[dict]:
+    """What rar.py reads as it is; ResearchRubrics differs in the names of id and theme only.
+
+    HealthBench's files are all alike: the whole benchmark, hard, consensus.
+    """
+    # Written again under our names: a column that nobody asked for cannot change the meaning.
+    items = list_of(first_value(row, "rubrics", "rubric"))
+    changes = {
+        "id": id_of(row, place, "prompt_id", "id", "sample_id"),
+        "rubrics": None,
+        "rubric": [signed_item(item) for item in items],
+        "example_tags": tags_of(row, "topic", "domain"),
+    }
+    return [row | changes]
 
 
-def convert_healthbench(row: dict, place: str) -> list[dict]:
-    """HealthBench (all, hard, consensus): axis and cluster in tags, an ideal completion for some prompts."""
-    rubric = []
-    for item in items_of(row["rubrics"]):
-        axis = item.get("axis")
-        rubric.append(own_criterion(item.get("criterion"), item.get("points"), axis=axis, tags=item.get("tags")))
-    name = name_of(row, place, "prompt_id", "id")
-    ideal = object_of(row.get("ideal_completions_data")).get("ideal_completion")
-    return [own_row(name, row.get("prompt"), rubric, ideal, row.get("example_tags"), row.get("canary"))]
+def is_rubric_items(row: dict) -> bool:
+    """The same under another column."""
+    return has_items(row.get("rubric_items"), "criterion_text", "criterion")
 
 
-def is_professional(row: dict) -> bool:
-    """A conversation with criterion texts and points."""
-    return has_items(row.get("rubric_items"), "criterion_text", "points")
-
-
-def convert_professional(row: dict, place: str) -> list[dict]:
-    """HealthBench Professional, by the column names that its users' loaders read."""
-    rubric = []
-    for item in items_of(row["rubric_items"]):
-        rubric.append(own_criterion(item.get("criterion_text"), item.get("points"), tags=item.get("tags")))
-    prompt = row.get("prompt") or object_of(row.get("conversation")).get("messages")
-    tags = theme_tags(row.get("use_case"))
-    name = name_of(row, place, "prompt_id", "id")
-    return [own_row(name, prompt, rubric, tags=tags, canary=row.get("canary"))]
-
-
-def is_research_rubrics(row: dict) -> bool:
-    """A signed weight per criterion, under either name of the column."""
-    return has_items(first_of(row, "rubrics", "rubric_items"), "criterion", "weight")
-
-
-def convert_research_rubrics(row: dict, place: str) -> list[dict]:
-    """ResearchRubrics: weights from -5 to 5; its six axes are not ours and are copied as they are."""
-    rubric = []
-    for item in items_of(first_of(row, "rubrics", "rubric_items")):
-        text = item.get("criterion")
-        rubric.append(own_criterion(text, item.get("weight"), axis=item.get("axis"), tags=item.get("tags")))
-    name = name_of(row, place, "sample_id", "id")
-    tags = theme_tags(row.get("domain"))
-    return [own_row(name, row.get("prompt"), rubric, tags=tags, canary=row.get("canary"))]
+def convert_rubric_items(row: dict, place: Place) -> list[dict]:
+    """HealthBench Professional and ResearchRubrics, by the columns that their loaders name."""
+    # Professional keeps its messages one level down.
+    conversation = object_of(row.get("conversation"))
+    prompt = first_value(row, "prompt", "question") or conversation.get("messages")
+    return [
+        {
+            "id": id_of(row, place, "prompt_id", "id", "sample_id"),
+            "prompt": prompt,
+            "example_tags": tags_of(row, "use_case", "domain"),
+            "canary": row.get("canary"),
+            "rubric": [signed_item(item) for item in list_of(row["rubric_items"])],
+        }
+    ]
 
 
 # ----------------------------------------------------------------------------- RubricHub and verl
 
 
-def rubrichub_items(row: dict) -> list[dict]:
-    """The criteria of a verl row, from the place that also says how each one is verified."""
+def reward_model_items(row: dict) -> list:
+    """The criteria of a row for verl."""
     model = object_of(row.get("reward_model"))
     extra = object_of(row.get("extra_info"))
-    nested = object_of(extra.get("reward_model"))
-    places = [model.get("rubrics"), nested.get("rubrics"), extra.get("rubrics"), row.get("Rubrics")]
-    for place in places:
-        if has_items(place, "criterion"):
-            return items_of(place)
+    copied = object_of(extra.get("reward_model"))
+    places = [model.get("rubrics"), copied.get("rubrics"), extra.get("rubrics")]
+    # RubricHub's own column comes last: it lacks the tags that say how a criterion is verified.
+    places.append(row.get("Rubrics"))
+    for items in places:
+        if has_items(items, "criterion"):
+            return list_of(items)
     return []
 
 
-def is_rubrichub(row: dict) -> bool:
+def is_reward_model(row: dict) -> bool:
     """Criteria inside the reward model, or under RubricHub's capital letter."""
-    return bool(rubrichub_items(row))
+    return bool(reward_model_items(row))
 
 
-def convert_rubrichub(row: dict, place: str) -> list[dict]:
-    """RubricHub, and rows of verl in the same layout (RuscaRL): points are signed weights."""
-    rubric = [rubrichub_criterion(item) for item in rubrichub_items(row)]
-    name = name_of(row, place, "prompt_id", "id")
-    reference = object_of(row.get("reward_model")).get("ground_truth")
-    tags = row.get("example_tags") or theme_tags(row.get("ability"))
-    prompt = first_of(row, "prompt", "messages")
-    return [own_row(name, prompt, rubric, reference, tags, row.get("canary"))]
+def convert_reward_model(row: dict, place: Place) -> list[dict]:
+    """RubricHub, and other rows for verl in the same layout (RuscaRL's)."""
+    model = object_of(row.get("reward_model"))
+    reference = model.get("ground_truth")
+    return [
+        {
+            "id": id_of(row, place, "prompt_id", "id"),
+            "prompt": first_value(row, "prompt", "messages"),
+            # Anything but a text or a number is an argument of a checker, no answer.
+            "reference": reference if is_text(reference) or is_number(reference) else None,
+            "example_tags": tags_of(row, "ability", "topic"),
+            "canary": row.get("canary"),
+            "rubric": [verified_item(item, place) for item in reward_model_items(row)],
+        }
+    ]
 
 
-# The name of a checker: words, a colon, words.
-CHECKER = re.compile(r"[a-z_]+:[a-z0-9_]+")
+# The name of a checker has no spaces, and no criterion is a single word with a colon in it.
+CHECKER = re.compile(r"\s*([a-z_]+:[a-z0-9_]+)\s*")
 
 
-def rubrichub_criterion(item: dict) -> dict:
-    """One criterion; a rule becomes a check. Raises DataError for a rule without a counterpart."""
-    text = item.get("criterion")
-    points = first_of(item, "points", "weight")
+def verified_item(item: object, place: Place) -> object:
+    """One criterion of RubricHub; a rule becomes a check. Raises DataError where none fits."""
+    converted = signed_item(item)
+    if not isinstance(converted, dict):
+        return converted
+
+    # Its tags are no labels but an object that says who verifies: a model, or a function.
     tags = item.get("tags")
-    # Here tags are no labels but an object that says who verifies: a model, or a function.
-    verifier = tags if isinstance(tags, dict) and "verifier" in tags else {}
-    if verifier.get("verifier") != "rule" and not CHECKER.fullmatch(str(text).strip()):
-        labels = None if verifier else tags
-        return own_criterion(text, points, axis=item.get("axis"), tags=labels)
+    verifier = {}
+    if isinstance(tags, dict) and "verifier" in tags:
+        verifier = tags
+        converted["tags"] = None
 
-    checker = str(text).strip()
-    sentence, check = rule_check(checker, object_of(verifier.get("parameters")))
-    return own_criterion(sentence, points, title=checker, check=check)
+    # A rule without its checker's name must not be judged as if it were a statement.
+    checker = CHECKER.fullmatch(str(converted["text"]))
+    if not checker:
+        if verifier.get("verifier") == "rule":
+            raise DataError(f"{place}: rule {str(converted['text'])[:60]!r} is not known")
+        return converted
+
+    # The name of a function tells a reader nothing, so the text says what it asks for.
+    name = checker.group(1)
+    text, check = rule_check(name, object_of(verifier.get("parameters")))
+    if not check:
+        raise DataError(f"{place}: rule {name!r} has no counterpart among the checks of judge.py")
+    return converted | {"title": name, "text": text, "check": check}
 
 
-RELATIONS = {"at least": ">=", "at most": "<=", "less than": "<", "more than": ">"}
+OPERATORS = {"at least": ">=", "at most": "<=", "less than": "<", "more than": ">"}
 
 
 def rule_check(checker: str, parameters: dict) -> tuple[str, str]:
-    """(statement, check) of one of IFEval's checkers. Raises DataError where no check means the same.
+    """(text, check) for one of IFEval's checkers; ("", "") where no check means the same.
 
     >>> rule_check("length_constraints:number_words", {"num_words": 300, "relation": "at least"})
     ('Has at least 300 words.', 'words >= 300')
+    >>> rule_check("change_case:english_capital", {})
+    ('', '')
     """
+    # Lengths: IFEval knows "at least" and "less than".
     relation = parameters.get("relation")
-    operator = RELATIONS.get(relation)
-    counted = {
-        "length_constraints:number_words": ("num_words", "words"),
-        "length_constraints:number_sentences": ("num_sentences", "sentences"),
-    }
-    if checker in counted and operator:
-        key, measure = counted[checker]
-        number = parameters.get(key)
-        if is_number(number):
+    operator = OPERATORS.get(str(relation))
+    for measure in ("words", "sentences"):
+        number = parameters.get(f"num_{measure}")
+        if checker == f"length_constraints:number_{measure}" and operator and is_number(number):
             return f"Has {relation} {number} {measure}.", f"{measure} {operator} {number}"
 
+    # IFEval asks for that number of bullet points and no other.
     bullets = parameters.get("num_bullets")
     if checker == "detectable_format:number_bullet_lists" and is_number(bullets):
         return f"Has exactly {bullets} list items.", f"items == {bullets}"
+
+    # Both ignore case.
     phrase = parameters.get("end_phrase")
     if checker == "startend:end_checker" and is_text(phrase):
-        return f"Ends with the phrase {quoted(phrase)}.", f"ends_with {quoted(phrase)}"
+        return f"Ends with {quoted(phrase)}.", f"ends_with {quoted(phrase)}"
 
-    # Two keywords are all or nothing there; no single check says "both".
-    keywords = parameters.get("keywords")
-    if checker == "keywords:existence" and isinstance(keywords, list) and len(keywords) == 1:
-        word = keywords[0]
-        if is_text(word):
-            return f"Contains {quoted(word)}.", f"contains {quoted(word)}"
-    raise DataError(f"rule {checker!r} has no counterpart among the checks")
+    # Several keywords are all or nothing there, and one check asks for one text.
+    keywords = list_of(parameters.get("keywords"))
+    is_one = len(keywords) == 1 and is_text(keywords[0])
+    if checker == "keywords:existence" and is_one:
+        return f"Contains {quoted(keywords[0])}.", f"contains {quoted(keywords[0])}"
+    return "", ""
 
 
 def quoted(text: str) -> str:
@@ -531,64 +448,76 @@ def quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-# ----------------------------------------------------------------------------- RaR as released, DR Tulu
+# ----------------------------------------------------------------------------- descriptions
 
-PREFIX = re.compile(r"\s*(?:(\w+) +criteri(?:a|on) *: *)?(.*)", re.I | re.S)
-
-
-def released_criterion(item: dict) -> dict:
-    """One criterion of RaR's data sets: its category stands before the text.
-
-    >>> released_criterion({"description": "Pitfall Criteria: Recommends antibiotics.", "weight": -2})
-    {'text': 'Recommends antibiotics.', 'category': 'Pitfall', 'weight': -2}
-    >>> item = {"description": "Pitfall Criteria: The response should avoid rounding.", "weight": -1}
-    >>> released_criterion(item)["weight"]
-    1
-    >>> released_criterion({"description": "Esssential Criteria: Names (A).", "weight": 5})["category"]
-    'Essential'
-    """
-    text = item.get("description")
-    weight = item.get("weight")
-    if not is_text(text) or not is_number(weight):
-        return own_criterion(text, weight, title=item.get("title"))
-
-    word, text = PREFIX.match(text).groups("")
-    category = released_category(word.lower(), weight)
-    # All pitfalls have negative weights, whatever their wording; see 1. at the top of this file.
-    if category == "pitfall":
-        weight = abs(weight) if rar.names_avoidance(text) else -abs(weight)
-    return own_criterion(text.strip(), weight, item.get("title"), category.capitalize(), item.get("axis"))
-
-
-# "Does not mention X": an omission, so the fault is named, as the prompt that wrote the data asks.
+PREFIX = re.compile(r"\s*(?:(\w+) +criteri(?:a|on) *: *)?(.*)", re.IGNORECASE | re.DOTALL)
+DOES_NOT = re.compile(r"(?:the \w+ )?(?:does not|doesn't)\b", re.IGNORECASE)
+# "Does not mention X" names an omission, as the prompt that wrote the data asks: bad when met.
 OMITS = re.compile(
     r"(?:the \w+ )?(?:does not|doesn't) (?:explicitly |clearly |adequately |correctly |properly )?"
     r"(?:mention|state|include|identify|address|note|specify|list|provide|discuss|explain|consider|"
     r"acknowledge|emphasi[sz]e|recogni[sz]e|clarify|distinguish|differentiate|warn|advise|account|"
     r"describe|define|give|show|verify|check|ask|cite|justify|outline|highlight|connect|apply)\b",
-    re.I,
+    re.IGNORECASE,
 )
-DOES_NOT = re.compile(r"(?:the \w+ )?(?:does not|doesn't)\b", re.I)
 
 
-def is_undecided(text: str) -> bool:
-    """Whether a pitfall can be meant either way: "Does not suggest X" is good or bad as X is.
+def is_released(row: dict) -> bool:
+    """Descriptions; rows whose criteria also have a text or a criterion are asked for before."""
+    return has_items(row.get("rubric"), "description")
 
-    >>> is_undecided("Does not suggest delaying fluids."), is_undecided("Does not mention fluids.")
-    (True, False)
+
+def convert_released(row: dict, place: Place) -> list[dict]:
+    """RaR-Medicine and RaR-Science as released."""
+    return [
+        {
+            "id": id_of(row, place, "prompt_id", "id"),
+            "prompt": first_value(row, "prompt", "question"),
+            "reference": first_value(row, "reference_answer", "reference"),
+            "example_tags": tags_of(row, "topic"),
+            "canary": row.get("canary"),
+            "rubric": [released_item(item) for item in list_of(row["rubric"])],
+        }
+    ]
+
+
+def released_item(item: object) -> object:
+    """One criterion of RaR's data sets: its category stands before the text, its sign says little.
+
+    >>> released_item({"description": "Pitfall Criteria: Recommends antibiotics.", "weight": -2})
+    {'title': None, 'text': 'Recommends antibiotics.', 'category': 'Pitfall', 'weight': -2}
+    >>> item = {"description": "Pitfall Criteria: Avoids rounding early.", "weight": -1}
+    >>> released_item(item)["weight"]
+    1
+    >>> released_item({"description": "Esssential Criteria: Names (A).", "weight": 5})["category"]
+    'Essential'
     """
-    if rar.names_avoidance(text) or OMITS.match(text):
-        return False
-    return bool(DOES_NOT.match(text))
+    # As in `signed_item`, the reader of our format says what is wrong.
+    if not isinstance(item, dict):
+        return item
+    text = item.get("description")
+    weight = item.get("weight")
+    if not is_text(text) or not is_number(weight):
+        return {"text": text, "weight": weight}
+
+    word, text = PREFIX.match(text).groups("")
+    category = released_category(word.lower(), weight)
+    # All pitfalls are stored with a negative weight; here the wording decides (1. above).
+    if category == "pitfall":
+        weight = abs(weight) if rar.names_avoidance(text) else -abs(weight)
+    title = item.get("title")
+    return {"title": title, "text": text, "category": category.capitalize(), "weight": weight}
 
 
 def released_category(word: str, weight: float) -> str:
-    """The category; a prefix that is misspelt or missing is settled by the weight.
+    """The category; where its word is misspelt beyond recognition or missing, the weight says it.
 
     The anchors are those of the prompt that wrote the data: 5, 3 to 4, 1 to 2, negative.
     """
+    # The sign before the word: a few pitfalls are called something else.
     if weight < 0:
         return "pitfall"
+    # "Esssential", "Importnat", "Option".
     close = difflib.get_close_matches(word, rar.CATEGORY_WEIGHTS, 1, 0.7)
     if close:
         return close[0]
@@ -597,67 +526,76 @@ def released_category(word: str, weight: float) -> str:
     return "important" if weight >= 3 else "optional"
 
 
-def is_released(row: dict) -> bool:
-    """Descriptions with weights, and no criterion or text that says more."""
-    items = items_of(row.get("rubric"))
-    plain = not has_items(items, "text") and not has_items(items, "criterion")
-    return plain and has_items(items, "description", "weight")
+def is_undecided(text: str) -> bool:
+    """Whether a pitfall can be meant either way: "Does not suggest X" is good or bad as X is.
+
+    >>> is_undecided("Does not suggest delaying fluids."), is_undecided("Does not mention fluids.")
+    (True, False)
+    """
+    # Both are decided: the first is good when met, the second bad.
+    if rar.names_avoidance(text) or OMITS.match(text):
+        return False
+    return bool(DOES_NOT.match(text))
 
 
-def convert_released(row: dict, place: str) -> list[dict]:
-    """RaR-Medicine and RaR-Science."""
-    rubric = [released_criterion(item) for item in items_of(row["rubric"])]
-    prompt = first_of(row, "prompt", "question")
-    reference = first_of(row, "reference_answer", "reference")
-    name = name_of(row, place, "prompt_id", "id")
-    tags = row.get("example_tags") or theme_tags(row.get("topic"))
-    return [own_row(name, prompt, rubric, reference, tags, row.get("canary"))]
-
-
-def is_open_instruct(row: dict) -> bool:
+def is_ground_truth(row: dict) -> bool:
     """Rubrics inside the ground truth, which is JSON text."""
     return has_items(object_of(row.get("ground_truth")).get("rubrics"), "description")
 
 
-def convert_open_instruct(row: dict, place: str) -> list[dict]:
-    """DR Tulu's training data and others in open-instruct's layout; the sign of a weight is its polarity."""
+def convert_ground_truth(row: dict, place: Place) -> list[dict]:
+    """DR Tulu's training data and others in open-instruct's layout; here signs are polarities."""
     truth = object_of(row["ground_truth"])
-    items = items_of(truth["rubrics"])
-    # RaR's data also exist in this layout: their descriptions still begin with a category.
-    released = any(PREFIX.match(str(item.get("description"))).group(1) for item in items)
+    items = list_of(truth["rubrics"])
+    # RaR's data exist in this layout as well: their descriptions still begin with a category.
+    is_rar = any(PREFIX.match(str(first_value(item, "description"))).group(1) for item in items)
+
     rubric = []
     for item in items:
-        if released:
-            rubric.append(released_criterion(item))
+        if is_rar:
+            rubric.append(released_item(item))
         else:
-            rubric.append(own_criterion(item.get("description"), item.get("weight"), item.get("title")))
+            text = first_value(item, "description")
+            rubric.append({"title": item.get("title"), "text": text, "weight": item.get("weight")})
+    return [
+        {
+            "id": id_of(row, place, "id"),
+            "prompt": row.get("messages") or truth.get("query"),
+            "example_tags": row.get("example_tags"),
+            "canary": row.get("canary"),
+            "rubric": rubric,
+        }
+    ]
 
-    prompt = row.get("messages") or truth.get("query")
-    name = name_of(row, place, "id")
-    return [own_row(name, prompt, rubric, tags=row.get("example_tags"), canary=row.get("canary"))]
 
-
-# ----------------------------------------------------------------------------- formats without weights
+# ----------------------------------------------------------------------------- no weights
 
 
 def is_research_qa(row: dict) -> bool:
-    """A query whose rubric items have no weight."""
+    """A query with rubric items."""
     return has_items(row.get("rubric"), "rubric_item")
 
 
-def convert_research_qa(row: dict, place: str) -> list[dict]:
-    """ResearchQA: coverage counts all items alike; what an item asks for is kept as a tag."""
+def convert_research_qa(row: dict, place: Place) -> list[dict]:
+    """ResearchQA: its score counts all items alike; the kind of an item is kept as a tag."""
     rubric = []
-    for item in items_of(row["rubric"]):
-        tags = [f"type:{kind}" for kind in texts_of(item.get("type"))]
-        rubric.append(own_criterion(item.get("rubric_item"), 1, tags=tags))
-    name = name_of(row, place, "id")
-    tags = theme_tags(first_of(row, "general_domain", "field"))
-    return [own_row(name, row.get("query"), rubric, tags=tags)]
+    for item in list_of(row["rubric"]):
+        kinds = rar.flat_tags(item.get("type"), str(place))
+        tags = [f"type:{kind}" for kind in kinds]
+        rubric.append({"text": item.get("rubric_item"), "weight": 1, "tags": tags})
+    return [
+        {
+            "id": id_of(row, place, "id"),
+            "prompt": row.get("query"),
+            "example_tags": tags_of(row, "general_domain", "field"),
+            "canary": row.get("canary"),
+            "rubric": rubric,
+        }
+    ]
 
 
 NUMBERED = re.compile(r"\s*\d+[.)]\s+(.*)")
-RULE_KIND = re.compile(r"(.*?)\s*\[(hard rule|principle)\]\s*", re.I | re.S)
+KIND = re.compile(r"(.*?)\s*\[(hard rule|principle)\]\s*", re.IGNORECASE | re.DOTALL)
 
 
 def is_open_rubrics(row: dict) -> bool:
@@ -665,26 +603,28 @@ def is_open_rubrics(row: dict) -> bool:
     return is_text(row.get("instruction")) and is_text(row.get("rubric"))
 
 
-def convert_open_rubrics(row: dict, place: str) -> list[dict]:
-    """OpenRubrics (v1 and v2): numbered lines, each with its kind in brackets at the end.
-
-    The two responses that a judge compared are no reference answers and are left out.
-    """
+def convert_open_rubrics(row: dict, place: Place) -> list[dict]:
+    """OpenRubrics (both versions): numbered lines, most with their kind in brackets at the end."""
     texts = []
     for line in row["rubric"].split("\n"):
         numbered = NUMBERED.fullmatch(line)
-        # A line without a number goes on with the criterion above it.
         if numbered:
             texts.append(numbered.group(1))
+        # A line without a number belongs to the criterion above it; a heading has none above.
         elif texts and line.strip():
             texts[-1] += " " + line.strip()
 
     rubric = []
     for text in texts:
-        kind = RULE_KIND.fullmatch(text)
-        tags = [kind.group(2).lower().replace(" ", "_")] if kind else []
-        rubric.append(own_criterion(kind.group(1) if kind else text, 1, tags=tags))
-    return [own_row(name_of(row, place, "id"), row["instruction"], rubric)]
+        kind = KIND.fullmatch(text)
+        if kind:
+            tags = [kind.group(2).lower().replace(" ", "_")]
+            rubric.append({"text": kind.group(1), "weight": 1, "tags": tags})
+        else:
+            rubric.append({"text": text, "weight": 1})
+
+    # The two responses that a judge compared are no reference answers.
+    return [{"id": id_of(row, place, "id"), "prompt": row["instruction"], "rubric": rubric}]
 
 
 # ----------------------------------------------------------------------------- multiple choice
@@ -696,161 +636,180 @@ WRONG_OPTION = re.compile(r"Incorrect Answer( \d+)?")
 
 
 def is_medqa(row: dict) -> bool:
-    """The letter of the right option, and no rubric."""
-    return is_text(row.get("answer_idx")) and not row.get("rubric")
+    """The letter of the right option; rows that have a rubric as well are asked for before."""
+    return is_text(row.get("answer_idx"))
 
 
-def convert_medqa(row: dict, place: str) -> list[dict]:
-    """MedQA and its kin: {"question", "options": {letter: text}, "answer_idx"}."""
+def convert_medqa(row: dict, place: Place) -> list[dict]:
+    """MedQA and its kin: a question, options by letter, the letter of the right one."""
     options = object_of(row.get("options"))
+    # Tables write null for the letters that other questions use.
+    texts = [text for text in options.values() if text is not None]
     right = options.get(row["answer_idx"])
-    name = name_of(row, place, "id")
-    return choice_rows(name, row.get("question"), list(options.values()), right, row.get("canary"))
+    return choice_rows(row, place, row.get("question"), texts, right)
 
 
 def is_gpqa(row: dict) -> bool:
-    """A right answer in a column of its own."""
+    """The right option in a column of its own."""
     return is_text(row.get("Correct Answer"))
 
 
-def convert_gpqa(row: dict, place: str) -> list[dict]:
-    """GPQA, JSONL or its own CSV: the wrong options come first, as in `choice_rows`' fixed orders."""
+def convert_gpqa(row: dict, place: Place) -> list[dict]:
+    """GPQA, as JSONL or as its own CSV."""
     texts = [row[column] for column in row if WRONG_OPTION.fullmatch(column)]
     right = row["Correct Answer"]
-    texts.append(right)
-    name = name_of(row, place, "id", "Record ID")
-    canary = first_of(row, "canary", "Canary String")
-    return choice_rows(name, row.get("Question"), texts, right, canary)
+    # The order, the right one last, is part of the seed: it fixes the shuffles.
+    return choice_rows(row, place, row.get("Question"), [*texts, right], right)
 
 
-def choice_rows(name: str, question: object, texts: list, right: object, canary: object) -> list[dict]:
-    """RUNS rows of one question, the options in another order each time, by a seed that never changes.
+def choice_rows(
+    row: dict,
+    place: Place,
+    question: object,
+    texts: list,
+    right: object,
+) -> list[dict]:
+    """RUNS rows of one question, the options in another order each time.
 
-    Each has one criterion, decided by a check. This is Remark 1 of the RaR paper: with k = 1, w = 1 and
-    c = match, Eq. 1 is the verifiable reward.
+    Each has one criterion, decided by a check. This is Remark 1 of the RaR paper: with k = 1, w = 1
+    and c = match, Eq. 1 is the verifiable reward. Raises DataError.
     """
-    if not all(is_text(text) for text in [question, right, *texts]):
-        raise DataError("needs a question, at least two different options and the right one among them")
+    all_text = all(is_text(text) for text in [question, right, *texts])
     # A wrong option that is listed twice is listed once: nothing is lost.
-    different = list(dict.fromkeys(texts))
-    if right not in different or not 2 <= len(different) <= len(LETTERS):
-        raise DataError("needs a question, at least two different options and the right one among them")
+    options = list(dict.fromkeys(texts)) if all_text else []
+    if not 2 <= len(options) <= len(LETTERS) or right not in options or texts.count(right) > 1:
+        need = "needs a question, at least two different options and the right one among them"
+        raise DataError(f"{place}: {need}")
 
+    name = id_of(row, place, "id", "Record ID")
     rows = []
     for run in range(1, RUNS + 1):
+        # The seed is the id: every run and every policy sees the same orders.
         key = f"{name}#{run}"
-        order = random.Random(key).sample(different, len(different))
+        order = random.Random(key).sample(options, len(options))
         letter = LETTERS[order.index(right)]
+
         listed = "\n".join(f"({mark}) {text}" for mark, text in zip(LETTERS, order))
-        prompt = f"{question.strip()}\n\n{listed}\n\n{BOX}"
-
         answer = f"({letter}) {right}"
-        check = f"boxed {quoted(letter)} {quoted(right)}"
-        rubric = [own_criterion(f"The final answer is {answer}", 1, "Final answer", check=check)]
-        rows.append(own_row(key, prompt, rubric, answer, [f"question:{name}"], canary))
-    return rows
-
-
-# ----------------------------------------------------------------------------- our own format
-
-
-def is_own(row: dict) -> bool:
-    """Criteria with a text, or whatever no other format claims but is a prompt."""
-    return has_items(row.get("rubric"), "text")
-
-
-def convert_own(row: dict, place: str) -> list[dict]:
-    """Our own rows pass through, so that a folder may mix them with others."""
-    rubric = []
-    for item in items_of(row.get("rubric")):
-        rubric.append(
-            own_criterion(
-                item.get("text"),
-                first_of(item, "weight", "points"),
-                item.get("title"),
-                item.get("category"),
-                item.get("axis"),
-                item.get("tags"),
-                item.get("check", ""),
-            )
+        criterion = {
+            "title": "Final answer",
+            "text": f"The final answer is {answer}",
+            "weight": 1,
+            "check": f"boxed {quoted(letter)} {quoted(right)}",
+        }
+        rows.append(
+            {
+                "id": key,
+                "prompt": f"{question.strip()}\n\n{listed}\n\n{BOX}",
+                "reference": answer,
+                # The runs of a question count as one question.
+                "example_tags": [f"question:{name}"],
+                "canary": first_value(row, "canary", "Canary String"),
+                "rubric": [criterion],
+            }
         )
-    prompt = first_of(row, "prompt", "question")
-    tags = row.get("example_tags") or theme_tags(row.get("topic"))
-    name = name_of(row, place, "prompt_id", "id")
-    return [own_row(name, prompt, rubric, row.get("reference"), tags, row.get("canary"))]
+    return rows
 
 
 # ----------------------------------------------------------------------------- one row
 
 
 class Format(NamedTuple):
-    """How a format is recognised, and how one of its rows becomes rows of ours."""
+    """How a row of a format is recognised, and what becomes of it."""
 
     matches: Callable[[dict], bool]
-    convert: Callable[[dict, str], list[dict]]
+    convert: Callable[[dict, Place], list[dict]]
 
 
-# The first that matches is used: a row with a rubric is no multiple-choice row.
+RELEASED = "RaR as released"
+# The first that matches is used: texts of criteria come before descriptions, both before options.
 FORMATS = {
-    "HealthBench's labels": Format(is_label, refuse_label),
-    "RubricHub": Format(is_rubrichub, convert_rubrichub),
-    "DR Tulu": Format(is_open_instruct, convert_open_instruct),
-    "HealthBench": Format(is_healthbench, convert_healthbench),
-    "HealthBench Professional": Format(is_professional, convert_professional),
-    "ResearchRubrics": Format(is_research_rubrics, convert_research_rubrics),
+    "RubricHub or verl": Format(is_reward_model, convert_reward_model),
+    "DR Tulu or open-instruct": Format(is_ground_truth, convert_ground_truth),
+    "ours or HealthBench": Format(is_ours, convert_ours),
+    "rubric_items": Format(is_rubric_items, convert_rubric_items),
     "ResearchQA": Format(is_research_qa, convert_research_qa),
     "OpenRubrics": Format(is_open_rubrics, convert_open_rubrics),
-    "our own": Format(is_own, convert_own),
-    "RaR as released": Format(is_released, convert_released),
+    RELEASED: Format(is_released, convert_released),
     "GPQA": Format(is_gpqa, convert_gpqa),
     "MedQA": Format(is_medqa, convert_medqa),
 }
 
 
 class Converted(NamedTuple):
-    """Rows of our own, and the name of the format that they come from."""
+    """What one foreign row becomes: examples, and the lines that say the same in our format."""
 
-    rows: list[dict]
     format: str
+    examples: list[Example]
+    lines: list[bytes]
 
 
 def convert_row(raw: object, place: Place) -> Converted:
-    """A foreign row (an object, or a line of JSON) as checked rows of our own. Raises DataError."""
+    """One foreign row (an object, or a line of JSON), converted and checked. Raises DataError."""
+    where = str(place)
+    row = rar.parse_json(raw, where) if isinstance(raw, bytes) else raw
+    if not isinstance(row, dict):
+        kind = type(row).__name__
+        raise DataError(f"{where}: a {kind}, not an object; each line must hold one JSON object")
+    row = {column: value for column, value in row.items() if not is_missing(value)}
+
+    # The reader of our format checks all that is written: the two can never disagree.
     try:
-        row = without_nulls(parse_json(raw) if isinstance(raw, bytes) else raw)
-        if not isinstance(row, dict):
-            raise DataError(f"a {type(row).__name__}, not an object; each line must hold one JSON object")
-        name = format_name(row)
-        rows = FORMATS[name].convert(row, f"{place.name}:{place.number}")
-        for own in rows:
-            json.dumps(own, ensure_ascii=False).encode("utf8")
-    except DataError as error:
-        raise DataError(f"{place}: {error}") from None
+        name = format_name(row, place)
+        examples = [rar.parse_example(own, where) for own in FORMATS[name].convert(row, place)]
+        lines = [line_of(example) for example in examples]
+    except DataError:
+        raise
     except UnicodeEncodeError:
-        raise DataError(f"{place}: half of a surrogate pair in a text; it is not valid Unicode") from None
-    # A number where a text should be, a text where a list should be, a thousand brackets.
+        raise DataError(f"{where}: half of a surrogate pair, which is no Unicode text") from None
+    # A number where a text should be, a text where a list should be, a weight of 400 digits.
     except (AttributeError, TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise DataError(f"{place}: a value of the wrong kind ({error})") from None
-
-    # The reader that will read the file is its judge.
-    for own in rows:
-        rar.parse_example(own, str(place))
-    return Converted(rows, name)
+        raise DataError(f"{where}: a value of the wrong kind ({error})") from None
+    return Converted(name, examples, lines)
 
 
-def format_name(row: dict) -> str:
+def format_name(row: dict, place: Place) -> str:
     """The first format that the row's values match. Raises DataError."""
     for name, known in FORMATS.items():
         if known.matches(row):
             return name
-    columns = ", ".join(sorted(str(column) for column in row)[:12])
-    raise DataError(f"no rubric of a known format in its columns ({columns}); see data/prepare.py")
+    columns = ", ".join(sorted(map(str, row))[:12])
+    raise DataError(f"{place}: no rubric that data/prepare.py knows in its columns: {columns}")
+
+
+def line_of(example: Example) -> bytes:
+    """The example as one line in our format; what says nothing is left out."""
+    row = {"id": example.id}
+    # A single question is easier to read as such than as a list of one message.
+    if len(example.prompt) == 1 and example.prompt[0]["role"] == "user":
+        row["question"] = example.question
+    else:
+        row["prompt"] = example.prompt
+
+    # The canary stays with whatever is written from its row.
+    optional = {
+        "reference": example.reference,
+        "example_tags": example.tags,
+        "canary": example.canary,
+    }
+    row |= {key: value for key, value in optional.items() if value}
+    row["rubric"] = [row_of_criterion(criterion) for criterion in example.rubric]
+    return json.dumps(row, ensure_ascii=False).encode("utf8") + b"\n"
+
+
+def row_of_criterion(criterion: rar.Criterion) -> dict:
+    """The criterion as an object in our format; what says nothing is left out."""
+    entries = dict(vars(criterion))
+    # People write 5 and not 5.0.
+    if criterion.weight.is_integer():
+        entries["weight"] = int(criterion.weight)
+    return {key: value for key, value in entries.items() if value}
 
 
 # ----------------------------------------------------------------------------- all rows
 
-SHOWN = 10  # skipped rows that are named; of the others only the number is
-CONTROLS = dict.fromkeys([*range(32), *range(127, 160)], "?")  # would reach the terminal as commands
+SHOWN = 10  # skipped rows that are named; the others are counted
+CONTROLS = dict.fromkeys([*range(32), *range(127, 160)], "?")  # a terminal takes them as commands
 
 
 @dataclass
@@ -867,96 +826,95 @@ class Report:
     reasons: Counter = field(default_factory=Counter)
     named: list[str] = field(default_factory=list)
 
-    def skip(self, error: DataError) -> None:
-        """Counts a row that cannot be used; the first few are named."""
-        message = str(error).translate(CONTROLS)[:400]
+    def skip(self, place: Place, error: DataError) -> None:
+        """Counts a row that cannot be used."""
+        message = one_line(error)
         self.skipped += 1
         # The place differs from row to row, the reason does not.
-        self.reasons[message.partition(": ")[2]] += 1
+        self.reasons[message.removeprefix(f"{place}: ")] += 1
         if self.skipped <= SHOWN:
             self.named.append(message)
 
-    def summary(self) -> dict:
-        """The counts, for printing."""
-        counts = {"read": self.read, "written": self.written, "repeats": self.repeats}
-        counts |= {"skipped": self.skipped, "undecided_pitfalls": self.undecided_pitfalls}
-        counts |= {"in_several_files": self.in_several_files, "formats": dict(self.formats)}
-        return counts
 
-
-def question_key(row: dict) -> int:
-    """Equal for rows whose prompts differ in nothing but case, white space and the order of options."""
-    texts = [row.get("question", "")]
-    texts += [message["content"] for message in row.get("prompt", [])]
-    talk = "\n".join(texts)
-    # The options of a multiple-choice question begin here.
-    if "\\boxed" in talk:
-        talk = talk.partition("\n\n(A) ")[0]
-    return hash(" ".join(talk.lower().split()))
+def one_line(error: Exception) -> str:
+    """The message of an error, fit for a terminal."""
+    return str(error).translate(CONTROLS)[:500]
 
 
 def write_rows(source: str, file, report: Report, show_progress: bool) -> None:
-    """Converts every row of the source and writes it to the open file, one at a time."""
-    rows_read = set()
-    place_of = {}
+    """Writes the rows of the source to the open file, each as soon as it is read."""
+    file_of_row = {}
+    place_of_id = {}
     file_of_question = {}
-    in_several_files = set()
+    several = set()
 
-    bar = judge.progress_bar(None, "rows", "row", show_progress)
-    with bar:
+    with judge.progress_bar(None, "rows", "row", show_progress) as bar:
         for place, raw in read_source(source):
             bar.update()
             report.read += 1
-            # The same row again says nothing new; one hash is kept for each, not the row.
+            # The same row again says nothing new. A hash of each is kept, never the row.
             mark = hash(raw.strip() if isinstance(raw, bytes) else repr(raw))
-            if mark in rows_read:
+            if mark in file_of_row:
                 report.repeats += 1
+                if file_of_row[mark] != place.file:
+                    several.add(mark)
                 continue
-            rows_read.add(mark)
+            file_of_row[mark] = place.file
 
+            # A bad row is one row less, and no more.
             try:
                 converted = convert_row(raw, place)
-                for own in converted.rows:
-                    if own["id"] in place_of:
-                        other = place_of[own["id"]]
-                        raise DataError(f"{place}: id {own['id']!r} is also that of another row, {other}")
+                refuse_known_ids(converted, place, place_of_id)
             except DataError as error:
-                report.skip(error)
+                report.skip(place, error)
                 continue
 
-            # Whatever is written was checked whole: a row of several never stays behind in part.
-            for own in converted.rows:
-                place_of[own["id"]] = str(place)
-                file.write(json.dumps(own, ensure_ascii=False).encode() + b"\n")
-                report.written += 1
+            # Only now: of a question that is asked several times, all runs are written or none.
+            for example, line in zip(converted.examples, converted.lines):
+                place_of_id[example.id] = str(place)
+                file.write(line)
+            report.written += len(converted.lines)
             report.formats[converted.format] += 1
             report.undecided_pitfalls += count_undecided(converted)
 
-            question = question_key(converted.rows[0])
+            # A question that is in two files is a leak where one of them is held out.
+            question = rar.question_key(converted.examples[0])
             if file_of_question.setdefault(question, place.file) != place.file:
-                in_several_files.add(question)
-    report.in_several_files = len(in_several_files)
+                several.add(question)
+    report.in_several_files = len(several)
+
+
+def refuse_known_ids(converted: Converted, place: Place, place_of_id: dict[str, str]) -> None:
+    """Raises DataError for an id that a row with other content has."""
+    for example in converted.examples:
+        if example.id in place_of_id:
+            other = place_of_id[example.id]
+            raise DataError(f"{place}: id {example.id!r} is also that of {other}, which differs")
 
 
 def count_undecided(converted: Converted) -> int:
-    """Pitfalls of RaR's released data that may be meant either way; they count as naming the fault."""
-    if converted.format != "RaR as released":
+    """Pitfalls of RaR's released data that may be meant either way."""
+    # Everywhere else the sign was published, whatever the wording.
+    if converted.format != RELEASED:
         return 0
     count = 0
-    for own in converted.rows:
-        for item in own["rubric"]:
-            is_pitfall = item["category"] == "Pitfall"
-            count += is_pitfall and is_undecided(item["text"])
+    for example in converted.examples:
+        for criterion in example.rubric:
+            if criterion.category == "Pitfall" and is_undecided(criterion.text):
+                count += 1
     return count
 
 
-def checked_target(source: str, out: str, force: bool) -> Path:
-    """The file to write. Raises DataError rather than touch a file that may be somebody else's."""
+def target_path(source: str, out: str, force: bool) -> Path:
+    """The file to write. Raises DataError rather than touch one that may be somebody else's."""
+    # "notes.md" is likely a slip, and .json or .gz would be read in another way.
     target = Path(out)
     if target.suffix != ".jsonl":
         raise DataError(f"{out}: rows are written line by line as plain text; name a .jsonl file")
     if target.is_dir():
         raise DataError(f"{out}: a folder; name a .jsonl file")
+
+    # With --force as well: the only copy of the rows must not depend on a run that goes well.
     if target.exists() and Path(source).exists() and target.samefile(source):
         raise DataError(f"{out}: this is the source itself; name another file")
     if target.exists() and not force:
@@ -971,18 +929,20 @@ def prepare(
     force: bool = False,
     show_progress: bool = False,
 ) -> Report:
-    """Writes the source's rows to `out` in our own format; nothing is written when too many cannot be used.
+    """Writes the rows of `source` to `out` in our own format.
 
-    max_bad: largest share of rows that may be skipped. Raises DataError.
+    max_bad: largest share of rows that may be skipped, 0 to 1; with more, nothing is written. Raises
+    DataError.
     """
+    # Written so that nan fails as well.
     if not 0 <= max_bad <= 1:
         raise DataError(f"--max_bad {max_bad}: give a share from 0 to 1")
-    target = checked_target(source, out, force)
+    target = target_path(source, out, force)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.{os.getpid()}")
-    report = Report()
 
     # Written beside the target and renamed at the end: a run that fails leaves nothing half done.
+    report = Report()
     try:
         with open(aside, "xb") as file:
             write_rows(source, file, report, show_progress)
@@ -994,27 +954,28 @@ def prepare(
 
 
 def check_share(source: str, report: Report, max_bad: float) -> None:
-    """Raises DataError when too few of the rows can be used."""
+    """Raises DataError when too many of the rows cannot be used."""
     if not report.read:
         raise DataError(f"{source}: no rows; give at least one JSON object per line")
-    most_common = report.reasons.most_common(1)
-    if report.skipped > max_bad * report.read:
-        reason, count = most_common[0]
-        share = f"{report.skipped} of {report.read} rows cannot be used"
-        often = f"most often ({count}): {reason}"
-        raise DataError(f"{source}: {share}, {often}; mend them, or allow more with --max_bad")
-    if not report.written:
-        raise DataError(f"{source}: no row can be used")
+
+    # The most common reason says what to mend, or that the rows are of a kind to do without.
+    if report.skipped > max_bad * report.read or not report.written:
+        reason, count = report.reasons.most_common(1)[0]
+        bad = f"{report.skipped} of {report.read} rows cannot be used"
+        advice = "mend the rows, or allow more with --max_bad"
+        raise DataError(f"{source}: {bad}, {count} because: {reason}; {advice}")
 
 
 def print_report(report: Report) -> None:
-    """What a person should know, on stderr."""
+    """What a person should know about the rows, on stderr."""
+    # A message per row would bury the rest.
     for message in report.named:
         print(f"skipped {message}", file=sys.stderr)
     if report.skipped > SHOWN:
         print(f"skipped {report.skipped - SHOWN} more", file=sys.stderr)
+
     if report.undecided_pitfalls:
-        doubt = "pitfalls may be meant either way; they are read as naming the fault"
+        doubt = "pitfalls can be meant either way; they are read as naming the fault"
         print(f"{report.undecided_pitfalls} {doubt}", file=sys.stderr)
     if report.in_several_files:
         leak = "questions are in more than one file or split; never train on held-out ones"
@@ -1027,19 +988,25 @@ def main(argv: list[str] | None = None) -> int:
         description="Converts rows of published data sets into this project's own row format.",
         epilog="example: python data/prepare.py medqa.jsonl --out medqa_rows.jsonl",
     )
-    parser.add_argument("source", help="a file, a folder, or a data set of the hub: owner/name[:config][:split]")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the .jsonl file to write")
-    parser.add_argument("--max_bad", type=float, default=0.02, help="share of rows that may be skipped [0.02]")
-    parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
+    add = parser.add_argument
+    add("source", help="a file, a folder, or a data set of the hub: owner/name[:config][:split]")
+    add("--out", required=True, metavar="FILE", help="the .jsonl file to write")
+    add("--max_bad", type=float, default=0.02, help="share of rows that may be skipped [0.02]")
+    add("--force", action="store_true", help="replace FILE if it exists")
     args = parser.parse_args(argv)
 
     try:
         report = prepare(args.source, args.out, args.max_bad, args.force, show_progress=True)
     except (DataError, OSError) as error:
-        print(f"prepare.py: {str(error).translate(CONTROLS)}", file=sys.stderr)
+        print(f"prepare.py: {one_line(error)}", file=sys.stderr)
         return 2
+
     print_report(report)
-    print(json.dumps({"out": args.out} | report.summary()))
+    # One line of JSON on stdout, for programs.
+    counts = {"out": args.out, "read": report.read, "written": report.written}
+    counts |= {"repeats": report.repeats, "skipped": report.skipped}
+    counts |= {"formats": dict(report.formats)}
+    print(json.dumps(counts))
     return 0
 
 
