@@ -258,7 +258,7 @@ def make_judge(config: Config):
         return LexicalJudge()
 
     # Its answers are cached beside the run's folder: runs that are compared share them.
-    cache = Path(config.resume or config.out or "runs/run").parent / "judge_cache.jsonl"
+    cache = Path(config.resume or config.out or "runs/run").parent / "judge_cache.sqlite"
     return LLMJudge(
         config.judge,
         config.judge_model,
@@ -898,6 +898,7 @@ class RunFolder:
 
     def __init__(self, config: Config):
         """Makes the folder, or finds that of --resume, and locks it. Raises UserError."""
+        self.started = time.monotonic()
         self.lock = None
         self.is_new = False
         self.path = from_rank_zero(self.claim, config)
@@ -1371,6 +1372,9 @@ def train_until_stopped(run: Run, folder: RunFolder, step: int) -> int:
         folder.write_report()
     if is_first():
         say(summarise(folder.path))
+    minutes = (time.monotonic() - folder.started) / 60
+    files = "report.html, report.png, metrics.jsonl, samples.jsonl, prompts.jsonl, config.json"
+    say(f"\n{minutes:.1f} minutes. In {folder.path}/: {files}, checkpoint (loads with transformers)")
     return 0
 
 
