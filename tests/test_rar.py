@@ -1,16 +1,20 @@
-"""Rubrics as Rewards: readers, polarity, Eq. 1, HealthBench's score."""
+"""Rubrics as Rewards: reading rows, polarity, Eq. 1, missing verdicts, silence."""
 
+import gzip
 import json
 import math
 import random
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 from judge_server import JudgeServer
 
 import rar
-from judge import LLMJudge, OfflineJudge, Verdict
-from rar import Criterion, DataError, Example, group_rewards
+from judge import LexicalJudge, LLMJudge, Verdict
+from rar import Criterion, DataError, Example, Group, group_rewards
+
+SUMS = {"explicit": rar.explicit_reward, "points": rar.points_reward}
 
 
 @dataclass
@@ -23,15 +27,45 @@ class Rollout:
 RUBRIC = [
     Criterion("States that rest helps a cold.", 5, "Rest", "Essential", "accuracy"),
     Criterion("Mentions drinking water.", 3, "Water", "Important", "completeness"),
-    Criterion("Has at most two sentences.", 1, "Short", "Optional", "instruction_following"),
+    Criterion(
+        "Has at most two sentences.",
+        1,
+        "Short",
+        "Optional",
+        "instruction_following",
+        check="sentences <= 2",
+    ),
     Criterion("Recommends antibiotics against a cold.", -4, "Antibiotics", "Pitfall", "accuracy"),
 ]
+
+
+def cold(rubric=RUBRIC, name="a"):
+    return Example(name, [{"role": "user", "content": "Cold?"}], rubric)
+
+
+def method_of(judge, name="explicit"):
+    return rar.RubricReward(judge, SimpleNamespace(method=name, advantage="std"))
+
+
+class Given:
+    """A judge whose answers are given."""
+
+    def __init__(self, *scores):
+        self.scores = scores
+
+    def ask(self, questions, show_progress=False):
+        assert len(questions) == len(self.scores)
+        return [Verdict(score, "no answer" if score is None else "") for score in self.scores]
+
+
+# ------------------------------------------------------------------------- rewards
 
 
 def test_explicit_is_equation_one_with_the_papers_weights():
     for bits in range(16):
         scores = [float(bits >> k & 1) for k in range(4)]
-        by_hand = (1.0 * scores[0] + 0.7 * scores[1] + 0.3 * scores[2] + 0.9 * (1 - scores[3])) / (1.0 + 0.7 + 0.3 + 0.9)
+        earned = 1.0 * scores[0] + 0.7 * scores[1] + 0.3 * scores[2] + 0.9 * (1 - scores[3])
+        by_hand = earned / (1.0 + 0.7 + 0.3 + 0.9)
         assert rar.explicit_reward(RUBRIC, scores) == pytest.approx(by_hand, abs=1e-12)
 
 
@@ -47,75 +81,266 @@ def test_points_worked_vector():
     assert rar.points_reward(rubric, [0, 0, 0, 1]) == -6 / 22  # unclipped
 
 
-@pytest.mark.parametrize("aggregate", rar.AGGREGATIONS.values())
+@pytest.mark.parametrize("aggregate", SUMS.values())
 def test_committing_exactly_one_pitfall_scores_lower(aggregate):
-    safe, unsafe = [1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]
+    safe = [1.0, 1.0, 1.0, 0.0]
+    unsafe = [1.0, 1.0, 1.0, 1.0]
     assert aggregate(RUBRIC, unsafe) < aggregate(RUBRIC, safe) == 1.0
 
 
-@pytest.mark.parametrize("method", rar.AGGREGATIONS)
-def test_pitfall_costs_reward_through_the_judge_and_every_reader(method):
-    own = rar.parse_row({"id": "a", "question": "Cold?", "rubric": [{"text": c.text, "weight": c.weight, "category": c.category} for c in RUBRIC]}, "x:1")
-    hb = rar.parse_row({"prompt_id": "a", "prompt": [{"role": "user", "content": "Cold?"}], "rubrics": [{"criterion": c.text, "points": c.weight} for c in RUBRIC]}, "x:1")
-    for example in (own, hb):
-        safe = Rollout("Rest helps a cold. Try drinking water.")
-        unsafe = Rollout("Rest helps a cold, antibiotics against a cold are what I recommend. Try drinking water.")
-        rar.RubricReward(OfflineJudge(), method).score([(example, [safe, unsafe])])
-        assert [v.score for v in safe.verdicts] == [1, 1, 1, 0] and [v.score for v in unsafe.verdicts] == [1, 1, 1, 1]
-        assert unsafe.reward < safe.reward
+def own_row():
+    items = []
+    for c in RUBRIC:
+        items.append({"text": c.text, "weight": c.weight, "category": c.category, "check": c.check})
+    return {"id": "a", "question": "Cold?", "rubric": items}
 
 
-@pytest.mark.parametrize("method", rar.AGGREGATIONS)
-def test_missing_is_neutral_or_unscored_and_never_zero(method):
-    """One missing verdict counts as the group's mean on that criterion; a rollout with too many has no reward at all."""
+def healthbench_row():
+    items = []
+    for c in RUBRIC:
+        items.append({"criterion": c.text, "points": c.weight, "check": c.check})
+    prompt = [{"role": "user", "content": "Cold?"}]
+    return {"prompt_id": "a", "prompt": prompt, "rubrics": items}
 
-    class Broken:
-        def ask(self, questions, progress=False):
-            one, two, three = [1.0, 1.0, None, 0.0], [1.0, 0.0, 1.0, 0.0], [None, None, None, 0.0]
-            return [Verdict(score, "no answer" if score is None else "") for score in one + two + three]
 
-    example = Example("a", [{"role": "user", "content": "Cold?"}], RUBRIC)
+@pytest.mark.parametrize("name", SUMS)
+@pytest.mark.parametrize("row", [own_row(), healthbench_row()])
+def test_pitfall_costs_reward_through_the_judge_and_every_reader(name, row):
+    example = rar.parse_example(row, "x:1")
+    safe = Rollout("Rest helps a cold. Try drinking water.")
+    recommends = "antibiotics against a cold are what I recommend"
+    unsafe = Rollout(f"Rest helps a cold, {recommends}. Try drinking water.")
+    method_of(LexicalJudge(), name).score([Group(example, [safe, unsafe])])
+    assert [v.score for v in safe.verdicts] == [1, 1, 1, 0]
+    assert [v.score for v in unsafe.verdicts] == [1, 1, 1, 1]
+    assert unsafe.reward < safe.reward
+
+
+# ------------------------------------------------------------------------- missing, silence
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_missing_is_neutral_or_unscored_and_never_zero(name):
+    """One missing verdict counts as the group's mean on that criterion; too many: no reward."""
+    rubric = [RUBRIC[0], RUBRIC[1], Criterion("Is friendly.", 1, category="Optional"), RUBRIC[3]]
+    judge = Given(1.0, 1.0, None, 0.0, 1.0, 0.0, 1.0, 0.0, None, None, None, 0.0)
     rollouts = [Rollout("one"), Rollout("two"), Rollout("three")]
-    rar.RubricReward(Broken(), method).score([(example, rollouts)])
-    aggregate = rar.AGGREGATIONS[method]
-    assert rollouts[0].reward == aggregate(RUBRIC, [1.0, 1.0, 1.0, 0.0])  # the only other verdict on it says 1
-    assert rollouts[1].reward == aggregate(RUBRIC, [1.0, 0.0, 1.0, 0.0])
+    method_of(judge, name).score([Group(cold(rubric), rollouts)])
+    aggregate = SUMS[name]
+    # The only other verdict on it is 1.
+    assert rollouts[0].reward == aggregate(rubric, [1.0, 1.0, 1.0, 0.0])
+    assert rollouts[1].reward == aggregate(rubric, [1.0, 0.0, 1.0, 0.0])
     assert math.isnan(rollouts[2].reward)
 
 
-def test_silence_earns_nothing():
-    example = Example("a", [{"role": "user", "content": "Cold?"}], RUBRIC)
-    for method in rar.AGGREGATIONS:
-        silent = Rollout("  ")
-        rar.RubricReward(OfflineJudge(), method).score([(example, [silent])])
-        assert silent.reward == 0.0
+def test_half_is_counted_by_weight_and_what_nobody_judged_is_dropped():
+    rubric = [Criterion("", 5, category="Essential")]
+    rubric += [Criterion("", 1, category="Optional"), Criterion("", 1, category="Optional")]
+    heavy, light = group_rewards(rar.explicit_reward, rubric, [[1, None, None], [None, 1, 1]])
+    assert heavy == 1.0 and math.isnan(light)
+    rewards = group_rewards(rar.explicit_reward, rubric, [[1, 1, None], [0, 1, None]])
+    assert rewards == [1.0, pytest.approx(0.3 / 1.3)]
+
+
+def test_a_missing_verdict_among_faults_only_costs_nobody_else_the_reward():
+    """A rubric of faults alone: three of four rollouts were judged whole and are scored."""
+    faults = [Criterion("", -4), Criterion("", -1)]
+    matrix = [[0, 0], [1, 0], [0, 1], [None, 0]]
+    *judged, unjudged = group_rewards(rar.explicit_reward, faults, matrix)
+    assert judged == [1.0, pytest.approx(0.2), pytest.approx(0.8)]
+    assert math.isnan(unjudged)  # a fifth of the weight
+
+
+def test_without_any_positive_verdict_left_nobody_is_scored():
+    rubric = [Criterion("", 1), Criterion("", -5)]
+    assert all(map(math.isnan, group_rewards(rar.explicit_reward, rubric, [[None, 0], [None, 1]])))
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_silence_earns_nothing(name):
+    silent = Rollout("  ")
+    method_of(LexicalJudge(), name).score([Group(cold(), [silent])])
+    assert silent.reward == 0.0
+
+
+def test_silence_earns_the_least_of_its_group():
+    rubric = [Criterion("Mentions rest.", 1), Criterion("Mentions cheese.", -3)]
+    talks = Rollout("Cheese.")
+    good = Rollout("Rest.")
+    silent = Rollout("\n")
+    method_of(LexicalJudge(), "points").score([Group(cold(rubric), [talks, good, silent])])
+    assert (talks.reward, good.reward, silent.reward) == (-3.0, 1.0, -3.0)
+    # Unscored answers say nothing about what silence deserves.
+    assert rar.silence_rule([talks, silent], [math.nan, 0.7])[1] == 0.0
+    assert rar.silence_rule([good, silent], [0.5, math.nan])[1] == 0.0
+
+
+# ------------------------------------------------------------------------- the flat batch
 
 
 def test_one_flat_batch_and_a_model_is_asked_identical_questions_once():
+    sizes = []
+
     class Counting(LLMJudge):
-        calls = []
+        def ask(self, questions, show_progress=False):
+            sizes.append(len(questions))
+            return super().ask(questions, show_progress)
 
-        def ask(self, questions, progress=False):
-            self.calls.append(len(questions))
-            return super().ask(questions, progress)
-
-    a, b = (Example(i, [{"role": "user", "content": f"Cold {i}?"}], RUBRIC) for i in "ab")
-    groups = [(a, [Rollout("same"), Rollout("same"), Rollout("other")]), (b, [Rollout("same")])]
+    a = Example("a", [{"role": "user", "content": "Cold a?"}], RUBRIC)
+    b = Example("b", [{"role": "user", "content": "Cold b?"}], RUBRIC)
+    first = Group(a, [Rollout("same"), Rollout("same"), Rollout("other")])
+    groups = [first, Group(b, [Rollout("same")])]
     with JudgeServer() as server:
-        judge = Counting(server.url, "model")
-        rar.RubricReward(judge).score(groups)
-        assert judge.calls == [4 * len(RUBRIC)] and len(server.bodies) == 3 * len(RUBRIC)  # a/same, a/other, b/same
-    assert groups[0][1][0].verdicts == groups[0][1][1].verdicts
+        method_of(Counting(server.url, "model")).score(groups)
+        # The check is decided without the judge; a/same, a/other, b/same are three responses.
+        judged = len(RUBRIC) - 1
+        assert sizes == [4 * judged] and len(server.bodies) == 3 * judged
+    assert first.rollouts[0].verdicts == first.rollouts[1].verdicts
+    assert [v.score for v in first.rollouts[0].verdicts][2] == 1.0
+
+
+def test_a_check_is_decided_whichever_judge_is_used():
+    """A server that holds every statement to be false is not asked about the sentences."""
+
+    class No(JudgeServer):
+        def verdict(self, body):
+            assert "two sentences" not in json.dumps(body)
+            return json.dumps({"reason": "no", "met": False})
+
+    short = Rollout("One. Two.")
+    long = Rollout("One. Two. Three.")
+    with No() as server:
+        method_of(LLMJudge(server.url, "model")).score([Group(cold(), [short, long])])
+    assert [v.score for v in short.verdicts] == [0, 0, 1, 0]
+    assert [v.score for v in long.verdicts] == [0, 0, 0, 0]
 
 
 def test_judged_by_other_criteria_than_the_examples_own():
-    example = Example("a", [{"role": "user", "content": "Cold?"}], RUBRIC)
-    groups = [(example, [Rollout("Rest helps a cold."), Rollout("No.")]), (example, [Rollout("Drinking water.")])]
-    rar.judge_groups(OfflineJudge(), groups, rubrics=[RUBRIC[:1], RUBRIC[1:3]])
-    assert [[v.score for v in r.verdicts] for _, rollouts in groups for r in rollouts] == [[1.0], [0.0], [1.0, 1.0]]
-    assert [r.criteria for _, rollouts in groups for r in rollouts] == [RUBRIC[:1], RUBRIC[:1], RUBRIC[1:3]]
+    groups = [
+        Group(cold(), [Rollout("Rest helps a cold."), Rollout("No.")]),
+        Group(cold(), [Rollout("Drinking water.")]),
+    ]
+    rubrics = [RUBRIC[:1], RUBRIC[1:3]]
+    rar.judge_groups(LexicalJudge(), groups, rubrics, rar.criterion_questions)
+    rollouts = [*groups[0].rollouts, *groups[1].rollouts]
+    assert [[v.score for v in r.verdicts] for r in rollouts] == [[1.0], [0.0], [1.0, 1.0]]
+    assert [r.criteria for r in rollouts] == [RUBRIC[:1], RUBRIC[:1], RUBRIC[1:3]]
     with pytest.raises(ValueError):
-        rar.judge_groups(OfflineJudge(), groups, rubrics=[RUBRIC])
+        rar.judge_groups(LexicalJudge(), groups, [RUBRIC], rar.criterion_questions)
+
+
+def test_the_order_of_rollouts_does_not_matter():
+    texts = ["Rest helps a cold.", "Drink water.", "No."]
+    forward = [Rollout(text) for text in texts]
+    backward = [Rollout(text) for text in texts[::-1]]
+    method_of(LexicalJudge()).score([Group(cold(), forward)])
+    method_of(LexicalJudge()).score([Group(cold(), backward)])
+    assert [r.reward for r in forward] == [r.reward for r in backward][::-1]
+
+
+def test_advantages_compare_within_the_group_only():
+    groups = [
+        Group(cold(), [Rollout("a", reward=1.0), Rollout("b", reward=0.0)]),
+        Group(cold(), [Rollout("a", reward=0.5), Rollout("b", reward=math.nan)]),
+    ]
+    method_of(LexicalJudge()).set_advantages(groups)
+    assert [r.advantage for r in groups[0].rollouts] == [1.0, -1.0]
+    assert [r.advantage for r in groups[1].rollouts] == [0.0, 0.0]
+
+
+def test_a_good_avoids_is_not_broken_by_staying_on_the_subject():
+    criterion = Criterion("Avoids claiming that a sore throat needs antibiotics.", 2)
+    rollout = Rollout("Warm tea soothes a sore throat.")
+    method_of(LexicalJudge()).score([Group(cold([criterion]), [rollout])])
+    assert rollout.verdicts[0].score == 1.0
+
+
+def test_reading_and_scoring_do_not_load_torch(fork):
+    """Counting words on a laptop must not wait for a deep-learning library."""
+    import subprocess
+    import sys
+
+    code = "import rar, sys; rar.demo(); assert 'torch' not in sys.modules"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=fork, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Eq. 1" in done.stdout
+
+
+# ------------------------------------------------------------------------- reading rows
+
+
+GOOD = {
+    "id": "a",
+    "question": "What helps?",
+    "reference": "Rest.",
+    "rubric": [
+        {
+            "title": "Rest",
+            "text": "States that rest helps.",
+            "category": "Essential",
+            "weight": 5,
+            "axis": "accuracy",
+        }
+    ],
+}
+HEALTHBENCH = {
+    "prompt_id": "hb-1",
+    "prompt": [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "My head hurts."},
+    ],
+    "rubrics": [
+        {
+            "criterion": "Asks how long.",
+            "points": 5,
+            "tags": ["level:example", "axis:context_awareness"],
+        },
+        {
+            "criterion": "Recommends opioids.",
+            "points": -9,
+            "tags": [["level:cluster"], ["axis:accuracy", ["cluster:pain"]]],
+        },
+    ],
+    "example_tags": ["theme:context_seeking", ["physician_agreed_category:not-enough-context"]],
+    "ideal_completions_data": {"ideal_completion": "How long has it hurt?"},
+    "canary": "a mark",
+}
+
+
+def with_criterion(**change):
+    return {**GOOD, "rubric": [{**GOOD["rubric"][0], **change}]}
+
+
+def write(path, *rows):
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf8")
+    return path
+
+
+def test_our_own_format(tmp_path):
+    rich = with_criterion(tags=["level:x"], check="words <= 40", title=7)
+    rich |= {"reference": 42, "topic": "life", "canary": "a mark"}
+    [e] = rar.read_examples(write(tmp_path / "a.jsonl", rich))
+    assert (e.id, e.question, e.reference, e.canary) == ("a", "What helps?", "42", "a mark")
+    assert e.tags == ["theme:life"]
+    [c] = e.rubric
+    assert (c.title, c.category, c.weight, c.axis) == ("7", "Essential", 5.0, "accuracy")
+    assert (c.tags, c.check) == (["level:x"], "words <= 40")
+
+
+def test_healthbench(tmp_path):
+    [e] = rar.read_examples(write(tmp_path / "a.jsonl", HEALTHBENCH))
+    assert (e.id, e.question, len(e.prompt)) == ("hb-1", "My head hurts.", 3)
+    assert (e.reference, e.canary) == ("How long has it hurt?", "a mark")
+    assert [(c.weight, c.axis) for c in e.rubric] == [(5, "context_awareness"), (-9, "accuracy")]
+    assert e.rubric[1].tags == ["level:cluster", "axis:accuracy", "cluster:pain"]
+    assert e.tags == ["theme:context_seeking", "physician_agreed_category:not-enough-context"]
+    plain = HEALTHBENCH | {"ideal_completions_data": None}
+    [e] = rar.read_examples(write(tmp_path / "b.jsonl", plain))
+    assert e.reference == ""
 
 
 def test_healthbench_rows_agree_with_a_plain_computation(shared):
@@ -126,22 +351,23 @@ def test_healthbench_rows_agree_with_a_plain_computation(shared):
     rng = random.Random(0)
     for example, row in zip(examples, rows):
         assert [m["content"] for m in example.prompt] == [m["content"] for m in row["prompt"]]
-        met = [rng.random() < 0.5 for _ in row["rubrics"]]
-        got = sum(r["points"] for r, m in zip(row["rubrics"], met) if m)
-        possible = sum(r["points"] for r in row["rubrics"] if r["points"] > 0)
-        assert rar.points_reward(example.rubric, [float(m) for m in met]) == pytest.approx(got / possible, abs=1e-12)
-        for axis, score in rar.axis_scores(example.rubric, [float(m) for m in met]).items():
-            mine = [(r["points"], m) for r, m in zip(row["rubrics"], met) if f"axis:{axis}" in r["tags"]]
-            assert score == pytest.approx(sum(p for p, m in mine if m) / sum(p for p, m in mine if p > 0), abs=1e-12)
-        assert sum(c.axis == "accuracy" for c in example.rubric) == sum("axis:accuracy" in r["tags"] for r in row["rubrics"])
+        met = [float(rng.random() < 0.5) for _ in row["rubrics"]]
+        points = [r["points"] for r in row["rubrics"]]
+        got = sum(p * m for p, m in zip(points, met))
+        possible = sum(p for p in points if p > 0)
+        assert rar.points_reward(example.rubric, met) == pytest.approx(got / possible, abs=1e-12)
+
+        for axis, score in rar.axis_scores(example.rubric, met).items():
+            mine = [
+                (r["points"], m)
+                for r, m in zip(row["rubrics"], met)
+                if f"axis:{axis}" in r["tags"]
+            ]
+            earned = sum(p * m for p, m in mine) / sum(p for p, m in mine if p > 0)
+            assert score == pytest.approx(earned, abs=1e-12)
+        tagged = sum("axis:accuracy" in r["tags"] for r in row["rubrics"])
+        assert sum(c.axis == "accuracy" for c in example.rubric) == tagged
         assert all(c.axis in rar.AXES for c in example.rubric)
-
-
-GOOD = {"id": "a", "question": "What helps?", "reference": "Rest.", "rubric": [{"title": "Rest", "text": "States that rest helps.", "category": "Essential", "weight": 5, "axis": "accuracy"}]}
-
-
-def with_criterion(**change):
-    return {**GOOD, "rubric": [{**GOOD["rubric"][0], **change}]}
 
 
 @pytest.mark.parametrize(
@@ -162,11 +388,17 @@ def with_criterion(**change):
         (with_criterion(category="Vital"), "category 'Vital'"),
         (with_criterion(weight=-3), "a Pitfall names a fault"),
         (with_criterion(weight=-3, category=""), "no criterion with a positive weight"),
+        (with_criterion(axis=3), "criterion 1: a value of the wrong kind"),
+        (with_criterion(tags=[3]), "criterion 1: a value of the wrong kind"),
+        ({**GOOD, "example_tags": 3}, "a value of the wrong kind"),
+        ({**GOOD, "reference": ["Rest."]}, "a value of the wrong kind"),
+        (with_criterion(check="words =< 40"), "words"),
+        (with_criterion(check="rhymes"), "ends_complete"),
+        (with_criterion(check=3), "a value of the wrong kind"),
     ],
 )
 def test_bad_rows_name_file_line_and_remedy(tmp_path, row, words):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({**GOOD, "id": "first"}) + "\n\n" + (row if isinstance(row, str) else json.dumps(row)) + "\n", encoding="utf8")
+    path = write(tmp_path / "rows.jsonl", {**GOOD, "id": "first"}, "", row)
     with pytest.raises(DataError, match="rows.jsonl:3: ") as error:
         rar.read_examples(path)
     assert words in str(error.value) and "\n" not in str(error.value)
@@ -179,9 +411,9 @@ def test_empty_missing_and_duplicate(tmp_path):
         rar.read_examples(empty)
     with pytest.raises(DataError, match="no such file"):
         rar.read_examples(tmp_path / "none.jsonl")
-    twice = tmp_path / "twice.jsonl"
-    twice.write_text((json.dumps(GOOD) + "\n") * 2)
-    with pytest.raises(DataError, match="twice.jsonl:2: id 'a' already stands in .*twice.jsonl:1;"):
+    twice = write(tmp_path / "twice.jsonl", GOOD, GOOD)
+    message = "twice.jsonl:2: id 'a' already stands in .*twice.jsonl:1;"
+    with pytest.raises(DataError, match=message):
         rar.read_examples(twice)
     binary = tmp_path / "binary.jsonl"
     binary.write_bytes(b"\xff\xfe\x00")
@@ -192,38 +424,100 @@ def test_empty_missing_and_duplicate(tmp_path):
 def test_any_language_and_odd_separators_survive(tmp_path):
     text = "Was hilft?\u2028Что помогает? \x85 何が\u2029 عربي"
     path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({**GOOD, "question": text}, ensure_ascii=False) + "\r\n", encoding="utf8", newline="")
+    line = json.dumps({**GOOD, "question": text}, ensure_ascii=False)
+    path.write_text(line + "\r\n", encoding="utf8", newline="")
     [example] = rar.read_examples(path)
     assert example.question == text
 
 
-def test_the_order_of_rollouts_does_not_matter():
-    example = Example("a", [{"role": "user", "content": "Cold?"}], RUBRIC)
-    texts = ["Rest helps a cold.", "Drink water.", "No."]
-    forward, backward = ([Rollout(t) for t in order] for order in (texts, texts[::-1]))
-    rar.RubricReward(OfflineJudge()).score([(example, forward)])
-    rar.RubricReward(OfflineJudge()).score([(example, backward)])
-    assert [r.reward for r in forward] == [r.reward for r in backward][::-1]
+def test_files_of_every_kind(tmp_path):
+    write(tmp_path / "one.jsonl", GOOD)
+    two = [GOOD | {"id": "b"}, GOOD | {"id": "c"}]
+    (tmp_path / "two.json").write_text(json.dumps(two))
+    with gzip.open(tmp_path / "three.jsonl.gz", "wt") as file:
+        file.write(json.dumps(HEALTHBENCH) + "\n")
+    (tmp_path / "notes.txt").write_text("not a row")
+    assert len(rar.read_examples(tmp_path)) == 4  # the folder
+    for name, n in (("one.jsonl", 1), ("two.json", 2), ("three.jsonl.gz", 1)):
+        assert len(rar.read_examples(tmp_path / name)) == n
+    (tmp_path / "object.json").write_text("{}")
+    with pytest.raises(DataError, match="object.json: not a list"):
+        rar.read_examples(tmp_path / "object.json")
+
+
+RELEASED = [{"title": "T", "description": "Essential Criteria: Names vitamin C.", "weight": 5}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "What treats scurvy?", "reference_answer": "", "rubric": RELEASED},
+        {
+            "prompt": [{"role": "user", "content": "Plan a trip."}],
+            "Rubrics": [{"criterion": "Names a city.", "points": 4}],
+        },
+        {"prompt": "Plan a meal.", "reward_model": {"rubrics": []}},
+        {"question": "Which metal?", "options": {"A": "Iron", "B": "Lead"}, "answer_idx": "B"},
+        {"Question": "Which?", "Correct Answer": "Lead", "Incorrect Answer 1": "Iron"},
+    ],
+)
+def test_a_row_of_another_format_names_the_command_that_converts_it(tmp_path, row):
+    path = write(tmp_path / "their rows.jsonl", row)
+    with pytest.raises(DataError) as error:
+        rar.read_examples(path)
+    assert f"python data/prepare.py '{path}' --out rows.jsonl" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.csv"])
+def test_a_table_names_the_command_that_converts_it(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=f"python data/prepare.py {path} --out"):
+        rar.read_examples(path)
+
+
+def test_a_parquet_file_in_a_folder_is_not_passed_over(tmp_path):
+    write(tmp_path / "one.jsonl", GOOD)
+    (tmp_path / "two.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="two.parquet"):
+        rar.read_examples(tmp_path)
+
+
+def test_a_name_of_the_hub_names_the_command_that_converts_it():
+    with pytest.raises(DataError, match="python data/prepare.py someone/rows:test --out"):
+        rar.read_examples("someone/rows:test")
+
+
+def test_a_question_in_two_files_is_reported(tmp_path, capsys):
+    other = {**GOOD, "id": "other", "question": "  what HELPS? "}
+    write(tmp_path / "train.jsonl", GOOD)
+    write(tmp_path / "test.jsonl", other)
+    assert len(rar.read_examples(tmp_path)) == 2
+    assert "1 questions stand in more than one file" in capsys.readouterr().err
+    rar.read_examples(write(tmp_path / "same.jsonl", GOOD, other))
+    assert "stand in more" not in capsys.readouterr().err  # within one file it is no leak
+
+
+def test_labels_of_physicians_are_no_prompts(tmp_path):
+    row = {"prompt": HEALTHBENCH["prompt"], "completion": "x", "rubric": "Asks how long."}
+    with pytest.raises(DataError, match="meta-evaluation"):
+        rar.read_examples(write(tmp_path / "a.jsonl", row | {"binary_labels": [True, False]}))
+
+
+def test_prompts_of_one_question_share_its_id():
+    one = cold(name="m#1")
+    one.tags = ["theme:metals", "question:m"]
+    assert one.question_id == "m" and cold(name="n").question_id == "n"
 
 
 def test_bootstrap_covers_and_is_repeatable():
     rng = random.Random(1)
     hits = 0
-    for trial in range(200):
-        low, high = rar.bootstrap([rng.gauss(0.3, 1) for _ in range(40)], resamples=400)
+    for _ in range(200):
+        values = [rng.gauss(0.3, 1) for _ in range(40)]
+        low, high = rar.bootstrap(values, resamples=400)
         hits += low <= 0.3 <= high
     assert 0.88 <= hits / 200 <= 0.99
     assert rar.bootstrap([0.1, 0.5, 0.9]) == rar.bootstrap([0.1, 0.5, 0.9])
     assert all(math.isnan(x) for x in rar.bootstrap([1.0]))
-
-
-def test_half_is_counted_by_weight_and_what_nobody_knows_is_dropped():
-    rubric = [Criterion("", 5, category="Essential"), Criterion("", 1, category="Optional"), Criterion("", 1, category="Optional")]
-    heavy, light = group_rewards(rar.explicit_reward, rubric, [[1, None, None], [None, 1, 1]])
-    assert heavy == 1.0 and math.isnan(light)
-    assert group_rewards(rar.explicit_reward, rubric, [[1, 1, None], [0, 1, None]]) == [1.0, pytest.approx(0.3 / 1.3)]
-
-
-def test_a_good_avoids_is_not_broken_by_staying_on_the_subject():
-    said = rar.offline_rule(Criterion("Avoids claiming that a sore throat needs antibiotics.", 2), "Warm tea soothes a sore throat.")
-    assert said.score == 1.0
