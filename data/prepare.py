@@ -199,11 +199,11 @@ def config_names(shown: str, name: str) -> list[str]:
 
 
 def is_missing(value: object) -> bool:
-    """Whether a column says nothing: null or an empty cell."""
+    """Whether a column says nothing: null, an empty cell or list."""
     # Table libraries write nan for null.
     if isinstance(value, float):
         return math.isnan(value)
-    return value is None or value == ""
+    return rar.is_empty(value)
 
 
 def is_text(value: object) -> bool:
@@ -223,9 +223,6 @@ def unpacked(value: object) -> object:
     >>> unpacked('[{"points": 3}]'), unpacked("[sic] text")
     ([{'points': 3}], '[sic] text')
     """
-    # Newer rows of open-instruct wrap the text in a list.
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
-        value = value[0]
     if not isinstance(value, str) or not value.lstrip().startswith(("{", "[")):
         return value
     # A text may begin with a bracket and be no JSON.
@@ -538,14 +535,23 @@ def is_undecided(text: str) -> bool:
     return bool(DOES_NOT.match(text))
 
 
+def ground_truth(row: dict) -> dict:
+    """The ground truth, which is JSON text."""
+    truth = row.get("ground_truth")
+    # Newer rows of open-instruct wrap the text in a list.
+    if isinstance(truth, list) and len(truth) == 1:
+        truth = truth[0]
+    return object_of(truth)
+
+
 def is_ground_truth(row: dict) -> bool:
-    """Rubrics inside the ground truth, which is JSON text."""
-    return has_items(object_of(row.get("ground_truth")).get("rubrics"), "description")
+    """Rubrics inside the ground truth."""
+    return has_items(ground_truth(row).get("rubrics"), "description")
 
 
 def convert_ground_truth(row: dict, place: Place) -> list[dict]:
     """DR Tulu's training data and others in open-instruct's layout; here signs are polarities."""
-    truth = object_of(row["ground_truth"])
+    truth = ground_truth(row)
     items = list_of(truth["rubrics"])
     # RaR's data exist in this layout as well: their descriptions still begin with a category.
     is_rar = any(PREFIX.match(str(first_value(item, "description"))).group(1) for item in items)
@@ -760,8 +766,6 @@ def convert_row(raw: object, place: Place) -> Converted:
         lines = [line_of(example) for example in examples]
     except DataError:
         raise
-    except UnicodeEncodeError:
-        raise DataError(f"{where}: half of a surrogate pair, which is no Unicode text") from None
     # A number where a text should be, a text where a list should be, a weight of 400 digits.
     except (AttributeError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise DataError(f"{where}: a value of the wrong kind ({error})") from None

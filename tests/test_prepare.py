@@ -9,6 +9,7 @@ import types
 
 import pytest
 
+import judge
 import rar
 from data import prepare
 
@@ -238,3 +239,431 @@ def test_every_row_of_a_mixture_is_told_apart(convert, tmp_path):
     alone = [example for row in EVERY.values() for example in convert(row)]
     for one, other in zip(examples, alone):
         assert (one.prompt[-1]["content"][:12], one.reference[3:], len(one.rubric)) == (other.prompt[-1]["content"][:12], other.reference[3:], len(other.rubric))
+
+
+# ----------------------------------------------------------------------------- multiple choice
+
+
+@pytest.mark.parametrize("row, name", [(MEDQA, "a.jsonl:1"), (GPQA, "rec9")])
+def test_multiple_choice_is_asked_several_times_in_other_orders(convert, row, name):
+    examples = convert(row)
+    assert [e.id for e in examples] == [f"{name}#{run}" for run in range(1, prepare.RUNS + 1)]
+    assert {e.question_id for e in examples} == {name}
+    given = ["Iron", "Lead", "Tin"] if row is MEDQA else ["Iron", "Tin", "Lead"]
+    orders = []
+    for e in examples:
+        # The same orders for every run and every policy, today and after an update.
+        order = random.Random(e.id).sample(given, 3)
+        orders.append(tuple(order))
+        letter = "ABC"[order.index("Lead")]
+        listed = "".join(f"({mark}) {text}\n" for mark, text in zip("ABC", order))
+        question = row.get("question") or row["Question"]
+        assert e.question == f"{question}\n\n{listed}\n{prepare.BOX}" and "\\boxed" in e.question
+        assert e.reference == f"({letter}) Lead"
+        assert [(c.text, c.weight, c.check) for c in e.rubric] == [(f"The final answer is ({letter}) Lead", 1, f'boxed "{letter}" "Lead"')]
+        assert judge.check_verdict(e.rubric[0].check, f"So \\boxed{{{letter}}}").score == 1.0
+        assert judge.check_verdict(e.rubric[0].check, "So \\boxed{Lead}").score == 1.0
+        assert judge.check_verdict(e.rubric[0].check, f"So {letter}").score == 0.0
+    assert len(set(orders)) > 1
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        MEDQA | {"answer_idx": "D"},
+        MEDQA | {"options": {"A": "x"}},
+        MEDQA | {"options": {"A": "x", "B": "x"}},
+        MEDQA | {"options": ["Iron", "Lead"]},
+        MEDQA | {"answer_idx": "B", "options": {"A": "Lead", "B": "Lead", "C": "Tin"}},
+        GPQA | {"Question": None},
+    ],
+)
+def test_broken_multiple_choice_is_one_line(convert, row):
+    with pytest.raises(rar.DataError, match="needs a question") as caught:
+        convert(row)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_option_listed_twice_is_taken_once(convert):
+    twice = convert(GPQA | {"Incorrect Answer 3": "Tin"})
+    assert [(e.id, e.question) for e in twice] == [(e.id, e.question) for e in convert(GPQA)]
+
+
+def test_options_with_quotes_and_letters_without_a_text(convert):
+    [first, *_] = convert(MEDQA | {"options": {"A": 'the "red" one', "B": "Lead\\", "C": None}})
+    assert first.rubric[0].check.endswith('"Lead\\\\"')
+    assert "(C)" not in first.question
+
+
+def test_a_canary_stays_with_every_run(convert):
+    assert {e.canary for e in convert(GPQA)} == {"a mark"}
+
+
+def test_gpqa_as_csv(tmp_path, convert):
+    columns = [*GPQA, "Pre-Revision Incorrect Answer 1", "Incorrect Answer 3"]
+    with open(tmp_path / "gpqa.csv", "w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerow(GPQA | {"Question": 'Which\none, "really"?', "Pre-Revision Incorrect Answer 1": "Gold", "Incorrect Answer 3": ""})
+    prepare.prepare(str(tmp_path / "gpqa.csv"), str(tmp_path / "csv.jsonl"))
+    examples = rar.read_examples(tmp_path / "csv.jsonl")
+    assert [e.rubric for e in examples] == [e.rubric for e in convert(GPQA)]
+    assert examples[0].question.startswith('Which\none, "really"?\n\n(A) ') and "Gold" not in examples[0].question
+
+
+def test_real_multiple_choice_rows(shared, tmp_path):
+    report = prepare.prepare(str(shared("medqa_100.jsonl")), str(tmp_path / "out.jsonl"))
+    examples = rar.read_examples(tmp_path / "out.jsonl")
+    assert (report.read, report.written, len(examples)) == (100, 100 * prepare.RUNS, 100 * prepare.RUNS)
+    letters = [e.reference[1] for e in examples]
+    assert all(0.15 < letters.count(letter) / len(letters) < 0.35 for letter in "ABCD")  # a policy that always says B gains nothing
+
+
+# ----------------------------------------------------------------------------- rules
+
+
+def rule_row(checker, parameters=None, **more):
+    tags = {"verifier": "rule", "function": "Checker", "parameters": json.dumps(parameters or {})}
+    spoken = {"criterion": "Answers the question.", "points": 10, "tags": {"verifier": "llm", "function": "", "parameters": ""}}
+    items = [{"criterion": checker, "points": 7, "tags": tags}, spoken]
+    plain = [{"criterion": item["criterion"], "points": item["points"]} for item in items]
+    return HUB | {"Rubrics": plain, "reward_model": {"ground_truth": "", "rubrics": items}} | more
+
+
+@pytest.mark.parametrize(
+    "checker, parameters, check, met, unmet",
+    [
+        ("length_constraints:number_words", {"num_words": 3, "relation": "at least"}, "words >= 3", "one two three", "one two"),
+        ("length_constraints:number_words", {"num_words": 3, "relation": "less than"}, "words < 3", "one two", "one two three"),
+        ("length_constraints:number_sentences", {"num_sentences": 2, "relation": "at least"}, "sentences >= 2", "A dog. It barks.", "A dog."),
+        ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "items == 2", "* a\n* b", "* a\n* b\n* c"),
+        ("startend:end_checker", {"end_phrase": "That's all!"}, 'ends_with "That\'s all!"', "Well. that's all!", "That's all! Bye"),
+        ("keywords:existence", {"keywords": ["fresh"]}, 'contains "fresh"', "Fresh air", "Air"),
+    ],
+)
+def test_a_rule_becomes_a_check_that_means_the_same(convert, checker, parameters, check, met, unmet):
+    [e] = convert(rule_row(checker, parameters))
+    rule, spoken = e.rubric
+    assert (rule.check, rule.weight, rule.title) == (check, 7, checker) and spoken.check == ""
+    assert judge.check_verdict(rule.check, met).score == 1.0 and judge.check_verdict(rule.check, unmet).score == 0.0
+    assert rule.tags == spoken.tags == [] and checker not in rule.text
+
+
+@pytest.mark.parametrize(
+    "checker, parameters",
+    [
+        ("change_case:english_capital", {}),
+        ("punctuation:no_comma", {}),
+        ("keywords:existence", {"keywords": ["both", "of these"]}),
+        ("length_constraints:number_words", {"num_words": 3}),
+        ("length_constraints:number_words", {}),
+        ("length_constraints:number_paragraphs", {"num_paragraphs": 3}),
+    ],
+)
+def test_a_rule_without_a_counterpart_is_named_and_its_row_skipped(convert, checker, parameters, tmp_path):
+    others = [HUB | {"prompt": f"Plan trip {n}."} for n in range(3)]
+    with pytest.raises(rar.DataError, match=f"1 of 4 rows cannot be used.*rule '{checker}' has no counterpart"):
+        convert(rule_row(checker, parameters), *others)
+    assert len(convert(rule_row(checker, parameters), *others, max_bad=0.25)) == 3
+
+
+def test_a_checker_is_never_judged_as_a_statement(convert):
+    # RubricHub's own column lacks the tags that say who verifies.
+    bare = HUB | {"Rubrics": [{"criterion": "change_case:english_capital", "points": 10}]}
+    with pytest.raises(rar.DataError, match="change_case:english_capital"):
+        convert(bare)
+    # The tables of some copies hold the reward model as text.
+    row = rule_row("startend:end_checker", {"end_phrase": "Bye."})
+    assert convert(row | {"reward_model": json.dumps(row["reward_model"])})[0].rubric == convert(row)[0].rubric
+
+
+# ----------------------------------------------------------------------------- values, never keys
+
+NULLS = ["text", "criterion", "description", "rubric_item", "criterion_text", "points", "tags", "axis", "category", "check", "title"]
+COLUMNS = sorted({column for row in EVERY.values() for column in row} | {"binary_labels", "completion", "messages", "ground_truth", "reward_model", "extra_info", "answer_idx", "canary", "rubric_items"})
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("nothing", [None, "", [], {}])
+def test_empty_columns_change_nothing(convert, name, nothing):
+    row = EVERY[name]
+    more = {column: nothing for column in COLUMNS if column not in row}
+    assert convert(row | more) == convert(row)
+
+
+@pytest.mark.parametrize("name", ["HealthBench", "Professional", "RaR", "RubricHub", "verl", "own", "ResearchRubrics"])
+def test_null_columns_of_criteria_change_nothing(convert, name):
+    row = json.loads(json.dumps(EVERY[name]))
+    holder = row.get("reward_model", row)
+    [column] = [key for key in ("rubrics", "Rubrics", "rubric", "rubric_items") if key in holder]
+    holder[column] = [dict.fromkeys(NULLS) | item for item in holder[column]]
+    assert convert(row) == convert(EVERY[name])
+
+
+def test_a_null_description_does_not_turn_a_sign(convert):
+    # The fault must cost: read as RaR's, "Never ..." was taken for something good.
+    fault = {"text": "Never tells the reader when to see a doctor.", "weight": -4, "category": "Pitfall", "description": None}
+    for change in ({}, {"description": "Why this matters."}):
+        [e] = convert(OWN | {"rubric": [*OWN["rubric"], fault | change]})
+        assert signed(e)[1] == (fault["text"], -4)
+    criterion = {"criterion": "Never says when.", "points": -4, "description": "Why this matters."}
+    [e] = convert(HEALTHBENCH | {"rubrics": [*HEALTHBENCH["rubrics"], criterion]})
+    assert signed(e)[2] == ("Never says when.", -4)
+
+
+def test_tags_as_an_object(convert):
+    [e] = convert(OWN | {"rubric": [{"text": "Says so.", "weight": 1, "tags": {"axis": "accuracy"}}]})
+    assert (e.rubric[0].axis, e.rubric[0].tags) == ("accuracy", ["axis:accuracy"])
+
+
+def test_a_rubric_with_options_is_a_rubric(convert):
+    assert convert(OWN | {"answer_idx": "B", "options": MEDQA["options"]}) == convert(OWN)
+
+
+def test_labels_of_physicians_are_no_prompts(convert):
+    row = {"prompt": HEALTHBENCH["prompt"], "completion": "x", "rubric": "Asks how long.", "binary_labels": [True, False]}
+    with pytest.raises(rar.DataError, match="meta-evaluation"):
+        convert(row)
+
+
+# ----------------------------------------------------------------------------- polarity
+
+
+def pitfall(text, weight=-1):
+    return prepare.released_item({"title": "", "description": f"Pitfall Criteria: {text}", "weight": weight})["weight"]
+
+
+def test_released():
+    item = prepare.released_item({"description": "Pitfall Criteria: Warns against smoking.", "weight": -1})
+    assert (item["text"], item["weight"], item["category"]) == ("Warns against smoking.", 1, "Pitfall")
+    categories = [prepare.released_item({"description": "Names a dose.", "weight": w})["category"] for w in (5, 4, 3, 2, 1)]
+    assert categories == ["Essential", "Important", "Important", "Optional", "Optional"]
+    assert prepare.released_item({"description": "Esssential Criteria: Identifies (A).", "weight": 5})["category"] == "Essential"
+
+
+# ----------------------------------------------------------------------------- files
+
+
+def names_in(tmp_path, source, **options):
+    prepare.prepare(str(source), str(tmp_path / "names.jsonl"), force=True, **options)
+    return [e.id for e in rar.read_examples(tmp_path / "names.jsonl")]
+
+
+def test_files_of_every_kind(tmp_path):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    write(folder / "one.jsonl", OWN)
+    (folder / "two.json").write_text(json.dumps([HUB, VERL]))
+    with gzip.open(folder / "three.jsonl.gz", "wt") as file:
+        file.write(json.dumps(HEALTHBENCH) + "\n")
+    (folder / "notes.txt").write_text("not a row")
+    assert names_in(tmp_path, folder) == ["own", "hb-1", "two.json:1", "two.json:2"]
+    for name, n in (("one.jsonl", 1), ("two.json", 2), ("three.jsonl.gz", 1)):
+        assert len(names_in(tmp_path, folder / name)) == n
+
+
+def test_two_files_of_a_folder_without_ids(tmp_path):
+    for part in ("a", "b"):
+        (tmp_path / "rows" / part).mkdir(parents=True)
+        write(tmp_path / "rows" / part / "train.jsonl", HUB | {"prompt": f"Plan {part}."})
+    assert names_in(tmp_path, tmp_path / "rows") == ["a/train.jsonl:1", "b/train.jsonl:1"]
+
+
+def test_the_same_row_again_is_taken_once(tmp_path, capsys):
+    write(tmp_path / "a.jsonl", OWN, HUB, OWN, HUB)
+    report = prepare.prepare(str(tmp_path / "a.jsonl"), str(tmp_path / "out.jsonl"))
+    assert (report.read, report.written, report.repeats, report.skipped) == (4, 2, 2, 0)
+
+
+def test_an_id_with_two_contents_is_a_bad_row(tmp_path):
+    write(tmp_path / "a.jsonl", OWN, OWN | {"question": "Why not?"})
+    with pytest.raises(rar.DataError, match=r"1 of 2 rows cannot be used.*id 'own' is also that of .*a\.jsonl:1, which differs"):
+        prepare.prepare(str(tmp_path / "a.jsonl"), str(tmp_path / "out.jsonl"))
+
+
+def test_parquet(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_list([HUB, HUB | {"prompt": [{"role": "user", "content": "Other."}]}])
+    (tmp_path / "rows").mkdir()
+    table.to_parquet(tmp_path / "rows" / "a.parquet")
+    assert names_in(tmp_path, tmp_path / "rows" / "a.parquet") == ["a.parquet:1", "a.parquet:2"]
+    first, second = rar.read_examples(tmp_path / "names.jsonl")
+    assert first.question == "Plan a trip." and second.rubric[0].weight == 4
+    assert len(names_in(tmp_path, tmp_path / "rows")) == 2  # also among the files of a folder
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(rar.DataError, match="a.parquet: ") as caught:
+        names_in(tmp_path, tmp_path / "a.parquet")
+    assert "\n" not in str(caught.value)
+
+
+def test_parquet_adds_a_null_for_every_column_of_every_format(tmp_path):
+    """All formats in one table: each row has all columns of all others, each criterion all keys."""
+    datasets = pytest.importorskip("datasets")
+    rows = [HEALTHBENCH | {"rubrics": [{"criterion": c["criterion"], "points": c["points"]} for c in HEALTHBENCH["rubrics"]], "example_tags": ["theme:x"]}]
+    rows += [RELEASED, OWN, MEDQA, {key: value for key, value in OPEN_RUBRICS.items() if key != "rubric"} | DR_TULU]
+    table = [{column: row.get(column) for other in rows for column in other} for row in rows]
+    datasets.Dataset.from_list(table).to_parquet(tmp_path / "all.parquet")
+    report = prepare.prepare(str(tmp_path / "all.parquet"), str(tmp_path / "out.jsonl"))
+    assert report.skipped == 0 and report.formats == {"ours or HealthBench": 2, "RaR as released": 1, "MedQA": 1, "DR Tulu or open-instruct": 1}
+    by_name = {e.id: signed(e) for e in rar.read_examples(tmp_path / "out.jsonl")}
+    assert by_name["own"] == [("Says so.", 1)] and by_name["hb-1"] == [("Asks how long.", 5), ("Recommends opioids.", -9)]
+    assert by_name["all.parquet:2"][3:] == [("Does not mention fruit.", -1), ("Avoids recommending surgery.", 2)]
+
+
+def test_packages_that_are_not_there_cost_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    for source in (str(tmp_path / "a.parquet"), "someone/some-rows", "someone/some-rows:train"):
+        with pytest.raises(rar.DataError, match="pip install datasets"):
+            prepare.prepare(source, str(tmp_path / "out.jsonl"))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The package's own interface: load_dataset gives a mapping from split to rows."""
+
+    def load_dataset(name, config=None):
+        if name != "someone/rows":
+            raise OSError("no such data set\nmore")
+        return {"train": [HUB], "test": [VERL]} if config == "other" else {"train": [OWN]}
+
+    package = types.ModuleType("datasets")
+    package.load_dataset = load_dataset
+    package.get_dataset_config_names = lambda name: ["default", "other"]
+    monkeypatch.setitem(sys.modules, "datasets", package)
+
+
+def test_rows_of_the_hub(tmp_path, hub):
+    assert names_in(tmp_path, "someone/rows") == ["own"]
+    assert names_in(tmp_path, "someone/rows:train") == ["own"]
+    assert names_in(tmp_path, "someone/rows:other") == ["rows:other:train:1", "rows:other:test:1"]
+    assert names_in(tmp_path, "someone/rows:other:test") == ["rows:other:test:1"]
+    with pytest.raises(rar.DataError, match="no such data set") as caught:
+        names_in(tmp_path, "someone/else")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(rar.DataError, match="someone/rows:dev: no split 'dev'; this data set has train"):
+        names_in(tmp_path, "someone/rows:dev")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.csv"])
+@pytest.mark.parametrize("content", [b"", b"\x1f\x8b\x08\x00broken", b"\xff\xfe\x00", b'{"a": 1}\n', b"[1, 2", b"[]", gzip.compress(json.dumps(OWN).encode())[:-9]])
+def test_damaged_files_are_one_line(tmp_path, capsys, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert prepare.main([str(tmp_path / name), "--out", str(tmp_path / "out.jsonl")]) == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and said.err.startswith("prepare.py: ") and not said.out
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name]
+
+
+def test_a_question_in_two_files_is_reported(tmp_path, capsys):
+    other = {**OWN, "id": "other", "question": "  why? "}
+    (tmp_path / "rows").mkdir()
+    write(tmp_path / "rows" / "train.jsonl", OWN, MEDQA)
+    write(tmp_path / "rows" / "test.jsonl", other, MEDQA)
+    assert prepare.main([str(tmp_path / "rows"), "--out", str(tmp_path / "out.jsonl")]) == 0
+    assert "2 questions are in more than one file" in capsys.readouterr().err
+    write(tmp_path / "same.jsonl", OWN, other)
+    assert prepare.main([str(tmp_path / "same.jsonl"), "--out", str(tmp_path / "same_out.jsonl")]) == 0
+    assert "in more than one" not in capsys.readouterr().err  # within one file it is no leak
+
+
+# ----------------------------------------------------------------------------- bad rows, and what is written
+
+
+def bad_and_good(path, bad, good):
+    rows = [OWN | {"id": str(n)} for n in range(good)]
+    lines = ['{"oops\n'] * (bad > 0) + [json.dumps(OWN | {"id": f"b{n}", "rubric": [{"text": "x", "weight": 0}]}) + "\n" for n in range(1, bad)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "".join(lines))
+    return str(path)
+
+
+def test_a_few_bad_rows_are_skipped_counted_and_named(tmp_path, capsys):
+    source = bad_and_good(tmp_path / "a.jsonl", 20, 1000)
+    assert prepare.main([source, "--out", str(tmp_path / "out.jsonl")]) == 0
+    said = capsys.readouterr()
+    lines = said.err.strip().split("\n")
+    assert len(lines) == 11 and lines[-1] == "skipped 10 more"
+    assert "a.jsonl:1001: not a line of JSON" in lines[0] and "a.jsonl:1002: criterion 1: weight 0" in lines[1]
+    counts = json.loads(said.out)
+    assert (counts["read"], counts["written"], counts["skipped"]) == (1020, 1000, 20)
+    assert len(rar.read_examples(tmp_path / "out.jsonl")) == 1000
+
+
+def test_too_many_bad_rows_are_an_error_before_anything_is_written(tmp_path, capsys):
+    source = bad_and_good(tmp_path / "a.jsonl", 21, 1000)
+    out = tmp_path / "out.jsonl"
+    out.write_text("what was there")
+    assert prepare.main([source, "--out", str(out), "--force"]) == 2
+    said = capsys.readouterr()
+    assert "21 of 1021 rows cannot be used, 20 because: criterion 1: weight 0" in said.err and "--max_bad" in said.err
+    assert out.read_text() == "what was there" and sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "out.jsonl"]
+    assert prepare.main([source, "--out", str(out), "--force", "--max_bad", "0.03"]) == 0
+    assert len(rar.read_examples(out)) == 1000
+
+
+def test_no_file_of_somebody_else_is_touched(tmp_path, capsys):
+    source = write(tmp_path / "a.jsonl", OWN)
+    notes = tmp_path / "notes.md"
+    notes.write_text("no newline at the end")
+    old = write(tmp_path / "old.jsonl", HUB)
+    (tmp_path / "folder.jsonl").mkdir()
+    for out, words in ((notes, "name a .jsonl file"), (old, "--force"), (source, "the source itself"), (tmp_path / "folder.jsonl", "a folder")):
+        for force in ([], ["--force"]) if out is not old else ([],):
+            assert prepare.main([str(source), "--out", str(out), *force]) == 2
+            assert words in capsys.readouterr().err
+    assert notes.read_text() == "no newline at the end" and json.loads(old.read_text()) == HUB
+    assert prepare.main([str(source), "--out", str(old), "--force"]) == 0
+    assert rar.read_examples(old)[0].id == "own"
+
+
+@pytest.mark.parametrize("flags, words", [(["--max_bad", "nan"], "from 0 to 1"), (["--max_bad", "2"], "from 0 to 1"), (["--max_bad", "-1"], "from 0 to 1")])
+def test_flags_that_cannot_be(tmp_path, capsys, flags, words):
+    source = write(tmp_path / "a.jsonl", OWN)
+    assert prepare.main([str(source), "--out", str(tmp_path / "out.jsonl"), *flags]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_what_is_not_there(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for source, words in ((tmp_path / "none.jsonl", "no such file"), (tmp_path / "empty", "no file in this folder"), ("x", "no such file")):
+        assert prepare.main([str(source), "--out", str(tmp_path / "out.jsonl")]) == 2
+        said = capsys.readouterr().err
+        assert words in said and said.count("\n") == 1
+
+
+def test_a_terminal_is_not_commanded_by_a_row(tmp_path, capsys):
+    source = write(tmp_path / "a.jsonl", {"\x1b]0;owned\x07\nmore": 1})
+    assert prepare.main([str(source), "--out", str(tmp_path / "out.jsonl")]) == 2
+    said = capsys.readouterr().err
+    assert "\x1b" not in said and said.count("\n") == 1
+
+
+# ----------------------------------------------------------------------------- what must survive
+
+ODD = "Was hilft?\u2028Что помогает? \x85 何が\u2029 عربي \U0001f9ea <cite id=\"s1\">x</cite> [1] \\boxed{1}\t\ud7ff"
+
+
+def test_any_text_survives_byte_for_byte(convert):
+    row = json.loads(json.dumps(HEALTHBENCH).replace("My head hurts.", "@@").replace("a mark", "@@").replace("Asks how long.", "@@"))
+    row = json.loads(json.dumps(row).replace("@@", json.dumps(ODD)[1:-1]))
+    row["ideal_completions_data"] = {"ideal_completion": ODD}
+    row["example_tags"] = [f"theme:{ODD}"]
+    row["rubrics"][0]["tags"] = [f"axis:{ODD}"]
+    [e] = convert(row)
+    assert e.question == e.canary == e.reference == ODD and e.tags == [f"theme:{ODD}"]
+    # Criteria are stripped, as they have always been; inside nothing changes.
+    assert e.rubric[0].text == ODD.strip() and e.rubric[0].axis == ODD
+    for name, text in (("DR Tulu", "Which models see?"), ("ResearchQA", "How do lenses bend light?"), ("RaR", "What treats scurvy?"), ("OpenRubrics", "Suggest five objects.")):
+        row = json.loads(json.dumps(EVERY[name]))
+        for key, value in row.items():
+            if value == text:
+                row[key] = ODD
+        if name == "DR Tulu":
+            row["messages"][0]["content"] = ODD
+        assert convert(row)[0].question == ODD
+
+
+def test_half_a_character_costs_its_row_only(convert):
+    rows = [OWN | {"id": str(n)} for n in range(60)]
+    examples = convert(*rows, OWN | {"id": "half", "question": "Why \ud83d?"})
+    assert [e.id for e in examples] == [str(n) for n in range(60)]
