@@ -561,16 +561,15 @@ class RLER(RubricReward):
         return metrics
 
     def state_dict(self) -> dict:
-        """All buffers as plain values, for a checkpoint."""
+        """All buffers as plain values, for a checkpoint. The step is the training loop's."""
         # asdict copies deep: later steps do not change what was given here.
         buffers = {}
         for prompt_id, buffer in self.buffers.items():
             buffers[prompt_id] = asdict(buffer)
-        return {"step": self.step, "buffers": buffers}
+        return {"buffers": buffers}
 
     def load_state_dict(self, state: dict) -> None:
         """Restores exactly what state_dict gives."""
-        self.step = state["step"]
         self.buffers = {}
         for prompt_id, buffer in state["buffers"].items():
             self.buffers[prompt_id] = read_buffer(buffer)
