@@ -25,13 +25,14 @@ import re
 import statistics
 import sys
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rar import DataError, bootstrap, nanmean, satisfied  # noqa: E402
+from rar import DataError, bootstrap, nanmean, satisfied
 
 # What is worth a look in every run: is it learning, does it carry over, at what length, how far from
 # where it started?
@@ -50,6 +51,7 @@ MAX_ROWS = 24  # criteria in a heat map
 MAX_PROMPTS = 40  # prompts of a step or an evaluation whose answers the page shows
 MAX_CHARACTERS = 12_000  # of one text on the page
 MAX_STEP = 10**9
+MAX_NUMBER = 1e100
 
 # ---------------------------------------------------------------------------------- text that is safe
 
@@ -132,16 +134,15 @@ def read_text(row: dict, key: str, where: str) -> str:
 
 
 def read_number(row: dict, key: str, where: str) -> float | None:
-    """A finite number of a row, None where there is none. Raises DataError."""
+    """A number of a row; None where there is none, or none to reckon with. Raises DataError."""
     value = row.get(key)
     if value is None:
         return None
-    # A whole number of 400 digits is valid JSON and no float; true and false are no numbers.
-    if type(value) not in (int, float) or abs(value) > sys.float_info.max:
-        if value != value or value in (math.inf, -math.inf):
-            return None
+    if type(value) not in (int, float):
         raise DataError(f"{where}: {key} must be a number, not {printable(repr(value)[:40])}")
-    return None if math.isnan(value) else value
+
+    # What is nan, infinite or beyond any scale would leave every mean and every axis undefined.
+    return value if abs(value) <= MAX_NUMBER else None
 
 
 def read_step(row: dict, where: str) -> int:
@@ -193,7 +194,9 @@ def read_sample(line: bytes, where: str) -> Sample:
     verdicts = []
     for item in listed:
         if not isinstance(item, dict):
-            raise DataError(f"{where}: a verdict must be an object with title, weight and score")
+            raise DataError(
+                f"{where}: a verdict must be an object with title, weight and score"
+            )
         verdicts.append(
             Judged(
                 title=read_text(item, "title", where),
@@ -230,13 +233,12 @@ def read_metrics(folder: Path) -> list[dict]:
     if not path.is_file():
         raise DataError(f"{folder}: no metrics.jsonl; the run has not begun yet")
     keys = [*PANELS, "reward_std", "eval_other_score"]
-    seconds = ["seconds_rollout", "seconds_judge", "seconds_train"]
 
     rows = []
     for where, line in whole_lines(path):
         row = parse_object(line, where)
         metrics = {"step": read_step(row, where)}
-        for key in keys + seconds:
+        for key in keys:
             metrics[key] = read_number(row, key, where)
         metrics["eval_ci"] = read_interval(row, where)
         rows.append(metrics)
@@ -297,7 +299,9 @@ class PassRates:
 
     width: int = 1
     columns: set[int] = field(default_factory=set)
-    cells: dict[str, dict[int, list]] = field(default_factory=dict)  # label -> column -> [sum, n]
+    cells: dict[str, dict[int, list]] = field(
+        default_factory=dict
+    )  # label -> column -> [sum, n]
     prompts: dict[str, set[str]] = field(default_factory=dict)  # label -> the first two prompts
 
     def add(self, label: str, step: int, prompt: str, value: float) -> None:
@@ -355,29 +359,32 @@ class SampleLog:
     """
 
     def __init__(self, path: Path):
-        self.path = path
-        self.begin()
+        self.begin(path)
 
-    def begin(self) -> None:
-        """Forgets everything: the file will be read from its first line."""
+    def begin(self, path: Path) -> None:
+        """Forgets everything."""
+        self.titles = {"train": PassRates(), "heldout": PassRates()}
+        self.axes = {"train": PassRates(), "heldout": PassRates()}
+        self.turn_to(path)
+
+    def turn_to(self, path: Path) -> None:
+        """Reads another file next. The pass rates stay: they are over all seeds of an experiment."""
+        self.path = path
         self.offset = 0
         self.number = 0
         self.last_line = b""
         self.rollouts: dict[str, dict[int, list[Sample]]] = {"train": {}, "heldout": {}}
-        self.titles = {"train": PassRates(), "heldout": PassRates()}
-        self.axes = {"train": PassRates(), "heldout": PassRates()}
 
     def read_on(self) -> "SampleLog":
         """Reads the lines after those that were read before. Raises DataError."""
         if not self.path.is_file():
-            self.begin()
             return self
         # A resumed run cuts its log back and writes on. Then the line that was read last is no
         # longer at its place, and what was counted is no longer true.
         with open(self.path, "rb") as file:
             file.seek(self.offset - len(self.last_line))
             if file.read(len(self.last_line)) != self.last_line:
-                self.begin()
+                self.begin(self.path)
 
         for where, line in whole_lines(self.path, self.offset, self.number):
             self.count(read_sample(line, where))
@@ -426,6 +433,7 @@ def open_log(folder: Path) -> SampleLog:
 
 BLUE = "#2f6690"
 ORANGE = "#c8733a"
+GREY = "#e4e6e8"
 COLOURS = [BLUE, ORANGE, "#4f8a5b", "#8e5a9b", "#b0413e", "#6b6b6b", "#a88a2a", "#3a9aa8"]
 DRAWING = {
     "text.parse_math": False,  # a title may hold a dollar sign
@@ -468,7 +476,9 @@ def band(rows: list[dict], key: str) -> tuple[float, float]:
     return middle - width, middle + width
 
 
-def draw_curve(axes, line: Line, key: str, colour: str, style: str = "-", name: str = "") -> None:
+def draw_curve(
+    axes, line: Line, key: str, colour: str, style: str = "-", name: str = ""
+) -> None:
     """Dots: the mean over seeds at a step. Line: its mean over five steps. Band: see `band`."""
     rows_at: dict[int, list[dict]] = {}
     for rows in line.seeds:
@@ -518,11 +528,20 @@ def draw_panel(axes, lines: list[Line], key: str) -> None:
     if key == "eval_score" and has_values(lines, "eval_other_score"):
         for place, line in enumerate(lines):
             colour = ORANGE if len(lines) == 1 else COLOURS[place % len(COLOURS)]
-            draw_curve(axes, line, "eval_other_score", colour, "--", f"{line.name}, other judge")
+            draw_curve(
+                axes, line, "eval_other_score", colour, "--", f"{line.name}, other judge"
+            )
         if len(lines) == 1:
             handles, _ = axes.get_legend_handles_labels()
             names = ["the judge that pays", "the judge that does not"]
             axes.legend(handles, names, fontsize=11, frameon=False)
+
+
+def colour_scale():
+    """From nearly white to our blue: one hue, readable by everyone and in print."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("rates", ["#f4f8fb", "#9fc2dc", BLUE, "#173f5f"])
 
 
 def draw_rates(axes, rates: PassRates, labels: list[str]) -> None:
@@ -535,8 +554,10 @@ def draw_rates(axes, rates: PassRates, labels: list[str]) -> None:
             total, n = rates.cells.get(label, {}).get(column, (0.0, 0))
             row.append(total / n if n else math.nan)
         table.append(row)
-    axes.set_facecolor("#e6e8ea")
-    axes.pcolormesh(table, cmap="YlGnBu", vmin=0, vmax=1, edgecolors="white", linewidth=0.4)
+    axes.set_facecolor(GREY)
+    axes.pcolormesh(
+        table, cmap=colour_scale(), vmin=0, vmax=1, edgecolors="white", linewidth=0.6
+    )
     axes.invert_yaxis()
 
     # Few columns leave room for the figures themselves.
@@ -551,7 +572,9 @@ def draw_rates(axes, rates: PassRates, labels: list[str]) -> None:
     # At most seven step numbers: more would run into each other.
     stride = math.ceil(len(columns) / 7)
     places = range(0, len(columns), stride)
-    axes.set_xticks([place + 0.5 for place in places], [str(columns[place]) for place in places])
+    axes.set_xticks(
+        [place + 0.5 for place in places], [str(columns[place]) for place in places]
+    )
     axes.set_xlabel("step" if rates.width == 1 else f"step ({rates.width} per column)")
     rows = range(len(labels))
     names = [shorten(label, 22) for label in labels]
@@ -591,14 +614,19 @@ def choose_labels(log: SampleLog) -> tuple[dict[str, PassRates], list[str]]:
     return rates, labels
 
 
-HEAT_MAPS = {"train": "pass rate in training rollouts, %", "heldout": "pass rate in held-out answers, %"}
+HEAT_MAPS = {
+    "train": "pass rate in training rollouts, %",
+    "heldout": "pass rate in held-out answers, %",
+}
 
 
 def new_figure(width: float, height: float):
     """A figure without a screen: runs happen on machines that have none, so no pyplot."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    return figure
 
 
 def draw_picture(lines: list[Line], log: SampleLog | None, title: str) -> bytes:
@@ -633,7 +661,7 @@ def as_svg(figure, description: str) -> str:
     """The figure as markup to stand inside a page."""
     nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
     target = io.StringIO()
-    figure.savefig(target, format="svg", metadata=nothing, transparent=True)
+    figure.savefig(target, format="svg", metadata=nothing, facecolor="none")
     text = target.getvalue()
     # Without the XML prologue, which has no place inside HTML.
     drawn = text[text.index("<svg") :]
@@ -654,7 +682,6 @@ h2 { font-size: 1.15rem; margin: 2.75rem 0 .25rem }
 h3 { font-size: 1rem; margin: 0 0 .25rem; font-weight: 600 }
 p { margin: .25rem 0 .75rem; max-width: 46rem }
 .soft { color: var(--soft) }
-.big { font-size: 1.15rem; margin: 1rem 0 }
 .panels { display: grid; gap: 1.5rem 2rem; margin-top: 1rem;
   grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)) }
 figure { margin: 0; min-width: 0 } svg { display: block; width: 100%; height: auto }
@@ -664,8 +691,8 @@ summary { cursor: pointer; padding: .55rem 0; display: flex; gap: .25rem 1rem; f
   justify-content: space-between; overflow-wrap: anywhere }
 summary::before { content: "+"; color: var(--soft); width: .8rem; flex: none }
 details[open] > summary::before { content: "–" }
-summary .name { flex: 1 1 14rem; min-width: 0 }
-.figures { color: var(--soft); font-variant-numeric: tabular-nums }
+summary .name { flex: 1 1 14rem; min-width: 0 } summary .figures { margin-left: 1.8rem }
+.figures { color: var(--soft); font-weight: 400; font-variant-numeric: tabular-nums }
 .inside { padding: 0 0 1.25rem 1.8rem }
 .said { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--ground);
   border-radius: 6px; padding: .7rem .9rem; margin: .25rem 0 1rem }
@@ -674,9 +701,10 @@ summary .name { flex: 1 1 14rem; min-width: 0 }
 .pair > div { min-width: 0 }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: .9rem; width: 100% }
+.verdicts table { table-layout: fixed } .verdicts th:first-child { width: 34% }
 th { text-align: left; font-weight: 600; color: var(--soft) }
 td, th { padding: .35rem .7rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
-  overflow-wrap: anywhere; min-width: 3.2rem }
+  overflow-wrap: anywhere }
 .good { color: #1f6b3a } .bad { color: #a3352b } .none { color: #7a6510 }
 .reason { color: var(--soft); display: block }
 @media (max-width: 30rem) { .inside { padding-left: 0 } body { padding-top: 1rem } }
@@ -708,27 +736,41 @@ def fold(name: str, figures: str, inside: list[str], is_open: bool = False) -> s
 
 
 def verdict_cell(verdict: Judged) -> str:
-    """Colour and word say whether the response is right in this respect; the reason follows."""
-    if verdict.satisfied is None:
-        kind, word = "none", "missing"
+    """What the judge says, marked by whether that is right in this respect; then its reason."""
+    if verdict.score is None:
+        kind = "none"
+        mark = "? missing"
     elif verdict.satisfied >= 0.5:
-        kind, word = "good", "good"
+        kind = "good"
+        mark = f"✓ {verdict_text(verdict.score)}"
     else:
-        kind, word = "bad", "bad"
-    score = "" if verdict.score is None else f" {verdict.score:.4g}"
-    reason = f'<span class="reason">{markup(verdict.reason)}</span>' if verdict.reason else ""
-    return f'<td><span class="{kind}">{word}{score}</span>{reason}</td>'
+        kind = "bad"
+        mark = f"✗ {verdict_text(verdict.score)}"
+    reason = f'<span class="reason">{markup(verdict.reason)}</span>'
+    return f'<td><span class="{kind}">{mark}</span>{reason}</td>'
+
+
+def verdict_text(score: float) -> str:
+    """A verdict in words where it is a clear one.
+
+    >>> verdict_text(1.0), verdict_text(0.0), verdict_text(1 / 3)
+    ('met', 'not met', 'met by 0.33')
+    """
+    if score in (0, 1):
+        return "met" if score else "not met"
+    return f"met by {score:.2g}"
 
 
 def verdict_table(columns: dict[str, list[Judged]]) -> str:
     """One row per criterion, one column of verdicts per answer. All answers have the same criteria."""
     heads = "".join(f"<th>{markup(name)}</th>" for name in columns)
-    rows = [f"<tr><th>criterion</th><th>weight</th>{heads}</tr>"]
+    rows = [f"<tr><th>criterion</th>{heads}</tr>"]
     for verdicts in zip(*columns.values()):
         first = verdicts[0]
         cells = "".join(verdict_cell(verdict) for verdict in verdicts)
-        rows.append(f"<tr><td>{markup(first.title)}</td><td>{first.weight:+.4g}</td>{cells}</tr>")
-    return f'<div class="wide"><table>{"".join(rows)}</table></div>'
+        weight = f'<span class="reason">weight {first.weight:+.4g}</span>'
+        rows.append(f"<tr><td>{markup(first.title)}{weight}</td>{cells}</tr>")
+    return f'<div class="verdicts"><table>{"".join(rows)}</table></div>'
 
 
 def rubric_of(sample: Sample) -> list[tuple[str, float]]:
@@ -743,7 +785,7 @@ def prompt_block(prompts: dict[str, str], name: str) -> str:
 
 def prompt_name(prompts: dict[str, str], name: str) -> str:
     """The line by which a reader recognises a prompt."""
-    return shorten(prompts.get(name, name), 110)
+    return shorten(prompts.get(name, name), 90)
 
 
 def answer_figures(sample: Sample) -> str:
@@ -768,7 +810,9 @@ def pair_section(log: SampleLog, prompts: dict[str, str]) -> list[str]:
 
     steps = f"step {first[0].step} and step {last[0].step}"
     parts = ["<h2>Held-out answers, first and last</h2>"]
-    parts.append(f'<p class="soft">Greedy answers at {steps}, the largest gain first.{left_out(len(pairs))}</p>')
+    parts.append(
+        f'<p class="soft">Greedy answers at {steps}, the largest gain first.{left_out(len(pairs))}</p>'
+    )
     for before, after, gain in pairs[:MAX_PROMPTS]:
         name = prompt_name(prompts, after.id)
         figures = f"{number_text(before.reward)} → {number_text(after.reward)}"
@@ -799,7 +843,10 @@ def pair_inside(before: Sample, after: Sample, prompts: dict[str, str]) -> list[
 
     # Evolving rubrics may have changed in between; then no row holds both verdicts.
     if rubric_of(before) == rubric_of(after):
-        columns = {f"step {before.step}": before.verdicts, f"step {after.step} ": after.verdicts}
+        columns = {
+            f"step {before.step}": before.verdicts,
+            f"step {after.step} ": after.verdicts,
+        }
         parts.append(verdict_table(columns))
     else:
         parts.append(verdict_table({f"step {before.step}": before.verdicts}))
@@ -819,15 +866,19 @@ def rollout_section(samples: list[Sample], prompts: dict[str, str]) -> list[str]
     for name in list(groups)[:MAX_PROMPTS]:
         inside = [prompt_block(prompts, name)]
         for sample in groups[name]:
-            figures = f"advantage {number_text(sample.advantage, '+.3f')}, {answer_figures(sample)}"
+            figures = (
+                f"advantage {number_text(sample.advantage, '+.3f')}, {answer_figures(sample)}"
+            )
             shown = [f'<div class="said">{markup(sample.text)}</div>']
             shown.append(verdict_table({"verdict": sample.verdicts}))
-            inside.append(fold(shorten(sample.text, 70), figures, shown))
+            inside.append(fold(shorten(sample.text, 60), figures, shown))
 
         rewards = [sample.reward for sample in groups[name] if sample.reward is not None]
         spread = "not scored"
         if rewards:
-            spread = f"{len(groups[name])} rollouts, reward {min(rewards):.2f} to {max(rewards):.2f}"
+            spread = (
+                f"{len(groups[name])} rollouts, reward {min(rewards):.2f} to {max(rewards):.2f}"
+            )
         parts.append(fold(prompt_name(prompts, name), spread, inside))
     return parts
 
@@ -836,7 +887,9 @@ def settings_section(config: dict) -> str:
     """All settings, as the run saved them."""
     rows = []
     for key, value in config.items():
-        rows.append(f"<tr><td>{markup(str(key))}</td><td>{markup(setting_text(key, value))}</td></tr>")
+        rows.append(
+            f"<tr><td>{markup(str(key))}</td><td>{markup(setting_text(key, value))}</td></tr>"
+        )
     table = f'<div class="wide"><table>{"".join(rows)}</table></div>'
     return fold("All settings", f"{len(rows)}", [table])
 
@@ -860,7 +913,7 @@ def panel_figures(lines: list[Line]) -> list[str]:
     for key, name in PANELS.items():
         if not has_values(lines, key):
             continue
-        figure = new_figure(5.9, 3.6)
+        figure = new_figure(5.4, 3.6)
         draw_panel(figure.subplots(), lines, key)
         figures.append(f"<div><h3>{markup(name)}</h3>{as_svg(figure, name)}</div>")
     return figures
@@ -872,7 +925,7 @@ def heat_section(log: SampleLog) -> list[str]:
     figures = []
     for split, name in HEAT_MAPS.items():
         if labels and rates[split].columns:
-            figure = new_figure(5.9, 1.1 + 0.29 * len(labels))
+            figure = new_figure(5.4, 1.1 + 0.29 * len(labels))
             draw_rates(figure.subplots(), rates[split], labels)
             figures.append(f"<div><h3>{markup(name)}</h3>{as_svg(figure, name)}</div>")
     if not figures:
@@ -897,7 +950,9 @@ def run_caption(config: dict) -> str:
     """Policy, judge and size of the run."""
     judge = config.get("judge_model") or setting_text("judge", config.get("judge", "?"))
     size = f"{config.get('prompts_per_step', '?')} prompts x {config.get('group_size', '?')} rollouts"
-    return f"{config.get('model', '?')}, judge {judge}, {config.get('steps', '?')} steps of {size}"
+    return (
+        f"{config.get('model', '?')}, judge {judge}, {config.get('steps', '?')} steps of {size}"
+    )
 
 
 def write_report(run_folder: Path) -> None:
@@ -920,9 +975,12 @@ def write_run_report(folder: Path, picture: Path) -> None:
     title = run_title(config, folder)
     with drawing():
         png = draw_picture(lines, log, f"{title} ({run_caption(config)})")
-        parts = [f"<h1>{markup(title)}</h1>", f'<p class="soft">{markup(run_caption(config))}</p>']
+        parts = [
+            f"<h1>{markup(title)}</h1>",
+            f'<p class="soft">{markup(run_caption(config))}</p>',
+        ]
         for sentence in score_sentences(metrics, log):
-            parts.append(f'<p class="big">{markup(sentence)}</p>')
+            parts.append(f"<p>{markup(sentence.replace('->', '→'))}</p>")
         parts.append(f'<div class="panels">{"".join(panel_figures(lines))}</div>')
         parts += heat_section(log)
         parts += rubric_section(folder, config)
@@ -964,8 +1022,11 @@ def write_file(path: Path, content: bytes) -> None:
         os.replace(side, path)
     except OSError as error:
         # The room that the half-written file takes is needed for the checkpoint.
-        side.unlink(missing_ok=True)
-        raise DataError(f"{path}: cannot be written ({error.strerror}); make room or give --out") from None
+        with suppress(OSError):
+            side.unlink()
+        raise DataError(
+            f"{path}: cannot be written ({error.strerror}); make room or give --out"
+        ) from None
 
 
 # ---------------------------------------------------------------------------------- several runs
@@ -998,12 +1059,10 @@ def write_comparison(folders: list[Path], picture: Path) -> None:
     for folder, name in names.items():
         seeds.setdefault(name, []).append(read_metrics(folder))
         # The heat map of an experiment counts the verdicts of all its seeds.
-        log = logs.setdefault(name, SampleLog(folder / "samples.jsonl"))
-        if log.path != folder / "samples.jsonl":
-            log.path = folder / "samples.jsonl"
-            log.offset, log.number, log.last_line = 0, 0, b""
+        path = folder / "samples.jsonl"
+        log = logs.setdefault(name, SampleLog(path))
+        log.turn_to(path)
         log.read_on()
-        log.rollouts = {"train": {}, "heldout": {}}
 
     lines = []
     for name, rows in seeds.items():
@@ -1024,7 +1083,9 @@ def write_comparison(folders: list[Path], picture: Path) -> None:
 
 def comparison_table(lines: list[Line]) -> str:
     """Held-out score before and after, mean over seeds, in the colour of the line."""
-    rows = ["<tr><th></th><th>runs</th><th>held-out score, first</th><th>last</th><th>std over seeds</th></tr>"]
+    rows = [
+        "<tr><th>held-out score</th><th>first</th><th>last</th><th>std over seeds</th></tr>"
+    ]
     for place, line in enumerate(lines):
         first = []
         last = []
@@ -1034,7 +1095,12 @@ def comparison_table(lines: list[Line]) -> str:
             last += scores[-1:]
         spread = number_text(statistics.pstdev(last)) if len(last) > 1 else "one seed"
         mark = f'<span style="color:{COLOURS[place % len(COLOURS)]}">■</span>'
-        cells = [mark, markup(line.name), number_text(nanmean(first)), number_text(nanmean(last)), spread]
+        cells = [
+            f"{mark} {markup(line.name)}",
+            number_text(nanmean(first)),
+            number_text(nanmean(last)),
+            spread,
+        ]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     return f'<div class="wide"><table>{"".join(rows)}</table></div>'
 
@@ -1072,7 +1138,9 @@ def busiest(buffers: dict[str, dict]) -> str:
 
 def rubric_lines(prompt: str, buffer: dict) -> list[str]:
     """Two lines per rubric: weight, text, birth and end; the std of its verdicts at each visit."""
-    initial, active, retired = (len(buffer[part]) for part in ("persistent", "active", "retired"))
+    initial, active, retired = (
+        len(buffer[part]) for part in ("persistent", "active", "retired")
+    )
     lines = [f"{prompt}: {initial} initial, {active} active, {retired} retired rubrics"]
     for item in lives(buffer):
         fate = "active"
@@ -1136,10 +1204,14 @@ def print_rubrics(folder: Path, prompt: str) -> None:
     read_config(folder)
     buffers = read_buffers(folder)
     if not buffers:
-        raise DataError(f"{folder}: no checkpoint with evolving rubrics; give a run with --method rler")
+        raise DataError(
+            f"{folder}: no checkpoint with evolving rubrics; give a run with --method rler"
+        )
     prompt = prompt or busiest(buffers)
     if prompt not in buffers:
-        raise DataError(f"--prompt {prompt}: not in this run; it has {', '.join(sorted(buffers))}")
+        raise DataError(
+            f"--prompt {prompt}: not in this run; it has {', '.join(sorted(buffers))}"
+        )
     print("\n".join(rubric_lines(prompt, buffers[prompt])))
 
 
@@ -1178,10 +1250,9 @@ def score_sentences(metrics: list[dict], log: SampleLog) -> list[str]:
         new.append(math.nan if after is None else after)
         gains.append(new[-1] - old[-1])
     gain = interval_text(*bootstrap(gains), "+")
-    sentences = [
-        f"held-out score  {nanmean(old):.3f} -> {nanmean(new):.3f}   gain {nanmean(gains):+.3f}, "
-        f"{gain} ({len(gains)} prompts, paired bootstrap)"
-    ]
+    scores = f"held-out score  {nanmean(old):.3f} -> {nanmean(new):.3f}"
+    gained = f"gain {nanmean(gains):+.3f}, {gain} ({len(gains)} prompts, paired bootstrap)"
+    sentences = [f"{scores}   {gained}"]
 
     # A policy learns the taste of the judge that pays it. Whether it learnt more than that, only a
     # judge can say that did not pay.
@@ -1197,7 +1268,9 @@ def score_sentences(metrics: list[dict], log: SampleLog) -> list[str]:
     return sentences
 
 
-def changed_criteria(first: list[Sample], last: list[Sample]) -> list[tuple[str, float, float, int]]:
+def changed_criteria(
+    first: list[Sample], last: list[Sample]
+) -> list[tuple[str, float, float, int]]:
     """(title, share of good verdicts before, after, prompts), the largest change first.
 
     Over the criteria that several held-out prompts share, and verdicts that both answers have.
@@ -1206,7 +1279,11 @@ def changed_criteria(first: list[Sample], last: list[Sample]) -> list[tuple[str,
     pairs: dict[str, list[tuple[float, float]]] = {}
     for sample in last:
         for old, new in zip(verdicts_before.get(sample.id, []), sample.verdicts):
-            if old.title == new.title and old.satisfied is not None and new.satisfied is not None:
+            if (
+                old.title == new.title
+                and old.satisfied is not None
+                and new.satisfied is not None
+            ):
                 pairs.setdefault(new.title, []).append((old.satisfied, new.satisfied))
 
     changed = []
@@ -1246,7 +1323,7 @@ def one_answer(folder: Path, first: list[Sample], last: list[Sample]) -> list[st
 
 
 def summarise(run_folder: Path) -> str:
-    """What a run says at its end: scores, criteria that changed, one answer, files. Raises DataError."""
+    """What a run says at its end: scores, criteria that changed, one answer. Raises DataError."""
     folder = Path(run_folder)
     metrics = read_metrics(folder)
     log = open_log(folder)
@@ -1257,28 +1334,31 @@ def summarise(run_folder: Path) -> str:
     if len(rewards) >= 10:
         early = statistics.fmean(rewards[:5])
         late = statistics.fmean(rewards[-5:])
-        lines.append(f"training reward {early:.3f} -> {late:.3f}   (mean of the first and of the last five steps)")
+        lines.append(
+            f"training reward {early:.3f} -> {late:.3f}   (mean of the first and of the last five steps)"
+        )
 
     changed = changed_criteria(first, last)[:5]
     if changed:
-        lines += ["", "criteria that changed most (share of held-out answers that are right in this respect):"]
+        lines += [
+            "",
+            "criteria that changed most (share of held-out answers that are right in this respect):",
+        ]
     for title, before, after, n in changed:
         lines.append(f"  {title:<22} {before:4.0%} -> {after:4.0%}   ({n} prompts)")
     lines += one_answer(folder, first, last)
-
-    seconds = 0.0
-    for row in metrics:
-        for part in ("rollout", "judge", "train"):
-            seconds += row[f"seconds_{part}"] or 0.0
-    lines.append("")
-    lines.append(
-        f"{seconds / 60:.1f} minutes of training steps. In {folder}/: report.html, report.png, metrics.jsonl, "
-        "samples.jsonl, config.json, checkpoint/ (loads with transformers)"
-    )
     return printable("\n".join(lines))
 
 
 # ---------------------------------------------------------------------------------- command line
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, whose errors are one line like all others."""
+
+    def error(self, message: str):
+        """Raises DataError."""
+        raise DataError(f"{message}; see --help")
 
 
 def picture_path(folders: list[Path], out: str) -> Path:
@@ -1295,16 +1375,22 @@ def picture_path(folders: list[Path], out: str) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0, or 2 with one line that says what is wrong, where, and what to do."""
-    parser = argparse.ArgumentParser(
-        prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        prog="report.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", nargs="+", help="the folder of a run; several are compared")
-    parser.add_argument("--out", default="", help="a .png file or a folder [RUN/report.png; runs.png]")
-    parser.add_argument("--rubrics", action="store_true", help="RLER: print the life of a prompt's rubrics")
+    parser.add_argument(
+        "--out", default="", help="a .png file or a folder [RUN/report.png; runs.png]"
+    )
+    parser.add_argument(
+        "--rubrics", action="store_true", help="RLER: print the life of a prompt's rubrics"
+    )
     parser.add_argument("--prompt", default="", help="its id [the prompt with most rubrics]")
-    args = parser.parse_args(argv)
-    folders = [Path(name) for name in args.run]
     try:
+        args = parser.parse_args(argv)
+        folders = [Path(name) for name in args.run]
         if args.rubrics:
             print_rubrics(folders[0], args.prompt)
         else:
