@@ -587,7 +587,7 @@ def choose_by_search(method: ARLRR, order: list[str], lab: "Lab") -> tuple[str, 
     baseline = overall_scores(lab.validate())
 
     scores_after = {}
-    with progress_bar(len(order), "search", "class", True) as bar:
+    with progress_bar(len(order), "search", "class") as bar:
         for name in order:
             try:
                 method.active_class = name

@@ -3,18 +3,23 @@
     # TRL: a reward function; the data set needs the columns "prompt" and "id"
     method = RubricReward(judge, SimpleNamespace(method="explicit", advantage="std"))
     reward = as_trl_reward(method, examples, heldout)
-    GRPOTrainer(model, reward_funcs=[reward], train_dataset=Dataset.from_list(trl_rows(examples)),
-                eval_dataset=Dataset.from_list(trl_rows(heldout)), ...)
+    GRPOTrainer(
+        model, reward_funcs=[reward],
+        train_dataset=Dataset.from_list(trl_rows(examples)),
+        eval_dataset=Dataset.from_list(trl_rows(heldout)),
+    )
 
     # verl: a file my_reward.py with these lines, and custom_reward_function.path=my_reward.py
     compute_score = as_verl_reward(method, examples, heldout)
 
 What a trainer hands over decides which methods it can run:
 
-    as_trl_reward            whole batches                    all but gdpo; rler in one process
-    as_verl_batch_reward     whole batches (older verl)       all but gdpo; rler in one process
-    as_verl_reward           one rollout at a time (verl      the designs of rar.py and axis_mean,
-                             since 0.7: the reward loop)      which score a rollout by itself
+    as_trl_reward           batches                  all but gdpo; rler in one process
+    as_verl_batch_reward    batches (older verl)     all but gdpo; rler in one process
+    as_verl_reward          one rollout at a time    the designs of rar.py, and axis_mean
+                            (verl's reward loop)
+
+An alternating method takes turns by cyclic or random there: nothing can be tried out.
 
 Examples and `heldout` are told apart by their ids. Rows of held-out examples are scored as
 train.py scores them, by their own rubric and HealthBench's points; no class has its turn there,
@@ -25,8 +30,8 @@ which leaves it out of the group. If TRL adds up several reward functions, it co
 verl has no word for it: such a rollout gets the mean reward of its prompt, so that it moves
 neither up nor down.
 
-    python tools/adapters.py data/train.jsonl --trainer verl --split train --out train_verl.jsonl
-    python tools/adapters.py data/train.jsonl --trainer trl --out train_trl.jsonl
+    python tools/adapters.py data/train.jsonl --trainer trl --out rows_trl.jsonl
+    python tools/adapters.py data/train.jsonl --trainer verl --out rows_verl.jsonl
 """
 
 import argparse
@@ -59,7 +64,7 @@ from rler import RLER
 def answer_text(completion: object) -> str | None:
     """The text that a judge is shown; None where there is nothing to judge.
 
-    completion: a text, a list of parts, or a chat. Of a chat the assistant's last message counts:
+    completion: a text, a list of parts, or a chat, whose last message by the assistant counts:
     what a tool returned is not the policy's answer. Raises DataError for anything else.
 
     >>> answer_text([{"type": "text", "text": "Rest. "}, {"type": "text", "text": "Drink."}])
@@ -72,7 +77,7 @@ def answer_text(completion: object) -> str | None:
         return completion
     if not isinstance(completion, list):
         kind = type(completion).__name__
-        raise DataError(f"a completion is a {kind}; it must be a text, a list of parts, or a chat")
+        raise DataError(f"a completion is a {kind}; give a text, a list of parts, or a chat")
 
     is_chat = any(isinstance(entry, dict) and "role" in entry for entry in completion)
     if not is_chat:
@@ -87,7 +92,7 @@ def answer_text(completion: object) -> str | None:
 
 def content_text(content: object) -> str:
     """The text of a message's content: a text, a list of parts, or nothing."""
-    # A message that only calls a tool has no content. It says nothing, and is judged as silence.
+    # A message that only calls a tool has no content. It says nothing: it is judged as silence.
     if content is None:
         return ""
     if isinstance(content, str):
@@ -149,17 +154,22 @@ class Scorer:
             if name in self.heldout:
                 return self.heldout[name]
         raise DataError(
-            f"no rubric for a row with the id {name!r}; give the examples that the data set was "
-            "made from (tools/adapters.py makes it)"
+            f"no rubric for a row with the id {name!r}; give the examples that the data set "
+            "was made from (tools/adapters.py makes it)"
         )
 
-    def rewards(self, ids: list, texts: list[str | None], step: int | None = None) -> list[float]:
+    def rewards(
+        self,
+        ids: list,
+        texts: list[str | None],
+        step: int | None = None,
+    ) -> list[float]:
         """One step: rewards in the order of the texts; nan for what was not scored.
 
         step: updates done so far; None counts the calls.
         """
         if len(ids) != len(texts):
-            raise DataError(f"{len(ids)} ids for {len(texts)} completions; give one id for each")
+            raise DataError(f"{len(ids)} ids for {len(texts)} completions; give one for each")
 
         # Every id is looked up before anything is judged: an error should cost no verdicts.
         rollouts = []
@@ -191,8 +201,8 @@ class Scorer:
         # Each process would evolve rubrics of its own, by the part of a group that it has.
         if isinstance(method, RLER) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise DataError(
-                "rler needs all rollouts of a prompt in one process, and this trainer has several; "
-                "use one process, another method, or train.py"
+                "rler needs all rollouts of a prompt in one process, and this trainer has "
+                "several; use one process, another method, or train.py"
             )
         if step is None:
             step = self.steps_done
@@ -211,7 +221,7 @@ class Scorer:
         self.steps_done += 1
 
     def evaluate(self, groups: list[Group]) -> None:
-        """HealthBench's score by the example's own rubric; the method's state is not touched."""
+        """HealthBench's score by the example's own rubric; no state of the method changes."""
         rubrics = [example.rubric for example, _ in groups]
         judge_groups(self.method.judge, groups, rubrics, criterion_questions)
         for example, rollouts in groups:
@@ -303,17 +313,17 @@ def row_id(extra_info: object) -> str:
 
 
 class Call:
-    """A call of verl's reward loop that waits for its turn at the judge."""
+    """A call of verl's reward loop: it waits, is taken to the judge, and has a reward then."""
 
     def __init__(self, name: str, text: str | None):
         self.name = name
         self.text = text
+        self.is_taken = False
         self.reward = None
-        self.error = None
 
 
 def as_verl_reward(method: RubricReward, examples: list[Example], heldout: list[Example] = ()):
-    """The method as verl's reward function of today: one rollout per call, many calls at a time.
+    """The method as verl's reward function of today: one rollout per call, many at a time.
 
     The rows need the example's id in extra_info, see `verl_rows`. Raises DataError for a method
     that needs whole steps, which no such call can see.
@@ -342,15 +352,17 @@ def as_verl_reward(method: RubricReward, examples: list[Example], heldout: list[
         scorer.example(call.name)
         waiting.append(call)
 
-        # The call that gets the lock takes all that wait by then to the judge, in one flat batch.
-        # One by one, a language model would be asked about a rollout only after the last one.
+        # The call that gets the lock takes all that wait by then to the judge, in one flat
+        # batch. One by one, each would wait for the verdicts on the one before.
         async with lock:
-            if call in waiting:
+            if not call.is_taken:
                 batch = list(waiting)
                 waiting.clear()
                 await asyncio.to_thread(score_calls, scorer, batch)
-        if call.error is not None:
-            raise call.error
+
+        # The call that took this one along has raised what went wrong, and verl ends with that.
+        if call.reward is None:
+            raise DataError("not scored: the batch that this rollout was judged in has failed")
         [score] = means.fill([call.name], [call.reward])
         return {"score": score, "scored": float(not math.isnan(call.reward))}
 
@@ -358,17 +370,15 @@ def as_verl_reward(method: RubricReward, examples: list[Example], heldout: list[
 
 
 def score_calls(scorer: Scorer, batch: list[Call]) -> None:
-    """Sets the reward of every call, or the error that stopped them all."""
-    ids = [call.name for call in batch]
-    texts = [call.text for call in batch]
-    try:
-        rewards = scorer.rewards(ids, texts)
-    except Exception as error:
-        # Each call raises it: verl would wait for ever for one that says nothing.
-        for call in batch:
-            call.error = error
-        return
-    for call, reward in zip(batch, rewards):
+    """Sets the reward of every call of the batch."""
+    # Marked first: if the judge fails, the others should not ask it once more each.
+    ids = []
+    texts = []
+    for call in batch:
+        call.is_taken = True
+        ids.append(call.name)
+        texts.append(call.text)
+    for call, reward in zip(batch, scorer.rewards(ids, texts)):
         call.reward = reward
 
 
@@ -413,14 +423,14 @@ def verl_rows(examples: list[Example], split: str = "train") -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Writes a data set for a trainer. Exit status 0, or 2 with one line that says what is wrong."""
+    """Writes a data set for a trainer. Exit status 0, or 2 with one line on what is wrong."""
     parser = argparse.ArgumentParser(
         prog="adapters.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("data", help="prompts with rubrics, as for train.py --data")
-    parser.add_argument("--trainer", choices=["trl", "verl"], required=True, help="who reads it")
+    parser.add_argument("--trainer", choices=["trl", "verl"], required=True)
     parser.add_argument("--split", default="train", help="verl: the name of the split [train]")
     parser.add_argument("--out", required=True, help="the JSONL file to write")
     args = parser.parse_args(argv)
