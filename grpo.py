@@ -30,17 +30,28 @@ import os
 import random
 import shutil
 import sys
+import time
+from contextlib import contextmanager
+from contextvars import ContextVar
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    causal_mask_function,
+    eager_mask,
+    sdpa_mask,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
@@ -90,23 +101,42 @@ def pad(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
 def load_policy(name: str, device: str = "cpu", bfloat16: bool | None = None):
     """Model and tokenizer: `smollm2` (embedded default), a folder, or a hub id.
 
-    bfloat16 (default: on a GPU) is for the layers' arithmetic only, see `precision`.
-    Raises ModuleNotFoundError with the command to run when the default model's package is missing.
+    bfloat16 (default: where the device has it) is for the layers' arithmetic only, see `precision`.
+    Raises ModuleNotFoundError with the command to run when the default model's package is missing,
+    ValueError with one line for a model that would not be trained as it is, see `check_policy`.
     """
     folder = name
     if name == "smollm2":
         folder = smollm2_folder()
     if bfloat16 is None:
-        bfloat16 = device != "cpu"
+        bfloat16 = has_bfloat16(device)
 
     # float32 weights everywhere: at a learning rate of 1e-6 most steps of a bfloat16 weight,
     # which has three digits, round to nothing.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model = model.to(device).eval()
-    model.set_attn_implementation("folded")
     model.bfloat16_layers = bfloat16
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    note(check_policy(model, tokenizer))
     return model, tokenizer
+
+
+@cache
+def note(line: str) -> None:
+    """Prints a line once, not once per process: what the user has to know, beside the results."""
+    if rank_and_world()[0] == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
+def has_bfloat16(device: str) -> bool:
+    """Whether the device computes in bfloat16; warns of a GPU that does not."""
+    if not device.startswith("cuda"):
+        return False
+    # Older ones (T4, V100) only pretend to, slowly.
+    major, _ = torch.cuda.get_device_capability(device)
+    if major < 8:
+        note(f"{torch.cuda.get_device_name(device)} has no bfloat16: the layers run in float32")
+    return major >= 8
 
 
 def precision(model):
@@ -116,6 +146,94 @@ def precision(model):
     """
     enabled = getattr(model, "bfloat16_layers", False)
     return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled)
+
+
+TOLERANCE = 1e-3  # nats between the log-prob of a token here and by the model's own forward
+
+
+def check_policy(model, tokenizer) -> str:
+    """Chooses an attention with which the log-probs here are those of the model's own forward.
+
+    Compares both paths, sampling and training, in float32: two prompts of unlike length, two
+    completions each, beyond the attention's window where that is affordable. No list of model names
+    decides. Returns a line for the log; raises ValueError with one line when no attention will do.
+    """
+    start = time.perf_counter()
+    model_type = model.config.model_type
+    reasons = []
+    bfloat16 = getattr(model, "bfloat16_layers", False)
+    model.bfloat16_layers = False
+    try:
+        # The fast one first; the model's own is slower, but has what else its authors put there.
+        for attention in ("folded", "eager"):
+            try:
+                differences = own_differences(model, tokenizer, attention)
+            except Exception as error:  # noqa: BLE001  (architectures fail in many ways)
+                reason = " ".join(str(error).split())[:200]
+                reasons.append(f"{type(error).__name__}: {reason}")
+                continue
+            path = max(differences, key=differences.get)
+            largest = differences[path]
+            if largest <= TOLERANCE:
+                seconds = time.perf_counter() - start
+                return (
+                    f"{model_type}: log-probs are those of the model's own forward "
+                    f"to {largest:.0e} ({attention} attention, checked in {seconds:.1f} s)"
+                )
+            reasons.append(f"log-probs of {path} are off by {largest:.2g}")
+    finally:
+        model.bfloat16_layers = bfloat16
+    raise ValueError(f"{model_type} models cannot be trained here: {reasons[-1]}")
+
+
+def own_differences(model, tokenizer, attention: str) -> dict[str, float]:
+    """Largest difference of a log-prob from the model's own forward, of each path."""
+    text = "A prompt of some words, over and over again, that the model has to go on with. " * 400
+    ids = tokenizer.encode(text)
+    long = min(check_length(model), len(ids))
+    prompts = [ids[:long], ids[3:8]]
+    model.set_attn_implementation(attention)
+    groups = sample(model, prompts, 2, 8, 1.0, set(), uniform_numbers(2, 2, 8, seed=0))
+
+    with torch.no_grad():
+        trained, _ = completion_logprobs(model, groups, 1.0)
+        model.set_attn_implementation("eager")
+        sampled = []
+        own = []
+        for group in groups:
+            for rollout in group:
+                sampled.extend(rollout.logp)
+                sequence = torch.tensor([rollout.prompt_ids + rollout.ids], device=model.device)
+                logits = model(sequence, use_cache=False).logits[0, len(rollout.prompt_ids) - 1 : -1]
+                log_p = logits.float().log_softmax(-1)
+                own.append(log_p.gather(1, sequence[0, len(rollout.prompt_ids) :, None])[:, 0])
+    model.set_attn_implementation(attention)
+    own = torch.cat(own)
+    sampled = own.new_tensor(sampled)
+    return {
+        "sampling": largest_difference(sampled, own),
+        "training": largest_difference(trained, own),
+    }
+
+
+def largest_difference(left: torch.Tensor, right: torch.Tensor) -> float:
+    """Largest absolute difference; infinite when a value is none."""
+    difference = (left - right).abs().max()
+    if not torch.isfinite(difference):
+        return math.inf
+    return difference.item()
+
+
+def check_length(model) -> int:
+    """Tokens of the check's longer prompt: more than fit an attention window, if that is cheap."""
+    longest = 24
+    affordable = 1024 if model.device.type == "cpu" else 4200
+    config = model.config.get_text_config()
+    for name in ("sliding_window", "attention_chunk_size"):
+        window = getattr(config, name, None)
+        if isinstance(window, int) and window + 8 <= affordable:
+            longest = max(longest, window + 8)
+    return longest
 
 
 def encode(tokenizer, messages: list[dict]) -> list[int]:
@@ -188,7 +306,14 @@ class FixedLayer(DynamicLayer):
 
 
 def folded_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """Attention for decoding. query [B, heads, 1, d], key and value [B, kv heads, S, d]."""
+    """Attention for decoding. query [B, heads, 1, d], key and value [B, kv heads, S, d].
+
+    Raises ValueError for capped scores and for sinks, which it would leave out.
+    """
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"attention with {name}")
+
     rows, heads, length, width = query.shape
     # Longer queries, of prompts and of training rows, go the usual way.
     if length > 1:
@@ -203,11 +328,102 @@ def folded_attention(module, query, key, value, attention_mask, scaling=None, **
     out = F.scaled_dot_product_attention(
         folded, key, value, attn_mask=attention_mask, scale=scaling
     )
-    return out.reshape(rows, 1, heads, width), None
+    return out.reshape(rows, 1, heads, -1), None
 
 
 AttentionInterface.register("folded", folded_attention)
-AttentionMaskInterface.register("folded", sdpa_mask)
+
+
+PACKED = ContextVar("PACKED", default=None)  # positions and segments of the rows of a pass
+
+
+@contextmanager
+def packed_rows(positions: torch.Tensor, segments: torch.Tensor):
+    """Context: the model's rows hold a prompt and several completions. positions, segments [R, S]
+
+    See `completion_logprobs`.
+    """
+    token = PACKED.set((positions, segments))
+    try:
+        yield
+    finally:
+        PACKED.reset(token)
+
+
+def row_mask(make_mask, mask_function=causal_mask_function, attention_mask=None, **kwargs):
+    """The mask of one kind of layer, as its model asks for it. make_mask: the library's function.
+
+    mask_function(row, head, query, key) -> bool is the kind's rule (causal, a sliding window,
+    chunks) over places in a plain sequence. A row here is none, so the rule is asked with the
+    places that its tokens would have in one.
+    """
+    if PACKED.get() is None:
+        # Sampling: padding takes a slot of the cache between a prompt and its completion, but no
+        # place. To a causal rule that makes no difference.
+        if mask_function is causal_mask_function or attention_mask is None:
+            return make_mask(mask_function=mask_function, attention_mask=attention_mask, **kwargs)
+        places = attention_mask.long().cumsum(1) - 1
+
+        def in_places(row, head, query, key):
+            return mask_function(row, head, places[row, query], places[row, key])
+
+        return make_mask(mask_function=in_places, attention_mask=attention_mask, **kwargs)
+
+    # Training: a token sees what is before it in the prompt (segment 0) or in the same completion.
+    # Padding is segment 0 at the very end, where nobody looks.
+    positions, segments = PACKED.get()
+
+    def in_segments(row, head, query, key):
+        in_prompt = segments[row, key] == 0
+        in_same_segment = segments[row, key] == segments[row, query]
+        is_before = key <= query
+        is_allowed = mask_function(row, head, positions[row, query], positions[row, key])
+        return (in_prompt | in_same_segment) & is_before & is_allowed
+
+    kwargs["allow_is_causal_skip"] = False
+    return make_mask(mask_function=in_segments, attention_mask=None, **kwargs)
+
+
+# Every model asks for masks by the name of its attention. For a row that is a plain sequence these
+# are the library's own.
+AttentionMaskInterface.register("folded", partial(row_mask, sdpa_mask))
+AttentionMaskInterface.register("sdpa", partial(row_mask, sdpa_mask))
+AttentionMaskInterface.register("eager", partial(row_mask, eager_mask))
+
+
+class HiddenStates:
+    """Stands in for the output of a model's layers: hidden states [1, N, H] and nothing else."""
+
+    def __init__(self, hidden: torch.Tensor):
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index):
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name):
+        """No caches, attentions, router logits."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+def head_logits(model, hidden: torch.Tensor) -> torch.Tensor:
+    """The logits of these hidden states, by the model's own forward. hidden [N, H] -> [N, V]
+
+    What it does after its layers (bias, scale, soft cap) is part of the policy. So its layers are
+    replaced by the hidden states for one call.
+    """
+    hidden = hidden.to(model.get_output_embeddings().weight.dtype)[None]  # [1, N, H]
+
+    def forward(*args, **kwargs):
+        return HiddenStates(hidden)
+
+    layers = model.base_model
+    layers.forward = forward
+    try:
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        return model(ids, use_cache=False).logits[0]
+    finally:
+        del layers.forward
 
 
 def uniform_numbers(
@@ -272,7 +488,6 @@ def sample(
     """
     if not prompts:
         return []
-    head = model.get_output_embeddings()
     device = model.device
     if uniform is not None:
         uniform = uniform.flatten(0, 1).to(device)  # [B, T]
@@ -281,11 +496,9 @@ def sample(
     ids, mask = pad(prompts, device)  # [P, L]
     last = mask.sum(1, keepdim=True) - 1  # [P, 1]
     capacity = ids.shape[1] + max_new_tokens
-    layers = [FixedLayer(capacity) for _ in range(model.config.num_hidden_layers)]
-    cache = Cache(layers=layers)
+    cache = Cache(layer_class_to_replicate=partial(FixedLayer, capacity))
     with precision(model):
         hidden = model.base_model(ids, past_key_values=cache, use_cache=True)[0]  # [P, L, H]
-    hidden = hidden.to(head.weight.dtype)
     hidden = hidden[torch.arange(len(prompts), device=device), last[:, 0]]  # [P, H]
 
     rollouts = []
@@ -307,7 +520,7 @@ def sample(
         row_uniform = None
         if uniform is not None:
             row_uniform = uniform[index, step]
-        token, logp = draw(head(hidden), row_uniform, temperature)  # [B], [B]
+        token, logp = draw(head_logits(model, hidden), row_uniform, temperature)  # [B], [B]
 
         running = record(rollouts, index, running, token, logp, ends)
         n_running = int(running.sum())
@@ -336,7 +549,7 @@ def sample(
                 past_key_values=cache,
                 use_cache=True,
             )[0]
-        hidden = hidden[:, 0].to(head.weight.dtype)  # [B, H]
+        hidden = hidden[:, 0]  # [B, H]
 
     return [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
 
@@ -429,6 +642,53 @@ class TokenLogprobs(torch.autograd.Function):
         return grad_hidden / ctx.temperature, grad_weight, None, None
 
 
+PLAIN_HEADS = WeakKeyDictionary()  # model -> bool, see below
+
+
+def has_plain_head(model) -> bool:
+    """Whether the model's logits are hidden W^T and nothing else."""
+    if model not in PLAIN_HEADS:
+        head = model.get_output_embeddings()
+        is_plain = isinstance(head, torch.nn.Linear) and head.bias is None
+        if is_plain:
+            # Large values: in small ones a soft cap does not show.
+            generator = torch.Generator().manual_seed(0)
+            hidden = 100 * torch.randn(4, head.weight.shape[1], generator=generator)
+            hidden = hidden.to(head.weight)
+            with torch.no_grad():
+                is_plain = torch.equal(head_logits(model, hidden), head(hidden))
+        PLAIN_HEADS[model] = is_plain
+    return PLAIN_HEADS[model]
+
+
+def own_head_logprobs(model, hidden, ids, temperature) -> tuple[torch.Tensor, torch.Tensor]:
+    """As TokenLogprobs, for any head: autograd goes through the model's own. hidden [N, H]"""
+    logits = head_logits(model, hidden) / temperature
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    log_p = logits.to(exact).log_softmax(-1)  # [N, V]
+    entropy = -(log_p.exp() * log_p).sum(-1).detach()
+    return log_p.gather(1, ids[:, None])[:, 0], entropy
+
+
+def head_logprobs(model, hidden, ids, temperature) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-prob and entropy of the chosen tokens. hidden [N, H], ids [N] -> [N], [N]"""
+    weight = model.get_output_embeddings().weight  # [V, H]
+    hidden = hidden.to(weight.dtype)
+    if has_plain_head(model):
+        return TokenLogprobs.apply(hidden, weight, ids, temperature)
+
+    # Checkpointed: backward makes each chunk's logits again.
+    logp = []
+    entropy = []
+    for at in chunks(len(ids)):
+        chunk_logp, chunk_entropy = checkpoint(
+            own_head_logprobs, model, hidden[at], ids[at], temperature, use_reentrant=False
+        )
+        logp.append(chunk_logp)
+        entropy.append(chunk_entropy)
+    return torch.cat(logp), torch.cat(entropy)
+
+
 def completion_logprobs(
     model,
     groups: list[list[Rollout]],
@@ -470,23 +730,17 @@ def completion_logprobs(
     segments, _ = pad(segment_rows, model.device)
     positions, _ = pad(position_rows, model.device)
 
-    # A token sees what is before it in the prompt (segment 0) or in the same completion. Padding is
-    # segment 0 at the very end, where nobody looks.
-    in_prompt = segments[:, None, :] == 0
-    in_same_segment = segments[:, None, :] == segments[:, :, None]
-    visible = (in_prompt | in_same_segment).tril()[:, None]  # [R, 1, S, S]
-
-    with precision(model):
+    # The mask is a plain one for rows of this length; `row_mask` makes it that of their segments.
+    mask = torch.ones_like(ids)
+    with precision(model), packed_rows(positions, segments):
         hidden = model.base_model(
             ids,
-            attention_mask=visible,
+            attention_mask=mask,
             position_ids=positions,
             use_cache=False,
         )[0]  # [R, S, H]
-    weight = model.get_output_embeddings().weight  # [V, H]
-    hidden = hidden[segments > 0].to(weight.dtype)  # [N, H]
     targets = torch.tensor(targets, device=model.device)  # [N]
-    return TokenLogprobs.apply(hidden, weight, targets, temperature)
+    return head_logprobs(model, hidden[segments > 0], targets, temperature)
 
 
 # ---------------------------------------------------------------------------------- advantages
@@ -751,13 +1005,14 @@ def make_passes(groups: list[list[Rollout]], config) -> list[list[Pass]]:
 
 def set_checkpointing(model, on: bool) -> None:
     """Switches gradient checkpointing: per layer one tensor is kept, the rest computed again."""
-    if on:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    # The layers recompute only in training mode, and drop the cache then. So the mode is theirs
-    # alone (no dropout starts in their children) and ends before the next sampling.
+    # Not by the library's switch, which needs training mode: dropout would start with it.
     for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.training = on
+        if not isinstance(layer, GradientCheckpointingLayer):
+            continue
+        if on:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        else:
+            vars(layer).pop("forward", None)
 
 
 def update(
