@@ -32,31 +32,48 @@ def quietly(flags: list[str], log: str) -> None:
     """A run in a process of its own, its words in a file."""
     sys.stdout = sys.stderr = open(log, "a")  # noqa: SIM115  (until the process ends)
     torch.set_num_threads(1)
-    os._exit(train.main(flags))
+    status = train.main(flags)
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def saved_state(folder: Path) -> dict:
+    """What a run's checkpoint holds besides the weights."""
+    return torch.load(folder / "checkpoint" / "trainer.pt", weights_only=True)
 
 
 def same_run(a: Path, b: Path) -> None:
     """Logs equal but for seconds, weights and saved state equal in every bit."""
     assert lines(a / "metrics.jsonl") == lines(b / "metrics.jsonl")
     assert lines(a / "samples.jsonl") == lines(b / "samples.jsonl")
-    assert (a / "checkpoint" / "model.safetensors").read_bytes() == (b / "checkpoint" / "model.safetensors").read_bytes()
-    one, two = (torch.load(folder / "checkpoint" / "trainer.pt", weights_only=True) for folder in (a, b))
+    weights = [(folder / "checkpoint" / "model.safetensors").read_bytes() for folder in (a, b)]
+    assert weights[0] == weights[1]
+    one, two = saved_state(a), saved_state(b)
     for number, moments in one["optimizer"]["state"].items():
-        assert all(torch.equal(moments[key], two["optimizer"]["state"][number][key]) for key in moments)
+        for key in moments:
+            assert torch.equal(moments[key], two["optimizer"]["state"][number][key])
 
 
+def lines_so_far(path: Path) -> list[str]:
+    """The whole lines of a log that is being written."""
+    return path.read_text(encoding="utf8").split("\n")[:-1] if path.exists() else []
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("name", METHODS)
 def test_killed_at_random_moments_it_is_the_same_run(tiny, few, forms, tmp_path, name):
-    """Seven SIGKILLs a method, 28 in all, at moments drawn over a whole run: importing, rolling out, searching, judging, in the
-    backward pass, while logs and checkpoints are written. The processes come from a server that has imported everything."""
+    """Seven SIGKILLs per method, 28 in all, at moments drawn over a whole run: importing, rolling out, searching, judging,
+    in the backward pass, while logs and checkpoints are written. The processes come from a server that has imported all."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["train", "transformers.models.llama.modeling_llama"])
     flags = ["--model", str(tiny), "--data", forms, "--eval_data", few, *LONG, *METHODS[name]]
-    whole, cut, rng, kills = tmp_path / "whole", tmp_path / "cut", random.Random(name), 0
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    rng, kills = random.Random(name), 0
 
     def start(folder):
         begun = (folder / "config.json").exists()
-        process = server.Process(target=quietly, args=(["--resume", str(folder)] if begun else [*flags, "--out", str(folder)], f"{folder}.log"))
+        arguments = ["--resume", str(folder)] if begun else [*flags, "--out", str(folder)]
+        process = server.Process(target=quietly, args=(arguments, f"{folder}.log"))
         process.start()
         return process
 
@@ -70,7 +87,10 @@ def test_killed_at_random_moments_it_is_the_same_run(tiny, few, forms, tmp_path,
     assert process.exitcode == 0, Path(f"{whole}.log").read_text()
     for _ in range(60):
         process, unfinished = start(cut), kills < 7 or len(reached) < 2
-        process.join(rng.uniform(0.2, 0.9) * duration * max(1, kills / 7) ** 2 if unfinished else None)  # a busy machine: later kills
+        limit = None
+        if unfinished:  # a busy machine: later kills
+            limit = rng.uniform(0.2, 0.9) * duration * max(1, kills / 7) ** 2
+        process.join(limit)
         if process.exitcode is None:
             os.kill(process.pid, signal.SIGKILL)
             process.join()
@@ -87,58 +107,57 @@ def test_killed_at_random_moments_it_is_the_same_run(tiny, few, forms, tmp_path,
     assert len(reached) > 1  # not always the same moment
 
 
-def lines_so_far(path: Path) -> list[str]:
-    return path.read_text(encoding="utf8").split("\n")[:-1] if path.exists() else []
-
-
 def spawn(tmp_path, *flags, **more):
     """train.py as a user starts it."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "train.py"), *flags]
-    return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more)
+    return subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_finishes_the_step_and_saves(tiny, few, forms, tmp_path, number):
     flags = ["--model", str(tiny), "--data", forms, "--eval_data", few, *LONG, "--steps", "400", "--save_every", "1000"]
     process = spawn(tmp_path, *flags, "--out", "run")
-    while not len(lines_so_far(tmp_path / "run" / "metrics.jsonl")) > 2:
+    while len(lines_so_far(tmp_path / "run" / "metrics.jsonl")) <= 2:
         time.sleep(0.05)
         assert process.poll() is None, process.stdout.read()
     process.send_signal(number)
-    said = process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + number and "stopping after this step" in said and "--resume run" in said
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + number
+    assert "stopping after this step" in printed and "--resume run" in printed
     step = lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"]
-    assert 0 < step < 400 and torch.load(tmp_path / "run" / "checkpoint" / "trainer.pt", weights_only=True)["step"] == step
+    assert 0 < step < 400 and saved_state(tmp_path / "run")["step"] == step
     assert train.main(["--resume", str(tmp_path / "run"), "--steps", str(step + 1)]) == 0
 
 
-@pytest.mark.parametrize("where", ["save", "samples", "report", "append"])
+@pytest.mark.parametrize("where", ["save_checkpoint", "write_samples", "write_report", "append"])
 def test_a_signal_at_any_place_of_the_loop_leaves_a_checkpoint_of_the_last_step(tiny, few, tmp_path, monkeypatch, where):
     """Also after the step's checkpoint was passed over, or while it is written."""
-    owner, calls = (train, 0) if where == "report" else (train.Run, 0)
-    original = getattr(owner, where)
+    calls = 0
+    original = getattr(train.RunFolder, where)
 
-    def interrupted(*args):
+    def signalled(*arguments):
         nonlocal calls
         calls += 1
-        original(*args)
+        original(*arguments)
         if calls == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(owner, where, interrupted)
-    flags = ["--steps", "8", "--save_every", "2" if where == "save" else "100", "--eval_every", "1"]
-    assert run(tiny, few, tmp_path / "run", *flags) == 130
+    monkeypatch.setattr(train.RunFolder, where, signalled)
+    save_every = "2" if where == "save_checkpoint" else "100"
+    assert run(tiny, few, tmp_path / "run", "--steps", "8", "--save_every", save_every, "--eval_every", "1") == 130
     step = lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"]
-    assert 0 < step < 8 and torch.load(tmp_path / "run" / "checkpoint" / "trainer.pt", weights_only=True)["step"] == step
+    assert 0 < step < 8 and saved_state(tmp_path / "run")["step"] == step
 
 
 def test_a_run_without_a_checkpoint_begins_again(tiny, few, tmp_path, monkeypatch):
-    def breaks(*args):
+    def breaks(*arguments, **more):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "one_step", breaks)
+        patch.setattr(train, "train_step", breaks)
         assert run(tiny, few, tmp_path / "cut") == 130
     assert not (tmp_path / "cut" / "checkpoint").exists()
     assert train.main(["--resume", str(tmp_path / "cut")]) == 0
@@ -149,12 +168,17 @@ def test_a_run_without_a_checkpoint_begins_again(tiny, few, tmp_path, monkeypatc
 def test_a_full_disk_while_saving_leaves_the_last_checkpoint(tiny, few, tmp_path):
     """A limit on file size stands for the full disk: the write really fails, in the library that writes."""
     assert run(tiny, few, tmp_path / "run") == 0
-    before = (tmp_path / "run" / "checkpoint" / "model.safetensors").read_bytes()
+    weights = tmp_path / "run" / "checkpoint" / "model.safetensors"
+    before = weights.read_bytes()
     small = len(before) // 2
-    process = spawn(tmp_path, "--resume", "run", "--steps", "4", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (small, small)))
-    said = process.communicate(timeout=120)[0].strip().split("\n")
-    assert process.returncode == 2 and "checkpoint: cannot be written" in said[-1] and "--resume" in said[-1]
-    assert (tmp_path / "run" / "checkpoint" / "model.safetensors").read_bytes() == before and not (tmp_path / "run" / "checkpoint.tmp").exists()
+
+    def limit_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (small, small))
+
+    process = spawn(tmp_path, "--resume", "run", "--steps", "4", preexec_fn=limit_files)
+    printed = process.communicate(timeout=120)[0].strip().split("\n")
+    assert process.returncode == 2 and "checkpoint: cannot be written" in printed[-1] and "--resume" in printed[-1]
+    assert weights.read_bytes() == before and not list((tmp_path / "run").glob("*.tmp"))
     assert train.main(["--resume", str(tmp_path / "run"), "--steps", "4"]) == 0
     assert lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 4
 
@@ -164,37 +188,44 @@ def test_a_full_disk_while_logging_is_one_line(tiny, few, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "samples.jsonl").symlink_to("/dev/full")
     assert run(tiny, few, tmp_path / "run") == 2
-    said = capsys.readouterr().err.strip().split("\n")[-1]
-    assert "samples.jsonl: cannot be written (No space left on device)" in said and "--resume" in said
+    printed = capsys.readouterr().err.strip().split("\n")[-1]
+    assert "samples.jsonl: cannot be written (No space left on device)" in printed and "--resume" in printed
 
 
 def test_a_judge_that_goes_away_stops_the_run_with_its_checkpoint(tiny, few, tmp_path, capsys):
     with JudgeServer() as server:
-        flags = ["--judge", server.url, "--judge_model", "m", "--judge_cache", str(tmp_path / "cache.jsonl")]
+        flags = ["--judge", server.url, "--judge_model", "m"]
         assert run(tiny, few, tmp_path / "run", *flags) == 0
         port = server.port
         server.status = 404  # the model was unloaded
         assert train.main(["--resume", str(tmp_path / "run"), "--steps", "5"]) == 2
-        said = capsys.readouterr().err.strip().split("\n")[-1]
-        assert "step 4" in said and "404" in said and f"--resume {tmp_path / 'run'}" in said
+        printed = capsys.readouterr().err.strip().split("\n")[-1]
+        assert "step 4" in printed and "404" in printed and f"--resume {tmp_path / 'run'}" in printed
     with JudgeServer(port=port):
         assert train.main(["--resume", str(tmp_path / "run"), "--steps", "5"]) == 0
-        assert run(tiny, few, tmp_path / "whole", *flags, "--steps", "5", "--judge_cache", str(tmp_path / "other.jsonl")) == 0
-    assert [row["reward"] for row in lines(tmp_path / "run" / "samples.jsonl")][:6] == [row["reward"] for row in lines(tmp_path / "whole" / "samples.jsonl")][:6]
+        other = tmp_path / "other" / "whole"  # with a cache of its own
+        assert run(tiny, few, other, *flags, "--steps", "5") == 0
+    rewards = [row["reward"] for row in lines(tmp_path / "run" / "samples.jsonl")]
+    assert rewards[:6] == [row["reward"] for row in lines(other / "samples.jsonl")][:6]
 
 
-@pytest.mark.parametrize(("error", "words"), [(FloatingPointError("the gradient is not finite"), "step 2: the gradient is not finite"),
-                                              (torch.OutOfMemoryError("CUDA out of memory"), "step 2: the GPU's memory is full")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (FloatingPointError("the gradient is not finite"), "step 2: the gradient is not finite"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "step 2: the GPU's memory is full"),
+    ],
+)
 def test_what_breaks_a_step_is_one_line_and_the_checkpoint_stays(tiny, few, tmp_path, capsys, monkeypatch, error, words):
-    original = train.one_step
+    original = train.train_step
 
-    def breaks(*args):
-        if args[-1] == 1:
+    def breaks(made, step, **more):
+        if step == 1:
             raise error
-        return original(*args)
+        return original(made, step, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "one_step", breaks)
+        patch.setattr(train, "train_step", breaks)
         assert run(tiny, few, tmp_path / "run") == 2
     assert words in capsys.readouterr().err.strip().split("\n")[-1]
     assert train.main(["--resume", str(tmp_path / "run")]) == 0
@@ -205,25 +236,26 @@ def test_what_breaks_a_step_is_one_line_and_the_checkpoint_stays(tiny, few, tmp_
 def test_a_gradient_that_is_not_finite_leaves_the_weights(tiny, few, tmp_path, capsys):
     """A real one: the learning rate is so high that the second step's numbers overflow."""
     assert run(tiny, few, tmp_path / "run", "--lr", "1e30", "--steps", "4", "--advantage", "none") == 2
-    said = capsys.readouterr().err.strip()
-    assert "not finite" in said and "lower --lr" in said and "\n" not in said.split("train.py: ")[-1]
-    weights = torch.load(tmp_path / "run" / "checkpoint" / "trainer.pt", weights_only=True)
-    assert weights["step"] >= 1 and set(weights["versions"]) == {"python", "torch", "transformers", "threads", "device"}
+    printed = capsys.readouterr().err.strip()
+    assert "not finite" in printed and "lower --lr" in printed and "\n" not in printed.split("train.py: ")[-1]
+    state = saved_state(tmp_path / "run")
+    assert state["step"] >= 1
+    assert set(state["versions"]) == {"python", "torch", "transformers", "threads", "device"}
 
 
 def test_other_versions_are_named(tiny, few, tmp_path, capsys):
     assert run(tiny, few, tmp_path / "run") == 0
-    file = tmp_path / "run" / "checkpoint" / "trainer.pt"
-    state = torch.load(file, weights_only=True)
+    state = saved_state(tmp_path / "run")
     state["versions"]["torch"] = "1.0"
-    torch.save(state, file)
+    torch.save(state, tmp_path / "run" / "checkpoint" / "trainer.pt")
     capsys.readouterr()
     assert train.main(["--resume", str(tmp_path / "run"), "--steps", "4"]) == 0
     assert "other torch: " in capsys.readouterr().out
 
 
 def test_logs_can_be_read_while_they_are_written(tiny, few, forms, tmp_path):
-    process = spawn(tmp_path, "--model", str(tiny), "--data", forms, "--eval_data", few, *LONG, "--steps", "12", "--out", "run")
+    flags = ["--model", str(tiny), "--data", forms, "--eval_data", few, *LONG, "--steps", "12", "--out", "run"]
+    process = spawn(tmp_path, *flags)
     looks = 0
     while process.poll() is None:
         for name in ("metrics.jsonl", "samples.jsonl"):
