@@ -33,11 +33,12 @@ import time
 import urllib.parse
 import urllib.request
 from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
+from typing import NamedTuple
 
 import certifi
 from tqdm import tqdm
@@ -441,15 +442,15 @@ class Reply(NamedTuple):
 
 
 FILTER_WORDS = re.compile(
-    r"content[_ ](?:filter|policy|management)|responsible ?ai|safety|moderation|flagged", re.I
+    r"content[_ ](?:filter|policy|management)|responsible ?ai|safety|moderation|flagged", re.IGNORECASE
 )
 LENGTH_WORDS = re.compile(
     r"context[_ ](?:length|size|window)|maximum context|n_ctx|too (?:long|large)|too many tokens"
     r"|(?:prompt|input|request) (?:is |tokens )?(?:too long|exceeds)|maximum (?:input|prompt) length",
-    re.I,
+    re.IGNORECASE,
 )
 QUOTA_WORDS = re.compile(
-    r"insufficient[_ ](?:quota|credit|balance|funds)|exceeded your current quota|credit balance", re.I
+    r"insufficient[_ ](?:quota|credit|balance|funds)|exceeded your current quota|credit balance", re.IGNORECASE
 )
 
 
@@ -550,8 +551,9 @@ def content_text(content: object) -> str:
     for part in content:
         if isinstance(part, str):
             texts.append(part)
-        elif isinstance(part, dict) and part.get("type", "text") in ("text", "output_text"):
-            if isinstance(part.get("text"), str):
+        elif isinstance(part, dict) and isinstance(part.get("text"), str):
+            # Parts of other types are thoughts, pictures or calls of tools.
+            if part.get("type", "text") in ("text", "output_text"):
                 texts.append(part["text"])
     return "".join(texts)
 
@@ -615,13 +617,11 @@ def without_password(url: str) -> str:
     >>> without_password("me:p@host"), without_password("offline")
     ('host', 'offline')
     """
-    scheme, separator, rest = url.rpartition("://") if "@" not in url else url.partition("://")
-    if not separator:
-        rest = url
-        scheme = ""
-    host = rest.rpartition("@")[2]
-    host = host.partition("?")[0].partition("#")[0]
-    return scheme + separator + host
+    scheme, separator, rest = url.partition("://")
+    # Without a scheme the whole is a host, which may have a password with "://" in it.
+    if not separator or not scheme.isalnum():
+        return url.rpartition("@")[2].partition("?")[0]
+    return scheme + separator + rest.rpartition("@")[2].partition("?")[0]
 
 
 class Address:
@@ -958,7 +958,8 @@ class Call:
 
 # The question that finds out what a server can do.
 PROBE = Question("user: What helps against thirst?", "Drink water.", "Mentions water.")
-PROBE_SECONDS = 2  # for which a server in trouble is asked with structured output
+PROBE_PATIENCE = 30  # seconds that a server which is starting up is waited for
+FORMAT_PATIENCE = 2  # the same while it is asked for structured output
 LEAST_TOKENS = 64  # of an answer that is still worth asking for
 REJECTIONS = 20  # in a row, without an answer between them: then the judge is at fault
 ODD_REPLIES = 3  # in a row to one question
@@ -1116,7 +1117,8 @@ class LLMJudge:
         judge cannot be used.
         """
         if not self.profile:
-            self.run(self.find_out, [PROBE], show_progress=False)
+            patience = min(self.patience, PROBE_PATIENCE)
+            self.run(self.find_out, [patience], show_progress=False)
         if not self.profile:
             message = f"the judge at {self.shown} does not answer: {self.last_problem}"
             raise JudgeError(message + self.mend(0, self.last_problem))
@@ -1196,7 +1198,8 @@ class LLMJudge:
                         return
                     work(call)
                     bar.update()
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001
+                # Whatever goes wrong in a thread must end the batch and reach the caller.
                 errors.append(error)
                 self.stopping.set()
 
@@ -1342,7 +1345,7 @@ class LLMJudge:
 
             value, problem = call.read(reply.text)
             if value is not None:
-                self.learn_from(body, attempt)
+                self.learn_from(call, attempt, was_cut)
                 self.store(call, value, reply)
                 return ""
 
@@ -1468,6 +1471,9 @@ class LLMJudge:
                 self.last_reply_at = now
                 self.answered += 1
                 self.rejections = 0
+                # What the probe costs is not the batch's.
+                if not self.profile:
+                    return reply
                 self.latency.append(now - began)
                 self.stats["calls"] += 1
                 self.stats["prompt_tokens"] += reply.prompt_tokens
@@ -1551,43 +1557,39 @@ class LLMJudge:
             # A server that nobody hears costs the batch its patience once, not every question.
             is_patient = time.monotonic() - self.last_reply_at <= self.patience
             if not self.profile and is_patient and not self.stopping.is_set():
-                self.find_out(PROBE)
+                self.find_out(self.patience)
         return bool(self.profile)
 
-    def find_out(self, question: Question) -> None:
+    def find_out(self, patience: float) -> None:
         """Asks the probe's question until the server takes it, and sets the profile.
 
-        Leaves the profile empty when no reply comes at all. Raises JudgeError.
+        Leaves the profile empty when no reply comes for `patience` seconds. Raises JudgeError.
         """
         self.list_models()
-        reply = None
         is_read = False
-        # One round more than there are things to give up.
-        for _ in range(5):
-            call = Call(chat([question]), self.max_tokens, "", [], None, answer_format(1))
+        while True:
+            call = Call(chat([PROBE]), self.max_tokens, "", [], None, answer_format(1))
             # Some servers fail whenever they are asked for structured output, so it is not
             # waited for as long as for an answer in plain text.
-            is_first_try = self.structured and reply is None
-            patience = min(PROBE_SECONDS, self.patience) if is_first_try else self.patience
-            reply = self.request(self.first_body(call), LEAST_TOKENS, patience)
+            limit = min(FORMAT_PATIENCE, patience) if self.structured else patience
+            reply = self.request(self.first_body(call), LEAST_TOKENS, limit)
+
             if reply.kind == "answer":
-                is_read = read_answer(reply.text, [question])[0].score is not None
-                if is_read or reply.finish == "length" or not self.structured:
+                is_read = read_answer(reply.text, [PROBE])[0].score is not None
+                if is_read or reply.finish == "length":
                     break
+            # This refusal is of the probe's question: the judge may take others.
             if reply.kind in ("refused", "too_long"):
                 break
             if not self.give_up_one(reply):
                 break
 
+        # Silence says nothing about structured output.
         if reply.kind == "transport":
             self.structured = True
             return
-        if reply.kind not in ("answer", "refused", "too_long"):
+        if reply.kind in ("rejected", "unparsable"):
             raise self.denied(reply)
-        with self.lock:
-            # What the probe cost is not the batch's.
-            self.stats = Counter()
-            self.latency = []
         self.profile = self.describe_server(reply, is_read)
 
     def give_up_one(self, reply: Reply) -> bool:
@@ -1643,14 +1645,15 @@ class LLMJudge:
             parts.append(f"but its first answer holds no verdict: {words!r}")
         return f"judge {self.model} at {self.shown}: {', '.join(parts)}"
 
-    def learn_from(self, body: dict, attempt: int) -> None:
+    def learn_from(self, call: Call, attempt: int, was_cut: bool) -> None:
         """Stops asking for structured output where only plain text gives answers."""
-        if not self.structured:
+        if not self.structured or not call.response_format or was_cut:
             return
         with self.lock:
-            if "response_format" in body:
+            # The second request is in plain text.
+            if attempt == 1:
                 self.rescues = 0
-            elif attempt == 2:
+            else:
                 self.rescues += 1
             if self.rescues < RESCUES:
                 return
@@ -1893,7 +1896,7 @@ def copied_share(response: str, question: str) -> float:
 HEDGE = re.compile(
     r"\b(it depends|depends on|may or may not|might|perhaps|possibly|varies|in some cases"
     r"|hard to say)\b",
-    re.I,
+    re.IGNORECASE,
 )
 
 
@@ -1923,11 +1926,11 @@ def ends_complete(response: str) -> bool:
 
 def addresses_reader(response: str) -> bool:
     """Says "you" or a form of it."""
-    return bool(re.search(r"\byou(r|rs|rself)?\b", response, re.I))
+    return bool(re.search(r"\byou(r|rs|rself)?\b", response, re.IGNORECASE))
 
 
 EXAMPLE_WORDS = re.compile(
-    r"\b(for example|for instance|such as|e\.g\.|(an|one|another) example (is|of|would))", re.I
+    r"\b(for example|for instance|such as|e\.g\.|(an|one|another) example (is|of|would))", re.IGNORECASE
 )
 
 
@@ -1977,9 +1980,11 @@ def boxed(response: str, words: tuple[str, ...]) -> bool:
     # "B", "(B)", "B.", "B: Iron" name the letter.
     letter = re.match(r"\(?([A-Z])(?:[).:]|\s*$)", inside)
     for word in words:
-        if word.strip(" .").lower() == inside.lower():
-            return True
-        if letter and letter[1] == word:
+        if len(word) == 1 and word.isupper():
+            # A letter is a letter: the option "B" is not met by an answer whose text is "b".
+            if letter and letter[1] == word:
+                return True
+        elif word.strip(" .").lower() == inside.lower():
             return True
     return False
 

@@ -1,18 +1,81 @@
-"""A real HTTP server that speaks the chat-completions format, knows the right answers, and can fail in every way.
+"""A real HTTP server that speaks the chat-completions format, knows the right answers, and can
+fail in every way.
 
-Its answers are a hash of the statement, so a test can tell a right verdict from a wrong one. Used in a thread by the
-tests, and as a process of its own by the benchmark: python tests/judge_server.py --delay 0.05 --faults 0.3
+Its answers are a hash of the statement, so a test can tell a right verdict from a wrong one. Used
+in a thread by the tests, and as a process of its own by the benchmark:
+
+    python tests/judge_server.py --delay 0.05 --faults 0.3
 """
 
 import argparse
 import asyncio
+import gzip
 import hashlib
 import json
 import random
 import re
 import threading
 
-FAULTS = ("busy", "error", "unavailable", "drop", "no_json", "no_verdict", "cut", "slow")
+# What goes wrong, and the kind of the missing verdict when nothing else ever comes ("" for a fault
+# through which the right verdict can be read).
+FAULTS = {
+    # The server is in trouble.
+    "busy": "transport",
+    "error": "transport",
+    "unavailable": "transport",
+    "drop": "transport",
+    "slow": "transport",
+    "drip": "transport",
+    "half": "transport",
+    "huge": "transport",
+    "error_in_200": "transport",
+    "error_text_in_200": "transport",
+    "wait_for_ages": "transport",
+    "early_hints": "transport",
+    # The server answers, but not as a judge does.
+    "no_json": "unparsable",
+    "stream": "unparsable",
+    "gzip": "unparsable",
+    "list_body": "unparsable",
+    "no_choices": "unparsable",
+    "null_choice": "unparsable",
+    "text_choices": "unparsable",
+    "object_choices": "unparsable",
+    "text_message": "unparsable",
+    "no_content": "unparsable",
+    "partial": "unparsable",
+    # The model answers, but gives no verdict.
+    "no_verdict": "unparsable",
+    "number_content": "unparsable",
+    "object_content": "unparsable",
+    "true_content": "unparsable",
+    "empty_content": "unparsable",
+    "nan": "unparsable",
+    "braces": "unparsable",
+    "deep": "unparsable",
+    "only_thoughts": "unparsable",
+    "example_only": "unparsable",
+    "cut": "truncated",
+    "refuse": "refused",
+    "filter": "refused",
+    "filter_status": "refused",
+    "too_long": "too_long",
+    # The verdict is there, in an unusual shape.
+    "text_list": "",
+    "parts": "",
+    "reasoning": "",
+    "think": "",
+    "quotes_think": "",
+    "raw_newline": "",
+    "latex": "",
+    "python_true": "",
+    "text_usage": "",
+    "null_usage": "",
+}
+# After these the same question is asked once more, and then answered.
+ASKED_AGAIN = ("busy", "error", "unavailable", "drop", "no_json", "no_verdict", "cut", "slow")
+DRIP = object()
+PROBE_STATEMENT = "Statement: Mentions water.\n"
 
 
 def truth(statement: str) -> bool:
@@ -23,31 +86,61 @@ def truth(statement: str) -> bool:
 class JudgeServer:
     """`with JudgeServer(delay, faults) as server:` serves at server.url until the block ends.
 
-    faults: share of requests that go wrong. script: kinds of fault for the first requests, one each ("ok" for none).
+    faults: share of requests that go wrong. script: kinds of fault for the first requests, one
+    each ("ok" for none). always: the kind of fault of every request. The first call of a client,
+    by which it finds out what the server can do, is in `probes` and not in `bodies`; faults by
+    script, share or `always` do not meet it.
     """
 
-    def __init__(self, delay=0.0, faults=0.0, script=(), status=None, key=None, accepts_schema=True, slow=3.0, seed=0, port=0):
-        self.delay, self.faults, self.script, self.status, self.key = delay, faults, list(script), status, key
-        self.accepts_schema, self.slow, self.port = accepts_schema, slow, port
-        self.rng, self.bodies, self.connections, self.running, self.most = random.Random(seed), [], 0, 0, 0
-        self.headers, self.keep = [], True
+    def __init__(
+        self,
+        delay=0.0,
+        faults=0.0,
+        script=(),
+        status=None,
+        key=None,
+        accepts_schema=True,
+        slow=3.0,
+        seed=0,
+        port=0,
+        always="",
+        models=(),
+    ):
+        self.delay = delay
+        self.faults = faults
+        self.script = list(script)
+        self.status = status
+        self.key = key
+        self.accepts_schema = accepts_schema
+        self.slow = slow
+        self.port = port
+        self.always = always
+        self.models = list(models)
+        self.rng = random.Random(seed)
+        self.bodies = []
+        self.probes = []
+        self.headers = []
+        self.connections = 0
+        self.running = 0
+        self.most = 0
+        self.keep = True
 
     async def serve(self, reader, writer):
+        """One connection: request after request until one side has enough."""
         self.connections += 1
         try:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin1")
-                length = int(re.search(r"content-length: (\d+)", head, re.I)[1])
-                body = json.loads(await reader.readexactly(length))
-                if self.keep:
-                    self.bodies.append(body)
-                    self.headers.append(head)
-                self.running += 1
-                self.most = max(self.most, self.running)
-                reply = await self.answer(head, body)
-                self.running -= 1
+                length = re.search(r"content-length: (\d+)", head, re.IGNORECASE)
+                content = await reader.readexactly(int(length[1]) if length else 0)
+                if head.startswith("GET"):
+                    reply = self.list_models(head)
+                else:
+                    reply = await self.reply(head, json.loads(content))
                 if reply is None:
                     break
+                if reply is DRIP:
+                    await self.drip(writer)
                 writer.write(reply)
                 await writer.drain()
         except (asyncio.IncompleteReadError, asyncio.CancelledError, ConnectionError):
@@ -55,83 +148,226 @@ class JudgeServer:
         finally:
             writer.close()
 
+    def list_models(self, head):
+        """The reply to GET /models."""
+        if not head.startswith("GET /v1/models "):
+            return http(404, {"detail": "Not Found"})
+        return http(200, {"object": "list", "data": self.models})
+
+    async def reply(self, head, body):
+        """The reply to one request, which is counted."""
+        if self.keep:
+            kept = self.probes if is_probe(body) else self.bodies
+            kept.append(body)
+            self.headers.append(head)
+        self.running += 1
+        self.most = max(self.most, self.running)
+        reply = await self.answer(head, body)
+        self.running -= 1
+        return reply
+
+    async def drip(self, writer):
+        """A body that comes one byte at a time and never ends."""
+        writer.write(b"HTTP/1.1 200 x\r\nContent-Length: 1000000\r\n\r\n{")
+        while True:
+            writer.write(b" ")
+            await writer.drain()
+            await asyncio.sleep(0.02)
+
+    def pick_fault(self, body):
+        """The kind of fault that meets this request."""
+        if is_probe(body):
+            return "ok"
+        if self.script:
+            return self.script.pop(0)
+        if self.always:
+            return self.always
+        if self.rng.random() < self.faults:
+            return self.rng.choice(list(FAULTS))
+        return "ok"
+
     async def answer(self, head, body):
+        """The whole reply as bytes; None to hang up."""
         arrived = asyncio.get_running_loop().time()
-        fault = self.script.pop(0) if self.script else self.rng.choice(FAULTS) if self.rng.random() < self.faults else "ok"
+        fault = self.pick_fault(body)
         if self.key and f"bearer {self.key}".lower() not in head.lower():
             return http(401, {"error": {"message": f"Incorrect API key: {head}"}})
         if self.status:
             return http(self.status, {"error": {"message": "the model `nobody` does not exist"}})
         if "response_format" in body and not self.accepts_schema:
             return http(400, {"error": {"message": "response_format is not supported"}})
-        spoken = fault not in ("busy", "error", "unavailable", "wait", "drop", "no_json")
-        text, finish = self.verdict(body) if spoken else "", "stop"
-        # What the answer costs to make is part of the delay: the benchmark is about the client, not about this server.
-        await asyncio.sleep((self.slow if fault == "slow" else self.delay) - (asyncio.get_running_loop().time() - arrived))
-        if fault in ("busy", "error", "unavailable"):
-            return http({"busy": 429, "error": 500, "unavailable": 503}[fault], {"error": {"message": "try again"}}, "Retry-After: 0\r\n" if fault == "busy" else "")
-        if fault == "wait":
-            return http(429, {}, "Retry-After: 1\r\n")
+
+        is_silent = fault in ("busy", "error", "unavailable", "wait", "drop", "no_json")
+        text = ""
+        if is_probe(body):
+            text = JudgeServer.verdict(self, body)
+        elif not is_silent:
+            text = self.verdict(body)
+        # What the answer costs to make is part of the delay: the benchmark measures the client.
+        spent = asyncio.get_running_loop().time() - arrived
+        await asyncio.sleep((self.slow if fault == "slow" else self.delay) - spent)
+        return self.faulty(fault, text)
+
+    def faulty(self, fault, text):
+        """The reply with this text, spoilt by this fault."""
         if fault == "drop":
             return None
-        if fault == "no_json":
-            return raw(200, b"<html>proxy error</html>")
-        if fault == "no_verdict":
-            text = "I would say that this is fine. {'met': true}"
-        if fault == "cut":
-            text, finish = text[: len(text) // 2], "length"
+        if fault == "drip":
+            return DRIP
+        if fault in STATUSES:
+            status, value, more = STATUSES[fault]
+            return http(status, value, more)
+        if fault in RAW_BODIES:
+            return raw(200, RAW_BODIES[fault])
+        if fault == "huge":
+            return raw(200, b" " * 11_000_000 + completion(text))
+        if fault == "half":
+            return raw(200, completion(text))[:-20] + b"\r\n" * 10
+        if fault == "gzip":
+            return raw(200, gzip.compress(completion(text)), "Content-Encoding: gzip\r\n")
+        if fault == "early_hints":
+            return b"HTTP/1.1 103 x\r\n\r\n" + raw(200, completion(text))
+        if fault == "no_content":
+            return raw(204, b"")
+        if fault == "partial":
+            return raw(206, completion(text))
+        if fault in ("text_usage", "null_usage"):
+            usage = "some" if fault == "text_usage" else None
+            return raw(200, completion(text, usage=usage))
+        if fault == "reasoning":
+            return http(200, {"choices": [{"message": {"content": None, "reasoning_content": text}}]})
         if fault == "refuse":
-            return http(200, {"choices": [{"message": {"content": None, "refusal": "I cannot."}, "finish_reason": "stop"}]})
-        return http(200, {"choices": [{"message": {"content": text}, "finish_reason": finish}], "usage": {"prompt_tokens": 10, "completion_tokens": 5}})
+            message = {"content": None, "refusal": "I cannot."}
+            return http(200, {"choices": [{"message": message, "finish_reason": "stop"}]})
+        if fault == "filter":
+            choice = {"message": {"content": ""}, "finish_reason": "content_filter"}
+            return http(200, {"choices": [choice]})
+        if fault == "cut":
+            return raw(200, completion(text[: len(text) // 2], "length"))
+        return raw(200, completion(self.shape(fault, text)))
+
+    def shape(self, fault, text):
+        """The content of the message under this fault."""
+        shapes = {
+            "no_verdict": "I would say that this is fine. {'met': true}",
+            "number_content": 5,
+            "object_content": {"met": True},
+            "true_content": True,
+            "empty_content": "",
+            "nan": text.replace("true", "NaN").replace("false", "NaN"),
+            "braces": "{" * 50_000,
+            "deep": '{"a":' * 9_000,
+            "only_thoughts": "<think>" + text,
+            "example_only": text + ' Or rather: {"reason": "", "met": , "verdicts": ',
+            "text_list": [text[:9], text[9:]],
+            "parts": [{"type": "thinking", "thinking": "{"}, {"type": "text", "text": text}],
+            "think": '<think>Maybe {"met": true}? Or {"verdicts": []}?</think>' + text,
+            "quotes_think": text.replace("by its hash", "quotes <think>x</think> and </think>"),
+            "raw_newline": text.replace("by its hash", "by\nits\thash"),
+            "latex": text.replace("by its hash", r"by \(x \in A\) and \alpha"),
+            "python_true": text.replace("true", "True").replace("false", "False"),
+        }
+        return shapes.get(fault, text)
 
     def verdict(self, body):
+        """The text of a right answer."""
         text = body["messages"][-1]["content"]
-        one = text.rpartition("\n\nStatement: ")[2]
         if '"verdicts"' not in text[-200:]:
-            return json.dumps({"reason": "by its hash", "met": truth(one.partition("\n\nFirst give")[0])})
+            statement = text.rpartition("\n\nStatement: ")[2].partition("\n\nFirst give")[0]
+            return json.dumps({"reason": "by its hash", "met": truth(statement)})
         listed = text.rpartition("\n\nStatements:\n")[2].partition("\n\nCheck each")[0]
-        named = re.findall(r"^(S\d+): (.*)$", listed, re.M)
-        return json.dumps({"verdicts": [{"name": n, "reason": "by its hash", "met": truth(s)} for n, s in named]})
+        verdicts = []
+        for name, statement in re.findall(r"^(S\d+): (.*)$", listed, re.MULTILINE):
+            verdicts.append({"name": name, "reason": "by its hash", "met": truth(statement)})
+        return json.dumps({"verdicts": verdicts})
 
     # ---- in a thread
 
     def __enter__(self):
         ready = threading.Event()
-
-        def work():
-            self.loop = asyncio.new_event_loop()
-            asyncio.set_event_loop(self.loop)
-            server = self.loop.run_until_complete(asyncio.start_server(self.serve, "127.0.0.1", self.port, limit=2**24, backlog=512))
-            self.port = server.sockets[0].getsockname()[1]
-            ready.set()
-            self.loop.run_forever()
-            server.close()
-            tasks = asyncio.all_tasks(self.loop)
-            for task in tasks:
-                task.cancel()
-            self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-            self.loop.close()
-
-        self.thread = threading.Thread(target=work, daemon=True)
+        self.thread = threading.Thread(target=self.work, args=(ready,), daemon=True)
         self.thread.start()
         ready.wait()
         self.url = f"http://127.0.0.1:{self.port}/v1"
         return self
+
+    def work(self, ready):
+        """The thread: serves until the loop is stopped."""
+        self.loop = asyncio.new_event_loop()
+        asyncio.set_event_loop(self.loop)
+        starting = asyncio.start_server(
+            self.serve, "127.0.0.1", self.port, limit=2**24, backlog=512
+        )
+        server = self.loop.run_until_complete(starting)
+        self.port = server.sockets[0].getsockname()[1]
+        ready.set()
+        self.loop.run_forever()
+
+        server.close()
+        tasks = asyncio.all_tasks(self.loop)
+        for task in tasks:
+            task.cancel()
+        self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        self.loop.close()
 
     def __exit__(self, *_):
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join(10)
 
 
+def is_probe(body):
+    """Whether a request is the first call of a client, by which it finds out what there is."""
+    content = body["messages"][-1]["content"]
+    return PROBE_STATEMENT in content and "Drink water." in content
+
+
+def completion(content, finish="stop", usage=...):
+    """The body of a usual reply."""
+    if usage is ...:
+        usage = {"prompt_tokens": 10, "completion_tokens": 5}
+    choice = {"message": {"role": "assistant", "content": content}, "finish_reason": finish}
+    return json.dumps({"choices": [choice], "usage": usage}).encode()
+
+
 def raw(status, content, more=""):
-    return f"HTTP/1.1 {status} x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n{more}\r\n".encode() + content
+    """A reply with this body."""
+    length = f"Content-Length: {len(content)}\r\n"
+    head = f"HTTP/1.1 {status} x\r\nContent-Type: application/json\r\n{length}{more}\r\n"
+    return head.encode() + content
 
 
 def http(status, value, more=""):
+    """A reply with this value as JSON."""
     return raw(status, json.dumps(value).encode(), more)
 
 
-if __name__ == "__main__":
+TRY_AGAIN = {"error": {"message": "try again"}}
+LONG = "This model's maximum context length is 4096 tokens. Please reduce the length."
+STATUSES = {
+    "busy": (429, TRY_AGAIN, "Retry-After: 0\r\n"),
+    "error": (500, TRY_AGAIN, ""),
+    "unavailable": (503, TRY_AGAIN, ""),
+    "wait": (429, {}, "Retry-After: 1\r\n"),
+    "wait_for_ages": (429, {}, "Retry-After: Wed, 21 Oct 999999999999 07:28:00 GMT\r\n"),
+    "error_in_200": (200, {"error": {"code": 429, "message": "slow down"}}, ""),
+    "error_text_in_200": (200, {"error": "overloaded"}, ""),
+    "filter_status": (400, {"error": {"code": "content_filter", "message": "no"}}, ""),
+    "too_long": (400, {"error": {"message": LONG}}, ""),
+    "no_choices": (200, {"choices": None}, ""),
+    "null_choice": (200, {"choices": [None]}, ""),
+    "text_choices": (200, {"choices": "abc"}, ""),
+    "object_choices": (200, {"choices": {"0": {"message": {}}}}, ""),
+    "text_message": (200, {"choices": [{"message": '{"met": true}'}]}, ""),
+    "list_body": (200, [{"met": True}], ""),
+}
+RAW_BODIES = {
+    "no_json": b"<html>proxy error</html>",
+    "stream": b'data: {"choices": [{"delta": {"content": "{"}}]}\n\ndata: [DONE]\n\n',
+}
+
+
+def main():
+    """Serves until it is killed; prints its URL first."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--delay", type=float, default=0.05)
     parser.add_argument("--faults", type=float, default=0.0)
@@ -141,3 +377,7 @@ if __name__ == "__main__":
         server.keep = False
         print(server.url, flush=True)
         threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()
