@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT
 from judge_server import JudgeServer
+from test_rar import asked
 from test_train import lines, run
 
 import grpo
@@ -64,7 +65,7 @@ def test_every_design_over_http(name):
     group = Group(e, [answer("bad"), answer("zebra zebra zebra"), answer("zebra")])
     with Rater() as server:
         method_of(LLMJudge(server.url, "m"), name).score([group])
-        prompts = [body["messages"][-1]["content"] for body in server.bodies]
+        prompts = [body["messages"][-1]["content"] for body in asked(server)]
     rewards = [r.reward for r in group.rollouts]
     if name in ("likert", "reference_likert", "implicit"):
         assert rewards == pytest.approx([0, 3 / 9, 1 / 9]) and len(prompts) == 3
@@ -231,7 +232,7 @@ def test_a_boxed_letter_is_not_put_to_the_judge():
     with Rater() as server:
         method = method_of(LLMJudge(server.url, "m"), "explicit")
         method.score([Group(example("m", METALS), rollouts)])
-        assert [r.reward for r in rollouts] == [1.0, 0.0, 0.0] and len(server.bodies) == 0
+        assert [r.reward for r in rollouts] == [1.0, 0.0, 0.0] and asked(server) == []
 
 
 # ------------------------------------------------------------------------- comparing
@@ -312,11 +313,11 @@ def test_the_study_has_its_own_command_line(tmp_path):
     script = ROOT / "tests" / "evidence" / "reproduce_rar.py"
     picture = tmp_path / "noise.png"
     command = [sys.executable, str(script), "--judge_noise", "--plot", str(picture)]
-    options = {"capture_output": True, "text": True, "cwd": tmp_path, "check": False}
-    done = subprocess.run(command, **options)
+    options = {"capture_output": True, "text": True, "cwd": tmp_path}
+    done = subprocess.run(command, check=False, **options)
     assert done.returncode == 0, done.stderr
     assert "simulated" in done.stdout and picture.read_bytes()[:4] == b"\x89PNG"
-    done = subprocess.run(command[:2], **options)
+    done = subprocess.run(command[:2], check=False, **options)
     assert done.returncode == 2 and "name a study" in done.stderr
 
 
