@@ -1,0 +1,228 @@
+"""How far a judge agrees with people, and what a judge's cache cost.
+
+    python tools/agreement.py labels.jsonl
+    python tools/agreement.py labels.jsonl --judge http://localhost:8000/v1 --judge_model NAME
+    python tools/agreement.py --cache runs/judge_cache.sqlite --export answers.jsonl
+
+labels.jsonl has one object per line with the keys `response`, `criterion`, `met` (true or false),
+and optionally `question`. Standard output gets one JSON line per judge (or per model of a cache),
+standard error the same as a table.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from judge import (
+    Cache,
+    JudgeError,
+    LexicalJudge,
+    LLMJudge,
+    Question,
+    render_conversation,
+)
+
+
+def judge_agreement(pairs: list[tuple[float | None, bool]]) -> dict:
+    """Accuracy, Cohen's kappa, macro-F1 and the share of missing verdicts.
+
+    pairs: (the judge's score or None, the human label). Missing verdicts are counted, not guessed:
+    they stay out of the other figures. Kappa is 0 for chance and 1 for identity; physicians among
+    themselves reach 0.66 to 0.75 on K-QA.
+
+    >>> judge_agreement([(1.0, True), (1.0, True), (0.0, False), (1.0, False), (None, True)])
+    {'n': 5, 'accuracy': 0.75, 'kappa': 0.5, 'macro_f1': 0.7333, 'missing': 0.2}
+    """
+    # The first letter: right or wrong; the second: what the judge says, met or not.
+    tp = 0
+    fp = 0
+    fn = 0
+    tn = 0
+    for score, label in pairs:
+        if score is None:
+            continue
+        if score >= 0.5 and label:
+            tp += 1
+        elif score >= 0.5:
+            fp += 1
+        elif label:
+            fn += 1
+        else:
+            tn += 1
+
+    n = tp + fp + fn + tn
+    result = {"n": len(pairs), "accuracy": None, "kappa": None, "macro_f1": None, "missing": 0.0}
+    if pairs:
+        result["missing"] = round(1 - n / len(pairs), 4)
+    if n == 0:
+        return result
+
+    result["accuracy"] = round((tp + tn) / n, 4)
+    # n * n times the agreement that two raters with these shares of "met" reach by chance.
+    chance = (tp + fp) * (tp + fn) + (tn + fn) * (tn + fp)
+    result["kappa"] = 0.0
+    if chance < n * n:
+        result["kappa"] = round((n * (tp + tn) - chance) / (n * n - chance), 4)
+
+    wrong = fp + fn
+    f1_met = 2 * tp / max(1, 2 * tp + wrong)
+    f1_not_met = 2 * tn / max(1, 2 * tn + wrong)
+    result["macro_f1"] = round((f1_met + f1_not_met) / 2, 4)
+    return result
+
+
+def read_labels(path: str) -> list[dict]:
+    """Rows with `response`, `criterion`, `met`. Raises ValueError with file, line and what to do."""
+    kinds = {"response": str, "criterion": str, "met": bool}
+    rows = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                raise ValueError(f"{where}: not a line of JSON") from None
+
+            is_row = isinstance(row, dict)
+            for key, kind in kinds.items():
+                is_row = is_row and isinstance(row.get(key), kind)
+            if not is_row:
+                message = "needs the keys response, criterion and met (true or false)"
+                raise ValueError(f"{where}: {message}")
+            rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: no rows; give one JSON object per line")
+    return rows
+
+
+def judge_labels(judge, rows: list[dict]) -> dict:
+    """Agreement of a judge with human labels, and how far it leans on length.
+
+    length_bias: correlation of "the judge says met, the human does not" (+1; -1 for the reverse)
+    with the length of the response. For a language model also repeatability: the share of rows
+    with the same verdict when it is asked again without the cache.
+    """
+    questions = []
+    for row in rows:
+        conversation = render_conversation([{"role": "user", "content": row.get("question", "")}])
+        questions.append(Question(conversation, row["response"], row["criterion"]))
+    verdicts = judge.ask(questions, show_progress=True)
+    result = judge_agreement([(v.score, row["met"]) for v, row in zip(verdicts, rows)])
+
+    if isinstance(judge, LLMJudge):
+        judge.cache = Cache(None)
+        result["repeatability"] = repeatability(verdicts, judge.ask(questions, show_progress=True))
+
+    errors = []
+    lengths = []
+    for verdict, row in zip(verdicts, rows):
+        if verdict.score is not None:
+            errors.append(verdict.score - row["met"])
+            lengths.append(len(row["response"]))
+    # Without any spread there is no correlation.
+    result["length_bias"] = None
+    if len(set(errors)) > 1 and len(set(lengths)) > 1:
+        result["length_bias"] = round(statistics.correlation(errors, lengths), 4)
+    return result
+
+
+def repeatability(first: list, again: list) -> float | None:
+    """The share of verdicts given both times that are the same."""
+    same = []
+    for one, other in zip(first, again):
+        if one.score is not None and other.score is not None:
+            same.append(one.score == other.score)
+    if not same:
+        return None
+    return round(sum(same) / len(same), 4)
+
+
+def show_cache(path: str, export: str | None) -> list[dict]:
+    """One row per model of a cache: calls and tokens. Writes all answers to `export`.
+
+    Raises OSError when there is no such file.
+    """
+    # A look must not make an empty cache.
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    cache = Cache(path)
+    if export:
+        with open(export, "w", encoding="utf8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in cache.rows())
+
+    rows = []
+    for model, calls, prompt_tokens, completion_tokens in cache.costs():
+        row = {"model": model, "calls": calls, "prompt_tokens": prompt_tokens}
+        row["completion_tokens"] = completion_tokens
+        rows.append(row)
+    return rows
+
+
+def print_rows(rows: list[dict]) -> None:
+    """Each row as a JSON line, and all of them as a table for the eye."""
+    for row in rows:
+        print(json.dumps(row))
+    names = list(rows[0]) if rows else []
+    print("".join(f"{name:>18}" for name in names), file=sys.stderr)
+    for row in rows:
+        print("".join(f"{row.get(name)!s:>18}" for name in names), file=sys.stderr)
+
+
+def make_judges(args: argparse.Namespace) -> list[tuple]:
+    """(name, judge) of each judge that the arguments name. Raises JudgeError."""
+    if not args.judge:
+        return [("offline", LexicalJudge())]
+    if len(args.judge) != len(args.judge_model):
+        raise JudgeError("--judge needs as many names in --judge_model as it has URLs")
+    judges = []
+    for url, model in zip(args.judge, args.judge_model):
+        # However many verdicts are missing: their share is one of the figures.
+        judges.append((model, LLMJudge(url, model, k=args.judge_k, max_missing=1.0)))
+    return judges
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("labels", nargs="?", metavar="FILE", help="JSONL with labels of people")
+    parser.add_argument("--judge", nargs="+", default=[], metavar="URL", help="base URLs")
+    parser.add_argument("--judge_model", nargs="+", default=[], metavar="NAME", help="their models")
+    parser.add_argument("--judge_k", type=int, default=1, help="statements per call (0: all)")
+    parser.add_argument("--cache", metavar="FILE", help="a judge's cache: calls, tokens by model")
+    parser.add_argument("--export", metavar="FILE", help="with --cache: write all answers there")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 2 after one line about what is wrong."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if bool(args.labels) == bool(args.cache):
+        parser.print_usage(sys.stderr)
+        print("agreement.py: give a file with labels, or --cache FILE", file=sys.stderr)
+        return 2
+    try:
+        if args.cache:
+            print_rows(show_cache(args.cache, args.export))
+            return 0
+        rows = read_labels(args.labels)
+        results = []
+        for name, judge in make_judges(args):
+            results.append({"judge": name} | judge_labels(judge, rows))
+        print_rows(results)
+    except (OSError, ValueError, JudgeError) as error:
+        print(f"agreement.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
