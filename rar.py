@@ -525,19 +525,44 @@ def parse_criterion_check(check: object, where: str) -> str:
     return check
 
 
-# The sentence forbids a fault, so it is good when true. "Does not mention X" is not among
-# these: it names an omission.
-AVOIDS = re.compile(
-    r"^(?:the (?:response|answer|explanation|solution) )?"
-    r"(?:avoids?|avoiding|refrains? from|never|do not|is free of|"
-    r"(?:should|must) (?:not|never|avoid|refrain from)|"
-    r"does not (?:incorrectly|wrongly|falsely|mistakenly))\b",
-    re.IGNORECASE,
+# Who a criterion is about; most leave it out. Not any noun: "The patient should ..." is content.
+SUBJECT = r"""^(?:(?: it | (?:the|an?|this)\ (?:\w+\ )??
+    (?: \w+ion | response | answer | reply | text | output | method | approach | proof | argument
+      | student | author | model | assistant ) )\ )?"""
+# A duty: what a good response does or does not do. Not "should be penalized if ...".
+DUTY = re.compile(
+    SUBJECT
+    + r"""(?:should|must|needs?\ to|has\ to|ought\ to|is\ (?:expected|required)\ to)\b
+    (?!\ (?:be|lose|receive)\ (?:penali[sz]ed|marked|downgraded|considered|points|no|fewer)\b)""",
+    re.VERBOSE | re.IGNORECASE,
 )
-# Good when true as well, but no negation.
-ASSURES = re.compile(
-    r"^(?:the \w+ )?(?:should |must )?(?:ensures?|(?:warns?|cautions?) against)\b",
-    re.IGNORECASE,
+# The fault is forbidden, prevented or warned against.
+AVOIDS = re.compile(
+    SUBJECT
+    + r"""(?:avoid(?:s|ing)?|refrain(?:s|ing)?\ from|never|do\ not|don't|is\ free\ (?:of|from)
+    |prevent(?:s|ing)?|ensur(?:es?|ing)|makes?\ sure|guards?\ against|steers?\ clear\ of
+    |(?:warn|caution)s?\ against|takes?\ care|is\ careful)\b""",
+    re.VERBOSE | re.IGNORECASE,
+)
+# "Does not" and a word that names a fault. "Does not mention X" is not among these: it names an
+# omission, and "does not suggest X" is good or bad as X is.
+FAULT_DENIED = re.compile(
+    SUBJECT
+    + r"""(?:does\ not|doesn't)\ (?:
+      (?:incorrect|wrong|false|mistaken|erroneous|improper|inappropriate|inaccurate|unnecessari
+        |unjustifi(?:ed|ab)|premature|inadvertent|accidental|needless|excessive|mere|simp|sole
+        |unreasonab|on)ly\b
+    | (?:just|overly|unduly)\b
+    | mis\w+ | over\w+ | understate | underestimate | confuse | conflate | mix\ up | neglect
+    | ignore | omit | fail\b | forget | skip | disregard | dismiss | downplay | minimi[sz]e
+    | exaggerate | fabricate | invent | hallucinate | contradict | leave\ out | gloss\ over
+    | rush | jump\ to | deviate | digress | stray | trivialize | obscure | distort | violate
+    | rely\ (?:only|solely|exclusively) | introduce\ (?:\w+\ )?(?:error|mistake|confusion)
+    | (?:include|contain|provide|present|introduce|use|make|give|add|offer|state|draw|reach)
+      \ (?:any\ |an?\ )?(?:irrelevant|unnecessary|extraneous|incorrect|inaccurate|misleading
+        |unrelated|unsupported|unfounded|erroneous|false|wrong)\b
+    )""",
+    re.VERBOSE | re.IGNORECASE,
 )
 
 
@@ -548,10 +573,17 @@ def names_avoidance(text: str) -> bool:
 
     >>> names_avoidance("The response should avoid rounding early.")
     True
+    >>> names_avoidance("Does not confuse the two masses.")
+    True
     >>> names_avoidance("Rounds early.")
     False
+    >>> names_avoidance("Does not mention rounding.")
+    False
     """
-    return bool(AVOIDS.match(text) or ASSURES.match(text))
+    for wording in (DUTY, AVOIDS, FAULT_DENIED):
+        if wording.match(text):
+            return True
+    return False
 
 
 # ------------------------------------------------------------------------- rewards

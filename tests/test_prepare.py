@@ -441,6 +441,139 @@ def test_released():
     assert prepare.released_item({"description": "Esssential Criteria: Identifies (A).", "weight": 5})["category"] == "Essential"
 
 
+# Pitfalls as RaR's data word them, and close relatives. Good when met: a duty, an avoidance, a fault denied.
+GOOD_WHEN_MET = [
+    "Does not misinterpret the cyst as a tumor.",
+    "Does not overlook the rash.",
+    "Does not confuse mass with weight.",
+    "Does not neglect friction.",
+    "Does not fail to convert units.",
+    "The response does not fail to mention the dose.",
+    "Prevents a mix-up of the two roots.",
+    "The response must steer clear of rounding early.",
+    "The response should mention that friction is negligible.",
+    "The response should not omit mentioning that non-ideal effects are assumed negligible.",
+    "The answer should avoid confusing HDL with LDL.",
+    "It should not assume ideal behaviour.",
+    "Avoids recommending surgery.",
+    "Avoid rounding.",
+    "Avoiding jargon.",
+    "The explanation must not conflate speed with velocity.",
+    "Does not incorrectly claim that aspirin is safe.",
+    "Ensures that units are given.",
+    "The response ensures consistency.",
+    "Warns against smoking.",
+    "The response should ensure that X.",
+    "Cautions against driving.",
+    "Does not invent facts.",
+    "Does not include irrelevant details.",
+    "Does not introduce any unnecessary complexity.",
+    "Does not merely list the findings.",
+    "Do not round.",
+    "Never recommends opioids.",
+    "The solution never divides by zero.",
+    "Is free of arithmetic errors.",
+    "Does not rely solely on imaging.",
+    "Steers clear of jargon.",
+    "Refrains from guessing.",
+    "A response must not guess.",
+    "The final answer should be rounded once.",
+    "The response is careful not to mix units.",
+    "Should avoid X.",
+    "Must not X.",
+    "Does not overemphasize side effects.",
+    "Does not ignore the allergy.",
+    "Does not omit the units.",
+    "Does not exaggerate the risk.",
+    "The derivation should not skip steps.",
+]
+# Bad when met: the fault is named, or an omission is, or it cannot be told.
+BAD_WHEN_MET = [
+    "Recommends antibiotics.",
+    "Does not mention exploring alternatives with the patient.",
+    "Does not mention fruit.",
+    "Does not identify (B) as the correct answer.",
+    "Does not state the units.",
+    "Fails to mention the dose.",
+    "The response fails to convert units.",
+    "Overlooks the rash.",
+    "Misinterprets the cyst as a tumor.",
+    "Confuses mass with weight.",
+    "Neglects to ask about allergies.",
+    "Omits the units.",
+    "Ignores the contraindication.",
+    "Suggests that the patient should avoid exercise.",
+    "Claims that patients must never take aspirin.",
+    "States that surgery should be performed at once.",
+    "The response should be penalized if it omits units.",
+    "The answer should lose points for missing units.",
+    "May confuse the two.",
+    "The response may not account for friction.",
+    "Does not suggest delaying fluids.",
+    "Does not recommend surgery.",
+    "Does not provide a differential.",
+    "Does not account for air resistance.",
+    "Does not consider missing data.",
+    "Does not address the missed dose.",
+    "Does not specify only one dose.",
+    "The response mentions that one should avoid X.",
+    "Does not differentiate mild from severe disease.",
+    "Assumes ideal behaviour without saying so.",
+    "Incorrectly claims that aspirin is safe.",
+    "Provides incorrect dosage.",
+    "The response recommends surgery.",
+    "Advises avoiding fluids.",
+    "Does not advise avoiding alcohol.",
+    "Does not emphasize the need to avoid alcohol.",
+    "Does not note mission-critical limits.",
+    "Does not warn against smoking.",
+    "Does not explain misconceptions.",
+    "Does not discuss overdose.",
+    "Does not give the wrong value's source.",
+    "Does not correct false claims.",
+    "Does not identify incorrect statements.",
+    "The patient should not be given aspirin.",
+    "Does not provide the dose.",
+]
+
+
+@pytest.mark.parametrize("text", GOOD_WHEN_MET)
+def test_pitfalls_that_are_good_when_met(text):
+    assert pitfall(text, -2) == 2 and not prepare.is_undecided(text)
+
+
+@pytest.mark.parametrize("text", BAD_WHEN_MET)
+def test_pitfalls_that_are_bad_when_met(text):
+    assert pitfall(text, -2) == -2
+
+
+def test_a_good_answer_keeps_the_weight_of_a_released_pitfall(convert):
+    """The three wordings that cost a good answer their weight."""
+    for text in ("Does not misinterpret the cyst as a tumor.", "Prevents a mix-up of the roots.", "The response should mention friction."):
+        item = {"title": "", "description": f"Pitfall Criteria: {text}", "weight": -2}
+        [e] = convert(RELEASED | {"rubric": [RELEASED["rubric"][0], item]})
+        assert rar.explicit_reward(e.rubric, [1, 1]) == 1.0
+        assert rar.explicit_reward(e.rubric, [1, 0]) == 1.0 / 1.9
+
+
+def test_what_stays_undecided_is_counted_and_said(tmp_path, capsys):
+    texts = ["Does not suggest delaying fluids.", "Does not mention fluids.", "Does not recommend surgery.", "Avoids surgery."]
+    items = [{"title": "", "description": f"Pitfall Criteria: {text}", "weight": -1} for text in texts]
+    write(tmp_path / "a.jsonl", RELEASED | {"rubric": RELEASED["rubric"] + items})
+    assert prepare.main([str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out.jsonl")]) == 0
+    assert "2 pitfalls can be meant either way" in capsys.readouterr().err
+
+
+def test_a_positive_pitfall_is_read_only_where_it_forbids_its_fault(convert):
+    for text, sign in (("Avoids surgery.", 1), ("Recommends surgery.", -1)):
+        item = {"text": text, "weight": 2, "category": "Pitfall"}
+        if sign > 0:
+            assert convert(OWN | {"rubric": [item]})[0].rubric[0].weight == 2
+        else:
+            with pytest.raises(rar.DataError, match="a Pitfall names a fault and has a negative weight"):
+                convert(OWN | {"rubric": [item]})
+
+
 # ----------------------------------------------------------------------------- files
 
 
