@@ -28,11 +28,9 @@ import re
 import sqlite3
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,6 +51,7 @@ from judge import (
     clean,
     fenced,
     fill,
+    printable,
     progress_bar,
     read_prompt,
     render_conversation,
@@ -69,7 +68,7 @@ from rar import (
 )
 from rler import criterion_id, one_line, read_entries
 
-WORKERS = 32  # questions under way at a time
+BATCH = 64  # questions under way at a time, as many as the judge's client has workers
 NAMED = 10  # dropped questions that are named on the terminal
 
 # ------------------------------------------------------------------------------------ the writer
@@ -275,8 +274,7 @@ def local_search(path: str | Path, k: int = N_SNIPPETS) -> Search:
         hint = "give a JSONL file, a folder with .txt or .md files, or web or scholar"
         raise DataError(f"{path}: no passages; {hint}")
 
-    # Searches come one at a time, but from whichever thread is at work.
-    index = sqlite3.connect(":memory:", check_same_thread=False)
+    index = sqlite3.connect(":memory:")
     columns = "id UNINDEXED, title, text, tokenize = 'porter unicode61'"
     index.execute(f"CREATE VIRTUAL TABLE passages USING fts5({columns})")
     index.executemany("INSERT INTO passages VALUES (?, ?, ?)", passages)
@@ -641,13 +639,10 @@ def grounded_task(search: Search) -> Task:
 
     Of the search-based criteria there 56 % do, of closed-book ones 22 % (Table 6).
     """
-    one_at_a_time = threading.Lock()
 
     def prompt(example: Example) -> tuple[str, list[Snippet]]:
-        # Just before asking: a search is paid for, and a kill must not waste many. One at a time:
-        # search services allow a few calls per second.
-        with one_at_a_time:
-            snippets = search(example.question)
+        # One search at a time: the services allow a few calls per second.
+        snippets = search(example.question)
         # Where nothing is found, there is nothing to ask.
         if not snippets:
             return "", []
@@ -674,6 +669,11 @@ class Report:
         """Counts a question that gets no rubric."""
         with self.lock:
             self.dropped[name] = reason
+
+    def count_written(self) -> None:
+        """Counts a question that has its rubric."""
+        with self.lock:
+            self.written += 1
 
     def refuse(self, reason: str) -> None:
         """Counts an answer that is not accepted."""
@@ -727,113 +727,19 @@ def question_row(example: Example) -> dict:
     return row
 
 
-class Writer:
-    """Asks for the rubrics of many questions at once, and writes each as it arrives."""
+@dataclass
+class Request:
+    """A question on its way: what the model is asked, and what became of it."""
 
-    def __init__(
-        self,
-        open_judge: Callable[[], LLMJudge],
-        task: Task,
-        output: Output,
-        report: Report,
-    ):
-        """open_judge: called once per thread, so that each can tell what became of its own call."""
-        self.open_judge = open_judge
-        self.task = task
-        self.output = output
-        self.report = report
-        self.own = threading.local()
-        self.answered_at = 0.0  # when any thread last had an answer
-
-    def write_all(self, examples: list[Example], show_progress: bool = True) -> None:
-        """Raises JudgeError and DataError at once; what is written until then stays."""
-        # The same question under two ids is asked once.
-        twins = {}
-        for example in examples:
-            key = json.dumps([example.prompt, example.reference])
-            twins.setdefault(key, []).append(example)
-
-        # Threads as daemons: after an error the program ends without waiting for calls under way.
-        n_workers = min(WORKERS, max(len(twins), 1))
-        bar = progress_bar(len(twins), "rubrics", "question", show_progress)
-        with bar, ThreadPool(n_workers) as pool:
-            for _ in pool.imap_unordered(self.write_one, list(twins.values())):
-                bar.update()
-
-    def write_one(self, twins: list[Example]) -> None:
-        """Writes the rubric of one question, under each of its ids."""
-        # In the file as soon as it is there: a kill loses at most the calls under way.
-        rubric, reason = self.rubric(twins[0])
-        for example in twins:
-            if rubric is None:
-                self.report.drop(example.id, reason)
-                continue
-            row = question_row(example)
-            row["rubric"] = rubric
-            self.output.append(row)
-            with self.report.lock:
-                self.report.written += 1
-
-    def rubric(self, example: Example) -> tuple[list[dict] | None, str]:
-        """(rubric, "") or (None, why there is none)."""
-        prompt, context = self.task.prompt(example)
-        if not prompt:
-            return None, "the search finds nothing"
-
-        rubric, failure = self.ask(prompt, example, context)
-
-        # The answer was too long, also with four times the tokens: fewer items fit.
-        if failure == "truncated":
-            shorter = f"{prompt}\n\n{self.task.fewer}"
-            rubric, failure = self.ask(shorter, example, context)
-        return rubric, failure
-
-    def ask(self, prompt: str, example: Example, context: object) -> tuple[list[dict] | None, str]:
-        """One call of the judge, which asks again by itself: (rubric, "") or (None, why not).
-
-        Raises JudgeError when the server has answered nobody since the call began.
-        """
-        if not hasattr(self.own, "judge"):
-            self.own.judge = self.open_judge()
-        judge = self.own.judge
-        # Why this call's answers were not accepted, for the user.
-        reasons = []
-
-        def read(index: int, answer: dict) -> list[dict]:
-            """The rubric in an answer; what is refused is counted, and told to the model."""
-            try:
-                return self.task.read(example, context, answer)
-            except ValueError as error:
-                reasons.append(str(error))
-                self.report.refuse(str(error))
-                raise
-
-        # The judge corrects and repeats by itself: here None is the end of it.
-        began = time.monotonic()
-        [rubric] = judge.write([prompt], read)
-        stats = judge.take_stats()
-        if rubric is not None:
-            self.answered_at = time.monotonic()
-            return rubric, ""
-
-        # After minutes without any answer the next question would only wait as long again.
-        if stats.get("judge_missing_transport"):
-            if self.answered_at < began:
-                raise JudgeError("the judge does not answer; the same command goes on later")
-            return None, "the judge does not answer"
-        # An answer came, if not one to use: the server is alive.
-        self.answered_at = time.monotonic()
-        if stats.get("judge_missing_truncated"):
-            return None, "truncated"
-        if stats.get("judge_missing_refused"):
-            return None, "the model refuses"
-        if not reasons:
-            return None, "no JSON object in the answer"
-        return None, reasons[-1]
+    example: Example
+    prompt: str
+    context: object
+    reason: str = ""  # why the last answer was not accepted
+    was_whole: bool = False  # whether that answer held a whole object, accepted or not
 
 
 def write_rubrics(
-    open_judge: Callable[[], LLMJudge],
+    judge: LLMJudge,
     task: Task,
     source: str,
     out: str,
@@ -843,10 +749,8 @@ def write_rubrics(
 
     Raises DataError and JudgeError; `out` is not touched unless both files are as they should be.
     """
-    # Everything that can be wrong is looked at before anything is written or paid for; a URL or a
-    # key that cannot be one shows itself here.
+    # Everything that can be wrong is looked at before anything is written or paid for.
     report = Report()
-    open_judge()
     examples = read_questions(source, report)
     output = Output(out)
 
@@ -857,10 +761,100 @@ def write_rubrics(
 
     output.path.parent.mkdir(parents=True, exist_ok=True)
     # Unbuffered: a row is in the file as soon as `append` returns, whatever happens to us then.
-    with open(output.path, "ab", buffering=0) as file:
+    bar = progress_bar(len(todo), "rubrics", "question", show_progress)
+    with bar, open(output.path, "ab", buffering=0) as file:
         output.start(file)
-        Writer(open_judge, task, output, report).write_all(todo, show_progress)
+        # In batches: a search may be paid for, so it is made just before its answer is asked for,
+        # and a kill wastes few.
+        for start in range(0, len(todo), BATCH):
+            batch = todo[start : start + BATCH]
+            write_batch(judge, task, batch, output, report)
+            bar.update(len(batch))
     return report
+
+
+def write_batch(
+    judge: LLMJudge,
+    task: Task,
+    examples: list[Example],
+    output: Output,
+    report: Report,
+) -> None:
+    """Asks for the rubrics of some questions, all at once. Raises JudgeError."""
+    asked = []
+    for example in examples:
+        prompt, context = task.prompt(example)
+        if prompt:
+            asked.append(Request(example, prompt, context))
+        else:
+            # A model without snippets would write from its own knowledge.
+            report.drop(example.id, "the search finds nothing")
+
+    failed, stats = ask(judge, task, asked, output, report)
+    # An answer that is cut off, also with four times the tokens, has too many items. Which of the
+    # answers that were the client does not say, but none of them held a whole object.
+    if stats.get("judge_missing_truncated"):
+        again = []
+        for request in failed:
+            if request.was_whole:
+                report.drop(request.example.id, request.reason)
+            else:
+                request.prompt = f"{request.prompt}\n\n{task.fewer}"
+                again.append(request)
+        failed, stats = ask(judge, task, again, output, report)
+
+    # What the client counted, for the answers that held nothing to give a reason about.
+    kinds = []
+    for name, number in stats.items():
+        if name.startswith("judge_missing_") and number:
+            kinds.append(name.removeprefix("judge_missing_"))
+    for request in failed:
+        reason = request.reason
+        if not reason:
+            reason = f"no usable answer ({', '.join(kinds)})"
+        report.drop(request.example.id, reason)
+
+    # After minutes without any answer the next questions would only wait as long again.
+    if kinds == ["transport"] and not stats.get("judge_calls"):
+        raise JudgeError("the judge does not answer; the same command goes on later")
+
+
+def ask(
+    judge: LLMJudge,
+    task: Task,
+    asked: list[Request],
+    output: Output,
+    report: Report,
+) -> tuple[list[Request], dict]:
+    """Asks the model, and writes each rubric as it arrives: (what failed, the judge's counts)."""
+
+    def read(index: int, answer: dict) -> list[dict]:
+        """Called by the client's threads, once for each answer; ValueError goes to the model."""
+        request = asked[index]
+        request.was_whole = "rubric" in answer
+        try:
+            rubric = task.read(request.example, request.context, answer)
+        except ValueError as error:
+            # In an answer that is cut off the client finds single items: that is no refusal.
+            request.reason = ""
+            if request.was_whole:
+                request.reason = str(error)
+                report.refuse(request.reason)
+            raise
+
+        # In the file now, and not when all of the batch are there: a kill, or a judge that fails,
+        # loses at most the calls under way.
+        row = question_row(request.example)
+        row["rubric"] = rubric
+        output.append(row)
+        report.count_written()
+        return rubric
+
+    # The client corrects and repeats by itself: here None is the end of it.
+    prompts = [request.prompt for request in asked]
+    rubrics = judge.write(prompts, read)
+    failed = [request for request, rubric in zip(asked, rubrics) if rubric is None]
+    return failed, judge.take_stats()
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -879,12 +873,6 @@ def not_empty(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("an empty value")
     return text
-
-
-def printable(text: str) -> str:
-    """Text that cannot move a terminal's cursor or break its line."""
-    # Ids and a server's words come from anywhere.
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
@@ -921,11 +909,8 @@ def run(argv: list[str] | None) -> int:
     else:
         task = grounded_task(open_search(flags.search))
 
-    def open_judge() -> LLMJudge:
-        # One per thread, each with one call under way.
-        return LLMJudge(flags.judge, flags.judge_model, workers=1)
-
-    report = write_rubrics(open_judge, task, flags.questions, flags.out)
+    judge = LLMJudge(flags.judge, flags.judge_model, workers=BATCH)
+    report = write_rubrics(judge, task, flags.questions, flags.out)
     # The first ones with their reasons: a thousand lines would hide them.
     dropped = list(report.dropped.items())
     for name, reason in dropped[:NAMED]:
