@@ -106,6 +106,7 @@ class Example:
     @property
     def question_id(self) -> str:
         """What several prompts of one question share (its tag "question:..."), else the id."""
+        # Multiple choice is asked several times, each with the options in another order.
         for tag in self.tags:
             if tag.startswith("question:"):
                 return tag.removeprefix("question:")
@@ -169,6 +170,7 @@ def read_lines(path: Path):
 
 def read_list(path: Path):
     """Yields (where, row) from a .json file, which holds one list. Raises DataError."""
+    # Parsed in one piece: for large sets there is .jsonl, which is read line by line.
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -414,6 +416,8 @@ def parse_rubric(row: dict, where: str) -> Rubric:
         message = "no rubric; give 'rubric', criteria with 'text' and 'weight'"
         raise DataError(f"{where}: {message}")
 
+    # A criterion that cannot be read spoils the row: a reward over the rest of the rubric would be
+    # another one.
     criteria = []
     for number, item in enumerate(items, 1):
         # RaR's released items have a description and no text. Their sign is not their polarity
@@ -580,6 +584,8 @@ def names_avoidance(text: str) -> bool:
     >>> names_avoidance("Does not mention rounding.")
     False
     """
+    # All three look at the beginning only: a fault may well be described by "should" or "never"
+    # later in its sentence.
     for wording in (DUTY, AVOIDS, FAULT_DENIED):
         if wording.match(text):
             return True
