@@ -581,9 +581,8 @@ def test_a_trial_is_the_first_update_of_the_stage(tiny, forms):
     assert everything(policy, optimizer) == after_trial[method.active_class]
 
 
-ALTERNATING = (
-    "--method arlrr --stage 2 --validation 3 --prompts 6 --steps 5 --lr 0.01 --max_new_tokens 24"
-).split()
+FLAGS = "--method arlrr --stage 2 --validation 3 --prompts 6 --steps 5 --lr 0.01 --max_new_tokens 24"
+ALTERNATING = FLAGS.split()
 
 
 def killed(monkeypatch, when):

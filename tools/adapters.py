@@ -313,13 +313,13 @@ def row_id(extra_info: object) -> str:
 
 
 class Call:
-    """A call of verl's reward loop: it waits, is taken to the judge, and has a reward then."""
+    """A call of verl's reward loop: it waits, is taken to the judge, and then has a result."""
 
     def __init__(self, name: str, text: str | None):
         self.name = name
         self.text = text
         self.is_taken = False
-        self.reward = None
+        self.result = None
 
 
 def as_verl_reward(method: RubricReward, examples: list[Example], heldout: list[Example] = ()):
@@ -354,23 +354,23 @@ def as_verl_reward(method: RubricReward, examples: list[Example], heldout: list[
 
         # The call that gets the lock takes all that wait by then to the judge, in one flat
         # batch. One by one, each would wait for the verdicts on the one before.
+        await asyncio.sleep(0)
         async with lock:
             if not call.is_taken:
                 batch = list(waiting)
                 waiting.clear()
-                await asyncio.to_thread(score_calls, scorer, batch)
+                await asyncio.to_thread(score_calls, scorer, means, batch)
 
         # The call that took this one along has raised what went wrong, and verl ends with that.
-        if call.reward is None:
+        if call.result is None:
             raise DataError("not scored: the batch that this rollout was judged in has failed")
-        [score] = means.fill([call.name], [call.reward])
-        return {"score": score, "scored": float(not math.isnan(call.reward))}
+        return call.result
 
     return compute_score
 
 
-def score_calls(scorer: Scorer, batch: list[Call]) -> None:
-    """Sets the reward of every call of the batch."""
+def score_calls(scorer: Scorer, means: PromptMeans, batch: list[Call]) -> None:
+    """Sets the result of every call of the batch."""
     # Marked first: if the judge fails, the others should not ask it once more each.
     ids = []
     texts = []
@@ -378,8 +378,11 @@ def score_calls(scorer: Scorer, batch: list[Call]) -> None:
         call.is_taken = True
         ids.append(call.name)
         texts.append(call.text)
-    for call, reward in zip(batch, scorer.rewards(ids, texts)):
-        call.reward = reward
+
+    rewards = scorer.rewards(ids, texts)
+    scores = means.fill(ids, rewards)
+    for call, reward, score in zip(batch, rewards, scores):
+        call.result = {"score": score, "scored": float(not math.isnan(reward))}
 
 
 def as_verl_batch_reward(
