@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from judge_server import JudgeServer
 from safetensors.torch import load_file, save_file
 from test_train import lines
 
@@ -19,9 +20,11 @@ FLAGS = "--steps 4 --prompts_per_step 3 --group_size 4 --max_new_tokens 24 --eva
 
 def together(world, *flags, script=ROOT / "train.py"):
     """A script under torchrun; its status and words."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world), "--master_port", "0", "--rdzv_backend", "c10d",
-               "--rdzv_endpoint", "localhost:0", str(script), *map(str, flags)]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+    rendezvous = ["--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world), *rendezvous]
+    command += [str(script), *map(str, flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -43,49 +46,68 @@ def close(a, b, path=""):
 
 @pytest.mark.parametrize(
     "method",
-    ["--method points --loss dapo --advantage mean", "--method rler --epochs 2 --minibatches 2 --beta 0.1",
-     "--method arlrr --schedule search --stage 2 --validation 3 --audit 1 --loss grpo", "--method arlrr --schedule gdpo --validation 3 --audit 0.5"],
-)  # fmt: skip
+    [
+        "--method points --loss dapo --advantage mean",
+        "--method rler --epochs 2 --minibatches 2 --beta 0.1",
+        "--method arlrr --schedule search --stage 2 --validation 3 --loss grpo",
+        "--method gdpo",
+    ],
+)
 def test_two_processes_are_one(tiny, few, forms, tmp_path, method):
     flags = ["--model", str(tiny), "--data", forms, "--eval_data", few, *FLAGS, *method.split()]
-    assert train.main([*flags, "--out", str(tmp_path / "one")]) == 0
-    status, said = together(2, *flags, "--out", tmp_path / "two")
-    assert status == 0, said
-    assert said.count("held-out score before training") == 1  # one of them speaks
-    one, two = (tmp_path / name for name in ("one", "two"))
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert train.main([*flags, "--out", str(one)]) == 0
+    status, printed = together(2, *flags, "--out", two)
+    assert status == 0, printed
+    assert printed.count("held-out score before training") == 1  # one of them speaks
     close(lines(one / "metrics.jsonl"), lines(two / "metrics.jsonl"))
     close(lines(one / "samples.jsonl"), lines(two / "samples.jsonl"))
     a, b = (load_file(folder / "checkpoint" / "model.safetensors") for folder in (one, two))
-    assert max(float((a[key] - b[key]).abs().max()) for key in a) < 1e-5  # after AdamW, which divides by the gradient's size
+    for key in a:  # after AdamW, which divides by the gradient's size
+        assert float((a[key] - b[key]).abs().max()) < 1e-5
 
 
-def test_another_number_of_processes_goes_on(tiny, few, forms, tmp_path):
+def test_another_number_of_processes_continues(tiny, few, forms, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
     flags = ["--model", str(tiny), "--data", forms, "--eval_data", few, *FLAGS, "--method", "rler"]
-    assert train.main([*flags, "--out", str(tmp_path / "one")]) == 0
-    status, said = together(2, *flags, "--steps", "2", "--out", tmp_path / "two")
-    assert status == 0, said
-    settings = json.loads((tmp_path / "two" / "config.json").read_text())
-    assert settings["steps"] == 2
-    assert train.main(["--resume", str(tmp_path / "two"), "--steps", "4"]) == 0
-    assert [row["step"] for row in lines(tmp_path / "two" / "metrics.jsonl")] == [0, 1, 2, 3, 4]
-    status, said = together(2, "--resume", tmp_path / "two", "--steps", "5")
-    assert status == 0 and lines(tmp_path / "two" / "metrics.jsonl")[-1]["step"] == 5, said
-    shared = lambda folder: [row["text"] for row in lines(folder / "samples.jsonl") if row["step"] == 1 and row["split"] == "train"]
-    assert shared(tmp_path / "one") == shared(tmp_path / "two")
+    assert train.main([*flags, "--out", str(one)]) == 0
+    status, printed = together(2, *flags, "--steps", "2", "--out", two)
+    assert status == 0, printed
+    assert json.loads((two / "config.json").read_text())["steps"] == 2
+    assert train.main(["--resume", str(two), "--steps", "4"]) == 0
+    assert [row["step"] for row in lines(two / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+    status, printed = together(2, "--resume", two, "--steps", "5")
+    assert status == 0 and lines(two / "metrics.jsonl")[-1]["step"] == 5, printed
+
+    def first_texts(folder):
+        rows = lines(folder / "samples.jsonl")
+        return [row["text"] for row in rows if row["step"] == 1 and row["split"] == "train"]
+
+    assert first_texts(one) == first_texts(two)
 
 
 def test_more_processes_than_prompts(tiny, few, forms, tmp_path):
     """A process without a prompt still takes part in every sum."""
+    one, two = tmp_path / "one", tmp_path / "two"
     flags = ["--model", str(tiny), "--data", forms, "--eval_data", few, *FLAGS, "--prompts_per_step", "1", "--steps", "2"]
-    assert train.main([*flags, "--out", str(tmp_path / "one")]) == 0
-    status, said = together(2, *flags, "--out", tmp_path / "two")
-    assert status == 0, said
-    close(lines(tmp_path / "one" / "metrics.jsonl"), lines(tmp_path / "two" / "metrics.jsonl"))
+    assert train.main([*flags, "--out", str(one)]) == 0
+    status, printed = together(2, *flags, "--out", two)
+    assert status == 0, printed
+    close(lines(one / "metrics.jsonl"), lines(two / "metrics.jsonl"))
 
 
 def test_an_error_ends_all_of_them_with_one_line(tiny, tmp_path):
-    status, said = together(2, "--model", tiny, "--data", tmp_path / "nothing.jsonl", "--out", tmp_path / "run")
-    assert status != 0 and "nothing.jsonl: no such file" in said
+    status, printed = together(2, "--model", tiny, "--data", tmp_path / "nothing.jsonl", "--out", tmp_path / "run")
+    assert status != 0 and "nothing.jsonl: no such file" in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_of_the_judge_ends_all_of_them_at_once(tiny, few, forms, tmp_path):
+    """Only the first one asks it; without the others' knowledge they would wait for hours."""
+    with JudgeServer(status=404) as server:
+        flags = ["--model", tiny, "--data", forms, "--eval_data", few, *FLAGS, "--judge", server.url, "--judge_model", "m"]
+        status, printed = together(2, *flags, "--out", tmp_path / "run")
+    assert status != 0 and "404" in printed and "Traceback" not in printed.split("torch.distributed.elastic")[0]
 
 
 def one_update(tiny: str, loss: str) -> dict:
