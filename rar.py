@@ -326,8 +326,9 @@ def flat_tags(tags: object, where: str) -> list[str]:
         else:
             # A bare number is no tag, but {"level": 3} is.
             text = prefix + as_text(tag, where, "a tag", allow_number=prefix != "")
-            # The same few tags occur in every row; interned, each is held once.
-            result.append(sys.intern(as_text(text, where, "a tag")))
+            # The same few tags occur in every row; interned, each is held once. A nan says nothing.
+            if text:
+                result.append(sys.intern(as_text(text, where, "a tag")))
     return result
 
 

@@ -763,6 +763,8 @@ def convert_row(raw: object, place: Place) -> Converted:
     try:
         name = format_name(row, place)
         examples = [rar.parse_example(own, where) for own in FORMATS[name].convert(row, place)]
+        for example in examples:
+            refuse_no_question(example, place)
         lines = [line_of(example) for example in examples]
     except DataError:
         raise
@@ -770,6 +772,14 @@ def convert_row(raw: object, place: Place) -> Converted:
     except (AttributeError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise DataError(f"{where}: a value of the wrong kind ({error})") from None
     return Converted(name, examples, lines)
+
+
+def refuse_no_question(example: Example, place: Place) -> None:
+    """Raises DataError for a prompt that asks nothing."""
+    # A second turn of the assistant, or an answer to silence, is nothing to learn from.
+    last = example.prompt[-1]
+    if last["role"] != "user" or not is_text(last["content"]):
+        raise DataError(f"{place}: the prompt must end with a message of the user that is not empty")
 
 
 def format_name(row: dict, place: Place) -> str:

@@ -1,10 +1,13 @@
 """Foreign rows: every format of data/prepare.py, told apart by values, bad rows counted and named."""
 
+import copy
 import csv
 import gzip
 import json
 import random
 import sys
+import time
+import tracemalloc
 import types
 
 import pytest
@@ -800,3 +803,221 @@ def test_half_a_character_costs_its_row_only(convert):
     rows = [OWN | {"id": str(n)} for n in range(60)]
     examples = convert(*rows, OWN | {"id": "half", "question": "Why \ud83d?"})
     assert [e.id for e in examples] == [str(n) for n in range(60)]
+
+
+def test_a_prompt_ends_with_a_question(convert):
+    for messages in ([{"role": "user", "content": " "}], [{"role": "system", "content": "x"}], [*HUB["prompt"], {"role": "assistant", "content": "x"}]):
+        with pytest.raises(rar.DataError, match="must end with a message of the user"):
+            convert(HUB | {"prompt": messages})
+
+
+# ----------------------------------------------------------------------------- any row at all
+
+
+def words(rng, low=1, high=6):
+    return " ".join(rng.choice(["fever", "Fieber", "発熱", "dose", "λ", "a\u2028b", "[1]", "rest."]) for _ in range(rng.randint(low, high)))
+
+
+def random_pitfall(rng):
+    """(text, whether it is good when met), from wordings whose polarity is settled above."""
+    good = rng.random() < 0.5
+    return rng.choice(GOOD_WHEN_MET if good else BAD_WHEN_MET), good
+
+
+def random_row(rng, name):
+    """A whole row of a format, its texts and numbers drawn anew."""
+    row = json.loads(json.dumps(EVERY[name]))
+    many = range(rng.randint(1, 9))
+    points = [rng.choice([-10, -3, 1, 2, 5, 0.5, 7.25]) for _ in many] + [4]
+    axes = [rng.choice(["accuracy", "completeness", ""]) for _ in points]
+    messages = [{"role": "user", "content": words(rng)}]
+    if rng.random() < 0.3:
+        messages = [{"role": "user", "content": words(rng)}, {"role": "assistant", "content": words(rng)}, *messages]
+    if name == "HealthBench":
+        tags = [["level:example"] + [f"axis:{axis}"] * (axis != "") for axis in axes]
+        row |= {"prompt": messages, "rubrics": [{"criterion": words(rng), "points": p, "tags": t} for p, t in zip(points, tags)]}
+        row["ideal_completions_data"] = rng.choice([None, {"ideal_completion": words(rng)}])
+    elif name == "Professional":
+        row["conversation"] = {"messages": messages}
+        row["rubric_items"] = [{"criterion_text": words(rng), "points": p} for p in points]
+    elif name == "ResearchRubrics":
+        row |= {"prompt": words(rng), "rubrics": [{"criterion": words(rng), "weight": p, "axis": a} for p, a in zip(points, axes)]}
+    elif name in ("RubricHub", "verl"):
+        llm = {"function": "", "parameters": "", "verifier": "llm"}
+        items = [{"criterion": words(rng), "points": p, "tags": llm} for p in points]
+        row = {"prompt": messages, "reward_model": {"ground_truth": words(rng), "rubrics": items}, "data_source": "x"}
+        if name == "RubricHub":
+            row |= {"Rubrics": [{"criterion": i["criterion"], "points": i["points"]} for i in items], "ability": words(rng)}
+    elif name == "DR Tulu":
+        items = [{"description": words(rng), "title": words(rng), "weight": p} for p in points]
+        row |= {"messages": messages, "ground_truth": json.dumps({"query": words(rng), "rubrics": items})}
+    elif name == "ResearchQA":
+        row |= {"query": words(rng), "rubric": [{"rubric_item": words(rng), "type": words(rng)} for _ in points]}
+    elif name == "OpenRubrics":
+        kinds = [rng.choice([" [Hard Rule]", " [Principle]", ""]) for _ in points]
+        row |= {"instruction": words(rng), "rubric": "\n".join(f"{n}. {words(rng)}{kind}" for n, kind in enumerate(kinds, 1))}
+    elif name == "RaR":
+        row |= {"question": words(rng), "reference_answer": words(rng)}
+        row["rubric"] = [{"title": words(rng), "description": f"{rng.choice(['Essential', 'Important', 'Optional'])} Criteria: {words(rng)}", "weight": rng.randint(1, 5)} for _ in many]
+        row["rubric"] += [{"title": words(rng), "description": f"Pitfall Criteria: {random_pitfall(rng)[0]}", "weight": -rng.randint(1, 2)} for _ in range(rng.randint(0, 3))]
+    elif name == "own":
+        row |= {"question": words(rng), "reference": words(rng)}
+        row["rubric"] = [{"text": words(rng), "weight": p, "axis": a, "title": words(rng)} for p, a in zip(points, axes)]
+    else:
+        row |= {"question" if name == "MedQA" else "Question": words(rng)}
+    return row
+
+
+# One plain reading per format: [(text, weight, axis, category)], the prompt's last text, the reference.
+
+
+def plainly_signed(items, text, weight, axis="axis"):
+    return [(i[text].strip(), i[weight], i.get(axis) or "", "") for i in items]
+
+
+def plainly(name, row):
+    if name == "HealthBench":
+        rubric = []
+        for item in row["rubrics"]:
+            axis = [tag[5:] for tag in item["tags"] if tag[:5] == "axis:"]
+            rubric.append((item["criterion"].strip(), item["points"], "".join(axis), ""))
+        ideal = row["ideal_completions_data"]
+        return rubric, row["prompt"][-1]["content"], ideal["ideal_completion"] if ideal else ""
+    if name == "Professional":
+        return plainly_signed(row["rubric_items"], "criterion_text", "points"), row["conversation"]["messages"][-1]["content"], ""
+    if name == "ResearchRubrics":
+        return plainly_signed(row["rubrics"], "criterion", "weight"), row["prompt"], ""
+    if name in ("RubricHub", "verl"):
+        model = row["reward_model"]
+        return plainly_signed(model["rubrics"], "criterion", "points"), row["prompt"][-1]["content"], model["ground_truth"]
+    if name == "DR Tulu":
+        truth = json.loads(row["ground_truth"])
+        return plainly_signed(truth["rubrics"], "description", "weight"), row["messages"][-1]["content"], ""
+    if name == "ResearchQA":
+        return [(i["rubric_item"].strip(), 1, "", "") for i in row["rubric"]], row["query"], ""
+    if name == "OpenRubrics":
+        lines = [line.split(". ", 1)[1].replace(" [Hard Rule]", "").replace(" [Principle]", "") for line in row["rubric"].split("\n")]
+        return [(line.strip(), 1, "", "") for line in lines], row["instruction"], ""
+    if name == "RaR":
+        rubric = []
+        for item in row["rubric"]:
+            kind, text = item["description"].split(" Criteria: ", 1)
+            weight = item["weight"]
+            if kind == "Pitfall":
+                weight = abs(weight) if text in GOOD_WHEN_MET else -abs(weight)
+            rubric.append((text.strip(), weight, "", kind))
+        return rubric, row["question"], row["reference_answer"]
+    return plainly_signed(row["rubric"], "text", "weight"), row["question"], row["reference"]
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if name not in ("MedQA", "GPQA")])
+def test_no_weight_polarity_axis_or_text_differs_from_a_plain_reading(name):
+    rng = random.Random(name)
+    for number in range(200):
+        row = random_row(rng, name)
+        raw = json.dumps(row, ensure_ascii=rng.random() < 0.5).encode()
+        [line] = prepare.convert_row(raw, prepare.Place("f.jsonl", "f.jsonl", number)).lines
+        example = rar.parse_example(json.loads(line), "out:1")
+        mine = [(c.text, c.weight, c.axis, c.category) for c in example.rubric]
+        assert (mine, example.question, example.reference) == plainly(name, row)
+
+
+VALUES = [None, True, False, 0, 3, -1.5, float("nan"), float("inf"), 10**400, 1e308, "", " ", "text", "\ud83d", "\x1b[2J", "[1, 2", '{"a": 1}',
+          [], [[]], ["x"], [None], {}, {"a": None}, {"role": "user", "content": "x"}, [{"criterion": "x", "points": 1}], {"rubrics": 3}, "change_case:english_capital"]  # fmt: skip
+
+
+def places(value, path=()):
+    """Every place in a value."""
+    yield path
+    if isinstance(value, (dict, list)):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from places(value[key], (*path, key))
+
+
+def mutated(rng, row):
+    """The row with something replaced, removed, doubled or renamed at random places."""
+    row = json.loads(json.dumps(row))
+    for _ in range(rng.randint(1, 4)):
+        path = rng.choice(list(places(row)))
+        if not path:
+            continue
+        holder = row
+        for key in path[:-1]:
+            holder = holder[key]
+        action = rng.random()
+        if action < 0.5:
+            holder[path[-1]] = copy.deepcopy(rng.choice(VALUES))
+        elif action < 0.65:
+            del holder[path[-1]]
+        elif action < 0.8:
+            # JSON text where a value should be: ground_truth is the only one that has to be.
+            holder[path[-1]] = json.dumps(holder[path[-1]])
+        elif isinstance(holder, dict):
+            other = rng.choice([*COLUMNS, *NULLS, "weight"])
+            holder[other] = holder.pop(path[-1])
+        else:
+            holder.append(copy.deepcopy(rng.choice(VALUES)))
+    return row
+
+
+def survive(n, seed):
+    """Converts n random and mutated rows; returns how many were converted. Anything but a DataError escapes."""
+    rng = random.Random(seed)
+    converted = 0
+    for number in range(n):
+        row = mutated(rng, random_row(rng, rng.choice(list(EVERY))))
+        raw = row if rng.random() < 0.3 else json.dumps(row).encode()
+        if isinstance(raw, bytes) and rng.random() < 0.02:
+            raw = raw[: rng.randrange(len(raw))] + rng.choice([b"", b"\xff", b"[" * 5000])
+        place = prepare.Place("f.jsonl", "f.jsonl", number)
+        try:
+            result = prepare.convert_row(raw, place)
+        except rar.DataError as error:
+            # One line that names the place and says something.
+            said = prepare.one_line(error)
+            assert said.startswith(f"f.jsonl:{number}: ") and len(said) > 20 and "\n" not in said
+        else:
+            converted += 1
+            for example, line in zip(result.examples, result.lines):
+                # What is written is what was checked.
+                assert line.endswith(b"\n") and line.count(b"\n") == 1
+                assert rar.parse_example(json.loads(line), "out:1") == example
+    return converted
+
+
+def test_random_and_mutated_rows_end_in_a_dataerror_or_as_what_is_read_back():
+    assert 200 < survive(2000, seed=1) < 1800
+
+
+@pytest.mark.parametrize("row", [OWN | {"example_tags": 3}, OWN | {"rubric": [OWN["rubric"][0] | {"tags": [3]}]}, OWN | {"rubric": [OWN["rubric"][0] | {"axis": 3}]},
+                                 OWN | {"rubric": [OWN["rubric"][0] | {"weight": 10**400}]}])  # fmt: skip
+def test_values_of_the_wrong_kind_are_one_line(convert, row):
+    with pytest.raises(rar.DataError, match="1 of 1 rows cannot be used") as caught:
+        convert(row)
+    assert "\n" not in str(caught.value)
+
+
+def test_columns_of_the_wrong_kind_that_no_format_needs_change_nothing(convert):
+    assert convert(HUB | {"reward_model": ["x"]}) == convert(HUB)
+    with pytest.raises(rar.DataError, match="no rubric that data/prepare.py knows in its columns: answer, answer_idx, options, question"):
+        convert(MEDQA | {"answer_idx": ["A"]})
+
+
+# ----------------------------------------------------------------------------- many rows
+
+
+def test_many_rows_in_little_time_and_memory(tmp_path):
+    """5,000 rows like HealthBench's: no row is kept (a hash and an id of each are), and time is per row."""
+    rubrics = [{"criterion": f"States fact {n} about the fever of the child in question." * 3, "points": n or 1, "tags": ["level:example", "axis:accuracy"]} for n in range(11)]
+    with open(tmp_path / "a.jsonl", "w") as file:
+        for n in range(5000):
+            file.write(json.dumps(HEALTHBENCH | {"prompt_id": f"hb-{n}", "rubrics": rubrics}) + "\n")
+    tracemalloc.start()
+    began = time.process_time()
+    report = prepare.prepare(str(tmp_path / "a.jsonl"), str(tmp_path / "out.jsonl"))
+    took = time.process_time() - began
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert report.written == 5000
+    # The file has 15 MB; the tracing itself makes it several times slower.
+    assert peak < 8e6 and took < 20
