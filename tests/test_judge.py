@@ -1,4 +1,4 @@
-"""The offline judge: exact on form, honestly measured on content, never turning 'missing' into 0."""
+"""Checks are exact, the offline judge is honestly measured, and 'missing' is never 0."""
 
 import json
 import subprocess
@@ -8,67 +8,145 @@ import pytest
 from conftest import ROOT
 
 import judge
-from judge import lexical_verdict
+from judge import LexicalJudge, Question, check_verdict, lexical_verdict, parse_check
+from tools import agreement
+
+# ------------------------------------------------------------------ checks
 
 
 @pytest.mark.parametrize(
-    "criterion, response, met",
+    "check, response, met",
     [
-        ("Is at most 5 words long.", "one two three four five", True),
-        ("Is at most 5 words long.", "one two three four five six", False),
-        ("Is at least 3 words long.", "one two", False),
-        ("Has at most two sentences.", "Take 2.5 ml. Then rest.", True),
-        ("Has at most two sentences.", "One. Two. Three.", False),
-        ("Has exactly one sentence.", "Only one here!", True),
-        ("Is written as a list with at least three items.", "1. a\n2. b\n3) c", True),
-        ("Is written as a list with at least three items.", "- a\n- b\nc", False),
-        ("Is written as a list with at least three items.", "- a\n- b\n3.", False),  # a number without text is no item
-        ("Is written as running text without a list.", "Plain words.", True),
-        ("Is written as running text without a list.", "- a\n- b", False),
-        ("Ends with a complete sentence instead of breaking off.", 'He said "rest."', True),
-        ("Ends with a complete sentence instead of breaking off.", "Rest and", False),
-        ("Ends with a complete sentence instead of breaking off.", "1. Rest.\n2.", False),
-        ("Repeats the same words or sentences over and over.", "Drink water. " * 6, True),
-        ("Repeats the same words or sentences over and over.", "Drink water, then rest and sleep well.", False),
-        ("Addresses the reader directly as 'you'.", "Then your fever falls.", True),
-        ("Addresses the reader directly as 'you'.", "The youth slept.", False),
-        ("Gives an example from everyday life, introduced by words such as 'for example'.", "For example, a spoon.", True),
-        ("Gives an example from everyday life, introduced by words such as 'for example'.", "A spoon.", False),
-        ("Advises seeing a doctor if the fever lasts more than three days.", "If the fever lasts, see your physician.", True),
-        ("Recommends antibiotics for a cold.", "Rest and drink.", False),
-        ("Does not recommend antibiotics.", "Rest and drink.", True),
-        ("Avoids recommending antibiotics.", "I recommend antibiotics.", False),
-        ("Erwähnt, dass Wasser bei Fieber hilft.", "Bei Fieber hilft Wasser.", True),
-        ("提到多喝水", "提到多喝水", True),
+        ("words <= 5", "one two three four five", True),
+        ("words <= 5", "one two three four five six", False),
+        ("words >= 3", "one two", False),
+        ("words<3", "one two", True),
+        ("sentences <= 2", "Take 2.5 ml. Then rest.", True),
+        ("sentences <= 2", "One. Two. Three.", False),
+        ("sentences == 1", "Only one here!", True),
+        ("items >= 3", "1. a\n2. b\n3) c", True),
+        ("items >= 3", "- a\n- b\nc", False),
+        ("items >= 3", "- a\n- b\n3.", False),  # a number without text is no item
+        ("items <= 1", "Plain words.", True),
+        ("items <= 1", "- a\n- b", False),
+        ("ends_complete", 'He said "rest."', True),
+        ("ends_complete", "Rest and", False),
+        ("ends_complete", "1. Rest.\n2.", False),
+        ("repetition > 0.2", "Drink water. " * 6, True),
+        ("repetition > 0.2", "Drink water, then rest and sleep well.", False),
+        ("addresses_reader", "Then your fever falls.", True),
+        ("addresses_reader", "The youth slept.", False),
+        ("gives_example", "For example, a spoon.", True),
+        ("gives_example", "A spoon.", False),
+        ("characters > 3", "Rest", True),
+        ("paragraphs == 2", "One.\n \nTwo.\nStill two.\n\n", True),
+        ("questions >= 2", "Since when? How high？", True),
+        ("keywords > 0.75", "fever water drink", False),  # too few words to tell
+        ('contains "fresh air" "water"', "Open it for FRESH AIR.", True),
+        ('contains "fresh air"', "Air, fresh.", False),
+        (r'contains "say \"no\""', 'Just say "no".', True),
+        ('mentions "resting"', "Rest well.", True),
+        ('mentions "rest"', "The restaurant.", False),
+        ('starts_with "yes"', "  Yes, it does.", True),
+        ('ends_with "." "!"', "Stop!\n", True),
+        ('boxed "B" "Iron"', r"\boxed{A}, no: \boxed{\text{(B)}}", True),
+        ('boxed "B" "Iron"', r"\boxed{iron.}", True),
+        ('boxed "B" "Iron"', r"\boxed{B: Iron}", True),
+        ('boxed "B" "Iron"', r"\boxed{b}", False),
+        ('boxed "B" "Iron"', r"\boxed{Best}", False),
+        ('boxed "B" "Iron"', "B", False),
     ],
 )
-def test_verdicts(criterion, response, met):
-    assert lexical_verdict(criterion, response).score == float(met)
+def test_checks(check, response, met):
+    assert check_verdict(check, response).score == float(met)
+
+
+def test_shares_that_need_the_question():
+    question = "What helps against a fever?"
+    assert check_verdict("copied >= 1", "What helps against fever?", question).score == 1.0
+    assert check_verdict("copied > 0", "Drink water.", question).score == 0.0
+    assert check_verdict("hedged > 0.4", "It depends. Drink much cold water.", question).score == 1.0
+    assert check_verdict("hedged > 0", "It might be wise to drink water.", question).score == 0.0
+
+
+def test_a_box_says_why():
+    assert check_verdict('boxed "B"', "It is B.") == (0.0, "no boxed answer")
+    assert check_verdict('boxed "B"', r"\boxed{A}") == (0.0, "boxed 'A'")
 
 
 @pytest.mark.parametrize("response", ["", "  \n"])
-def test_silence_meets_nothing(response):
-    for criterion in ("Is at most 5 words long.", "Has at most two sentences.", "Is written as running text without a list.", "Mentions rest."):
-        assert lexical_verdict(criterion, response).score == 0.0
-    assert lexical_verdict("Repeats the same words over and over.", response).score == 0.0
+@pytest.mark.parametrize("check", judge.CHECKS.values())
+def test_silence_meets_no_check(check, response):
+    assert check_verdict(check, response, "Rest?").score == 0.0
 
 
-def test_a_clinical_criterion_is_not_mistaken_for_one_of_form():
-    for criterion in ("Includes a list of the vaccines given at two months.", "Asks how many words the child says.", "Ends with advice to see a doctor."):
-        assert judge.form_verdict(criterion, "x") is None
+@pytest.mark.parametrize(
+    "check",
+    [
+        "", "words", "words <= forty", "words =< 40", "words <= 40 or so", "word <= 40", "ends_complete 3",
+        'boxed B', 'contains', 'contains "a', "contains 'a'", 'words "40"', "at most 5", "words <= " + "9" * 5000 + "x",
+    ],
+)  # fmt: skip
+def test_an_unknown_check_lists_the_known_ones(check):
+    with pytest.raises(ValueError) as error:
+        parse_check(check)
+    for example in judge.CHECKS.values():
+        assert example in str(error.value)
+    assert len(str(error.value)) < 700
+
+
+def test_the_table_of_checks_is_whole():
+    names = [*judge.MEASURES, *judge.PREDICATES, *judge.TEXT_CHECKS]
+    assert sorted(judge.CHECKS) == sorted(names)
+    for name, example in judge.CHECKS.items():
+        assert parse_check(example).name == name
+
+
+# ------------------------------------------------------------------ the offline judge
+
+
+@pytest.mark.parametrize(
+    "statement, response, met",
+    [
+        ("Advises seeing a doctor if the fever lasts more than three days.", "If the fever lasts, see your physician.", True),
+        ("Recommends antibiotics for a cold.", "Rest and drink.", False),
+        ("Does not recommend antibiotics.", "Rest and drink.", True),
+        ("Avoids recommending antibiotics.", "I am recommending antibiotics.", False),
+        ("The answer should not recommend antibiotics.", "I recommend antibiotics.", False),
+        ("Must avoid recommending antibiotics.", "I am recommending antibiotics.", False),
+        ("Erwähnt, dass Wasser bei Fieber hilft.", "Bei Fieber hilft Wasser.", True),
+        ("提到多喝水", "提到多喝水", True),
+    ],
+)  # fmt: skip
+def test_verdicts(statement, response, met):
+    assert lexical_verdict(statement, response).score == float(met)
+
+
+@pytest.mark.parametrize("response", ["", "  \n"])
+def test_silence_mentions_nothing(response):
+    assert lexical_verdict("Mentions rest.", response).score == 0.0
 
 
 def test_a_criterion_without_content_words_is_missing_not_zero():
-    for criterion in ("It is so.", "Does not.", "Avoids this."):
-        assert lexical_verdict(criterion, "Anything.").score is None
+    for statement in ("It is so.", "Does not.", "Avoids this.", ""):
+        assert lexical_verdict(statement, "Anything.").score is None
 
 
 def test_fault_needs_more_words_than_a_fact():
     """Staying on the subject of a pitfall is not committing it."""
-    fault, answer = "Claims that every sore throat needs antibiotics.", "Warm tea soothes a sore throat."
+    fault = "Claims that every sore throat needs antibiotics."
+    answer = "Warm tea soothes a sore throat."
     assert lexical_verdict(fault, answer).score == 1.0
-    assert lexical_verdict(fault, answer, judge.COVERED_FAULT).score == 0.0
-    assert lexical_verdict(fault, "Every sore throat needs antibiotics.", judge.COVERED_FAULT).score == 1.0
+    assert lexical_verdict(fault, answer, is_fault=True).score == 0.0
+    assert lexical_verdict(fault, "Every sore throat needs antibiotics.", is_fault=True).score == 1.0
+
+
+def test_the_inside_of_a_good_avoids_is_a_fault():
+    """What must not be said wants the closer match; what a fault fails to say does not."""
+    inside = "claiming that every sore throat needs antibiotics."
+    answer = "Warm tea soothes a sore throat."
+    assert lexical_verdict("Avoids " + inside, answer).score == 1.0
+    assert lexical_verdict("Avoids " + inside, answer, is_fault=True).score == 0.0
 
 
 def test_words_far_apart_do_not_add_up():
@@ -76,54 +154,110 @@ def test_words_far_apart_do_not_add_up():
     assert lexical_verdict("Drink enough water against fever.", spread).score == 0.0
 
 
-def test_offline_judge_refuses_what_has_no_rule():
-    with pytest.raises(judge.NoOfflineRule):
-        judge.OfflineJudge().ask([judge.Question("How good is it, 1 to 10?")])
+def test_offline_judge_refuses_what_has_no_statement():
+    with pytest.raises(judge.JudgeError, match="--judge"):
+        LexicalJudge().ask([Question("", "", prompt="How good is it, 1 to 10?")])
 
 
-@pytest.mark.parametrize("response", ["\x00" * 50, "a" * 1_000_000, "\ud800 lone", "‮ right to left", "- \n- \n", '{"met": true}', "\u2028".join("abc")])
+@pytest.mark.parametrize(
+    "response",
+    [
+        "\x00" * 50, "a" * 1_000_000, "\ud800 lone", "\u202e right to left", "- \n- \n", '{"met": true}',
+        "\u2028".join("abc"),
+    ],
+)  # fmt: skip
 def test_odd_responses_do_not_crash(response):
-    for criterion in ("Mentions rest.", "Is at most 40 words long.", "Ends with a complete sentence instead of breaking off.", "Repeats the same words over and over."):
-        assert lexical_verdict(criterion, response).score in (0.0, 1.0)
+    assert lexical_verdict("Mentions rest.", response).score in (0.0, 1.0)
+    for check in judge.CHECKS.values():
+        verdict = check_verdict(check, response, response)
+        assert verdict.score in (0.0, 1.0)
+        assert verdict.reason.isprintable()
+
+
+def test_a_statement_of_a_thousand_negations():
+    assert lexical_verdict("Avoids " * 1_200, "Rest.").score in (0.0, 1.0, None)
+
+
+def test_numbers_are_content():
+    assert "2" in judge.content_words("Gives 2 tablets.")
+    assert judge.content_words("Gives 2 tablets of 500 mg.")[:1] != ["tablet"]
+
+
+# ------------------------------------------------------------------ agreement with people
 
 
 def test_agreement_by_hand():
     """30 yes-yes, 10 yes-no, 20 no-yes, 40 no-no: accuracy 0.7, chance 0.5, kappa 0.4."""
     pairs = [(1.0, True)] * 30 + [(1.0, False)] * 10 + [(0.0, True)] * 20 + [(0.0, False)] * 40
-    got = judge.agreement(pairs)
-    assert got["accuracy"] == 0.7 and got["kappa"] == 0.4
+    got = agreement.judge_agreement(pairs)
+    assert got["accuracy"] == 0.7
+    assert got["kappa"] == 0.4
     assert got["macro_f1"] == pytest.approx((60 / 90 + 80 / 110) / 2, abs=1e-4)
-    assert judge.agreement([(None, True)])["kappa"] is None
+    assert agreement.judge_agreement([(None, True)])["kappa"] is None
 
 
 def test_agreement_with_physicians(shared):
-    """The issue's bar is a kappa of 0.34; physicians among themselves reach 0.66-0.75."""
+    """Physicians among themselves reach a kappa of 0.66 to 0.75."""
     path = shared("kqa_physician_labels_dev.jsonl")
-    run = subprocess.run([sys.executable, ROOT / "judge.py", "--agreement", path], capture_output=True, text=True, check=True)
+    command = [sys.executable, ROOT / "tools" / "agreement.py", path]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
     got = json.loads(run.stdout)
-    assert got["n"] == 200 and got["missing"] == 0
-    assert got["kappa"] >= 0.34 and got["macro_f1"] >= 0.66
+    assert got["n"] == 200
+    assert got["missing"] == 0
+    assert (got["accuracy"], got["kappa"], got["macro_f1"]) == (0.69, 0.3854, 0.6875)
+    assert "0.3854" in run.stderr
 
 
-def test_threshold_holds_without_the_question_at_hand(shared):
-    """COVERED chosen on all other questions gives nearly the same agreement: it is not fitted to single rows."""
-    rows = judge.read_labels(shared("kqa_physician_labels_dev.jsonl"))
+def test_threshold_holds_without_the_question_at_hand(shared, monkeypatch):
+    """COVERED chosen on all other questions gives nearly the same agreement."""
+    rows = agreement.read_labels(shared("kqa_physician_labels_dev.jsonl"))
     grid = [k / 20 for k in range(4, 15)]
-    said = {t: [lexical_verdict(r["criterion"], r["response"], t).score for r in rows] for t in grid}
+    scores = {}
+    for threshold in grid:
+        monkeypatch.setattr(judge, "COVERED", threshold)
+        scores[threshold] = [lexical_verdict(r["criterion"], r["response"]).score for r in rows]
 
-    def kappa(threshold, keep):
-        return judge.agreement([(s, r["met"]) for s, r in zip(said[threshold], rows) if keep(r)])["kappa"]
+    def kappa(threshold, held_out):
+        """Agreement on all questions but one."""
+        pairs = []
+        for score, row in zip(scores[threshold], rows):
+            if row["question"] != held_out:
+                pairs.append((score, row["met"]))
+        return agreement.judge_agreement(pairs)["kappa"]
 
-    chosen = {q: max(grid, key=lambda t: kappa(t, lambda r: r["question"] != q)) for q in {r["question"] for r in rows}}
-    held_out = judge.agreement([(said[chosen[r["question"]]][i], r["met"]) for i, r in enumerate(rows)])
-    assert held_out["kappa"] >= 0.30
+    chosen = {}
+    for question in {row["question"] for row in rows}:
+        chosen[question] = max(grid, key=lambda threshold, q=question: kappa(threshold, q))
+    pairs = []
+    for index, row in enumerate(rows):
+        pairs.append((scores[chosen[row["question"]]][index], row["met"]))
+    assert agreement.judge_agreement(pairs)["kappa"] >= 0.30
 
 
-@pytest.mark.parametrize("content, words", [("", "no rows"), ("{", ":1: not a line of JSON"), ('{"response": "a"}\n', ":1: needs the keys")])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("", "no rows"),
+        ("{", ":1: not a line of JSON"),
+        ('{"response": "a"}\n', ":1: needs the keys"),
+        ("[1]\n", ":1: needs the keys"),
+        ("[" * 100_000, ":1: not a line of JSON"),
+    ],
+)
 def test_bad_label_files(tmp_path, capsys, content, words):
     path = tmp_path / "labels.jsonl"
     path.write_text(content)
-    assert judge.main(["--agreement", str(path)]) == 2
+    assert agreement.main([str(path)]) == 2
     error = capsys.readouterr().err
-    assert words in error and error.count("\n") == 1
-    assert judge.main(["--agreement", str(tmp_path / "none.jsonl")]) == 2
+    assert words in error
+    assert error.count("\n") == 1
+    assert agreement.main([str(tmp_path / "none.jsonl")]) == 2
+
+
+def test_who_falls_for_length_has_a_positive_bias():
+    class Yes(LexicalJudge):
+        def ask(self, questions, show_progress=False):
+            return [judge.Verdict(1.0)] * len(questions)
+
+    rows = [{"response": "word " * n, "criterion": "x", "met": n < 10} for n in (1, 2, 20, 40)]
+    assert agreement.judge_labels(Yes(), rows)["length_bias"] > 0.5
