@@ -263,7 +263,8 @@ def assert_sound(example):
         assert type(criterion.weight) is float and 0 < abs(criterion.weight) <= 1e9
         assert all(isinstance(tag, str) for tag in criterion.tags)
         fault = criterion.category.lower() == "pitfall"
-        assert not criterion.category or fault == (criterion.weight < 0)
+        signed = fault == (criterion.weight < 0)
+        assert not criterion.category or signed or rar.names_avoidance(criterion.text)
     scores = [1.0] * len(example.rubric)
     assert 0 <= rar.explicit_reward(example.rubric, scores) <= 1
     assert rar.points_reward(example.rubric, scores) <= 1
