@@ -752,18 +752,23 @@ class Connection:
 
     def read(self, response: http.client.HTTPResponse) -> bytes:
         """The body, at most LARGEST_REPLY bytes, by the deadline."""
+        # read1 gives what has come so far; how much is still to come it does not watch.
+        length = response.length
         chunks = []
         size = 0
-        while chunk := response.read1(65536):
+        while length is None or size < length:
+            chunk = response.read1(65536 if length is None else min(65536, length - size))
+            if not chunk:
+                break
             chunks.append(chunk)
             size += len(chunk)
             if size > LARGEST_REPLY:
                 raise WireError(f"a reply of more than {LARGEST_REPLY} bytes")
             if time.monotonic() > self.deadline:
                 raise WireError("the reply took too long")
-        # read1 ends quietly when the server hangs up before the announced length.
-        if response.length:
+        if length is not None and size < length:
             raise WireError("the reply was cut off")
+        response.close()
         return b"".join(chunks)
 
     def shut(self) -> None:
@@ -800,8 +805,11 @@ class Limiter:
         with self.lock:
             now = time.monotonic()
             start = max(now, self.next_request, self.next_tokens)
-            self.next_request = start + self.seconds_per_request
-            self.next_tokens = start + tokens * self.seconds_per_token
+            # Only what is limited is noted: a limit of tokens that was corrected must count at once.
+            if self.seconds_per_request:
+                self.next_request = start + self.seconds_per_request
+            if self.seconds_per_token:
+                self.next_tokens = start + tokens * self.seconds_per_token
             return start - now
 
     def correct(self, tokens: int) -> None:

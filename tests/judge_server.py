@@ -222,7 +222,7 @@ class JudgeServer:
         if fault == "huge":
             return raw(200, b" " * 11_000_000 + completion(text))
         if fault == "half":
-            return raw(200, completion(text))[:-20] + b"\r\n" * 10
+            return raw(200, completion(text))[:-20]
         if fault == "gzip":
             return raw(200, gzip.compress(completion(text)), "Content-Encoding: gzip\r\n")
         if fault == "early_hints":

@@ -143,7 +143,7 @@ def test_fault_needs_more_words_than_a_fact():
 
 def test_the_inside_of_a_good_avoids_is_a_fault():
     """What must not be said wants the closer match; what a fault fails to say does not."""
-    inside = "claiming that every sore throat needs antibiotics."
+    inside = "antibiotics for a sore throat."
     answer = "Warm tea soothes a sore throat."
     assert lexical_verdict("Avoids " + inside, answer).score == 1.0
     assert lexical_verdict("Avoids " + inside, answer, is_fault=True).score == 0.0
