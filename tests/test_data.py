@@ -16,7 +16,18 @@ for name in ("train", "heldout"):
     text = (ROOT / "data" / f"{name}.jsonl").read_text(encoding="utf8")
     ROWS[name] = [json.loads(line) for line in text.split("\n") if line]
 ALL = ROWS["train"] + ROWS["heldout"]
-CRITERIA = [(row, c) for row in ALL for c in row["rubric"]]
+
+
+def criteria_of(rows):
+    """(row, criterion) for every criterion of the rows."""
+    pairs = []
+    for row in rows:
+        for c in row["rubric"]:
+            pairs.append((row, c))
+    return pairs
+
+
+CRITERIA = criteria_of(ALL)
 
 # The range of weights that goes with a category.
 WEIGHTS = {"Essential": (5, 5), "Important": (3, 4), "Optional": (1, 2), "Pitfall": (-5, -2)}
@@ -42,7 +53,8 @@ def expected_check(text):
     for sentence, check in CHECKS.items():
         match = re.fullmatch(sentence, text)
         if match:
-            return check.format(*(NUMBERS.get(group, group) for group in match.groups()))
+            numbers = [NUMBERS.get(group, group) for group in match.groups()]
+            return check.format(*numbers)
     return None
 
 
@@ -80,7 +92,7 @@ def test_what_can_be_counted_has_its_check_and_nothing_else_has():
 @pytest.mark.parametrize("name", ROWS)
 def test_balance(name):
     rows = ROWS[name]
-    axes = Counter(c["axis"] for row in rows for c in row["rubric"])
+    axes = Counter(c["axis"] for _, c in criteria_of(rows))
     total = sum(axes.values())
     assert all(axes[axis] / total >= 0.10 for axis in rar.AXES), axes
     topics = Counter(row["topic"] for row in rows)
@@ -179,6 +191,7 @@ def test_the_reference_answers_earn_their_rubrics(name):
 @pytest.mark.parametrize("name", ROWS)
 def test_the_checks_are_criteria_that_recur(name):
     """They appear in both parts, so what is learned about them carries over."""
-    checks = [c["check"] for row in ROWS[name] for c in row["rubric"] if "check" in c]
-    assert len(checks) / sum(len(row["rubric"]) for row in ROWS[name]) > 0.3
+    criteria = criteria_of(ROWS[name])
+    checks = [c["check"] for _, c in criteria if "check" in c]
+    assert len(checks) / len(criteria) > 0.3
     assert "ends_complete" in checks

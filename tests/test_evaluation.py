@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT
 from judge_server import JudgeServer
-from test_rar import asked
 from test_train import lines, run
 
 import grpo
@@ -65,7 +64,7 @@ def test_every_design_over_http(name):
     group = Group(e, [answer("bad"), answer("zebra zebra zebra"), answer("zebra")])
     with Rater() as server:
         method_of(LLMJudge(server.url, "m"), name).score([group])
-        prompts = [body["messages"][-1]["content"] for body in asked(server)]
+        prompts = [body["messages"][-1]["content"] for body in server.bodies]
     rewards = [r.reward for r in group.rollouts]
     if name in ("likert", "reference_likert", "implicit"):
         assert rewards == pytest.approx([0, 3 / 9, 1 / 9]) and len(prompts) == 3
@@ -232,7 +231,7 @@ def test_a_boxed_letter_is_not_put_to_the_judge():
     with Rater() as server:
         method = method_of(LLMJudge(server.url, "m"), "explicit")
         method.score([Group(example("m", METALS), rollouts)])
-        assert [r.reward for r in rollouts] == [1.0, 0.0, 0.0] and asked(server) == []
+        assert [r.reward for r in rollouts] == [1.0, 0.0, 0.0] and server.bodies == []
 
 
 # ------------------------------------------------------------------------- comparing

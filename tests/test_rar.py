@@ -47,15 +47,6 @@ def method_of(judge, name="explicit"):
     return rar.RubricReward(judge, SimpleNamespace(method=name, advantage="std"))
 
 
-def asked(server):
-    """What a server was asked about our responses: not the question by which it is probed."""
-    bodies = []
-    for body in server.bodies:
-        if "What helps against thirst?" not in json.dumps(body):
-            bodies.append(body)
-    return bodies
-
-
 class Given:
     """A judge whose answers are given."""
 
@@ -203,7 +194,7 @@ def test_one_flat_batch_and_a_model_is_asked_identical_questions_once():
         method_of(Counting(server.url, "model")).score(groups)
         # The check is decided without the judge; a/same, a/other, b/same are three responses.
         judged = len(RUBRIC) - 1
-        assert sizes == [4 * judged] and len(asked(server)) == 3 * judged
+        assert sizes == [4 * judged] and len(server.bodies) == 3 * judged
     assert first.rollouts[0].verdicts == first.rollouts[1].verdicts
     assert [v.score for v in first.rollouts[0].verdicts][2] == 1.0
 
