@@ -87,11 +87,13 @@ def read_source(source: str) -> Iterator[tuple[Place, object]]:
     path = Path(source)
     # In a fixed order, so that a repeat is always the later one.
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES))
-        if not files:
+        n_files = 0
+        for file in sorted(path.rglob("*")):
+            if file.is_file() and file.name.endswith(SUFFIXES):
+                n_files += 1
+                yield from read_file(file, file.relative_to(path).as_posix())
+        if not n_files:
             raise DataError(f"{source}: no file in this folder ends with {', '.join(SUFFIXES)}")
-        for file in files:
-            yield from read_file(file, file.relative_to(path).as_posix())
         return
 
     # What is on disk comes first: a file is never taken for a data set of the hub.
@@ -234,6 +236,7 @@ def unpacked(value: object) -> object:
 
 def object_of(value: object) -> dict:
     """The value as an object, decoded if need be; empty where it is none."""
+    # Empty and not None, so that what is inside can be asked for at once.
     value = unpacked(value)
     return value if isinstance(value, dict) else {}
 
@@ -300,15 +303,21 @@ def convert_ours(row: dict, place: Place) -> list[dict]:
 
     HealthBench's files are all alike: the whole benchmark, hard, consensus.
     """
-    # Written again under our names: a column that nobody asked for cannot change the meaning.
+    # Its answers are one level down, and most of its rows have none.
+    ideal = object_of(row.get("ideal_completions_data"))
+    reference = first_value(row, "reference", "reference_answer") or ideal.get("ideal_completion")
     items = list_of(first_value(row, "rubrics", "rubric"))
-    changes = {
-        "id": id_of(row, place, "prompt_id", "id", "sample_id"),
-        "rubrics": None,
-        "rubric": [signed_item(item) for item in items],
-        "example_tags": tags_of(row, "topic", "domain"),
-    }
-    return [row | changes]
+    return [
+        {
+            "id": id_of(row, place, "prompt_id", "id", "sample_id"),
+            "prompt": first_value(row, "prompt", "question"),
+            "reference": reference,
+            "example_tags": tags_of(row, "topic", "domain"),
+            "canary": row.get("canary"),
+            "rubric": [signed_item(item) for item in items],
+            "binary_labels": row.get("binary_labels"),
+        }
+    ]
 
 
 def is_rubric_items(row: dict) -> bool:
@@ -384,6 +393,7 @@ def verified_item(item: object, place: Place) -> object:
     # Its tags are no labels but an object that says who verifies: a model, or a function.
     tags = item.get("tags")
     verifier = {}
+    # Rows of others in the same layout have labels there, and they stay.
     if isinstance(tags, dict) and "verifier" in tags:
         verifier = tags
         converted["tags"] = None
@@ -489,7 +499,7 @@ def released_item(item: object) -> object:
     >>> released_item({"description": "Esssential Criteria: Names (A).", "weight": 5})["category"]
     'Essential'
     """
-    # As in `signed_item`, the reader of our format says what is wrong.
+    # As in `signed_item`: what is wrong here is said by the reader of our format.
     if not isinstance(item, dict):
         return item
     text = item.get("description")
@@ -554,15 +564,20 @@ def convert_ground_truth(row: dict, place: Place) -> list[dict]:
     truth = ground_truth(row)
     items = list_of(truth["rubrics"])
     # RaR's data exist in this layout as well: their descriptions still begin with a category.
-    is_rar = any(PREFIX.match(str(first_value(item, "description"))).group(1) for item in items)
+    is_rar = False
+    for item in items:
+        if PREFIX.match(str(item.get("description"))).group(1):
+            is_rar = True
 
     rubric = []
     for item in items:
         if is_rar:
             rubric.append(released_item(item))
+        # No category and no axis: this format has none, and none is guessed.
         else:
-            text = first_value(item, "description")
-            rubric.append({"title": item.get("title"), "text": text, "weight": item.get("weight")})
+            text = item.get("description")
+            weight = item.get("weight")
+            rubric.append({"title": item.get("title"), "text": text, "weight": weight})
     return [
         {
             "id": id_of(row, place, "id"),
@@ -586,6 +601,7 @@ def convert_research_qa(row: dict, place: Place) -> list[dict]:
     """ResearchQA: its score counts all items alike; the kind of an item is kept as a tag."""
     rubric = []
     for item in list_of(row["rubric"]):
+        # One kind or a list of several; not an axis of ours, so it is only a tag.
         kinds = rar.flat_tags(item.get("type"), str(place))
         tags = [f"type:{kind}" for kind in kinds]
         rubric.append({"text": item.get("rubric_item"), "weight": 1, "tags": tags})
@@ -622,6 +638,7 @@ def convert_open_rubrics(row: dict, place: Place) -> list[dict]:
 
     rubric = []
     for text in texts:
+        # The kind says who can verify it, not what it weighs.
         kind = KIND.fullmatch(text)
         if kind:
             tags = [kind.group(2).lower().replace(" ", "_")]
@@ -662,6 +679,7 @@ def is_gpqa(row: dict) -> bool:
 
 def convert_gpqa(row: dict, place: Place) -> list[dict]:
     """GPQA, as JSONL or as its own CSV."""
+    # Its CSV has the options before revision as well, in columns of other names.
     texts = [row[column] for column in row if WRONG_OPTION.fullmatch(column)]
     right = row["Correct Answer"]
     # The order, the right one last, is part of the seed: it fixes the shuffles.
@@ -695,6 +713,7 @@ def choice_rows(
         order = random.Random(key).sample(options, len(options))
         letter = LETTERS[order.index(right)]
 
+        # As MedQA and GPQA are usually asked.
         listed = "\n".join(f"({mark}) {text}" for mark, text in zip(LETTERS, order))
         answer = f"({letter}) {right}"
         criterion = {
@@ -779,7 +798,8 @@ def refuse_no_question(example: Example, place: Place) -> None:
     # A second turn of the assistant, or an answer to silence, is nothing to learn from.
     last = example.prompt[-1]
     if last["role"] != "user" or not is_text(last["content"]):
-        raise DataError(f"{place}: the prompt must end with a message of the user that is not empty")
+        rule = "the prompt must end with a message of the user that is not empty"
+        raise DataError(f"{place}: {rule}")
 
 
 def format_name(row: dict, place: Place) -> str:
@@ -787,6 +807,7 @@ def format_name(row: dict, place: Place) -> str:
     for name, known in FORMATS.items():
         if known.matches(row):
             return name
+    # The columns tell a person at once which data set it is.
     columns = ", ".join(sorted(map(str, row))[:12])
     raise DataError(f"{place}: no rubric that data/prepare.py knows in its columns: {columns}")
 
@@ -813,6 +834,7 @@ def line_of(example: Example) -> bytes:
 
 def row_of_criterion(criterion: rar.Criterion) -> dict:
     """The criterion as an object in our format; what says nothing is left out."""
+    # The fields of a criterion are the entries of our format, by name.
     entries = dict(vars(criterion))
     # People write 5 and not 5.0.
     if criterion.weight.is_integer():
@@ -823,7 +845,6 @@ def row_of_criterion(criterion: rar.Criterion) -> dict:
 # ----------------------------------------------------------------------------- all rows
 
 SHOWN = 10  # skipped rows that are named; the others are counted
-CONTROLS = dict.fromkeys([*range(32), *range(127, 160)], "?")  # a terminal takes them as commands
 
 
 @dataclass
@@ -852,7 +873,7 @@ class Report:
 
 def one_line(error: Exception) -> str:
     """The message of an error, fit for a terminal."""
-    return str(error).translate(CONTROLS)[:500]
+    return judge.printable(str(error))[:500]
 
 
 def write_rows(source: str, file, report: Report, show_progress: bool) -> None:
@@ -900,6 +921,7 @@ def write_rows(source: str, file, report: Report, show_progress: bool) -> None:
 
 def refuse_known_ids(converted: Converted, place: Place, place_of_id: dict[str, str]) -> None:
     """Raises DataError for an id that a row with other content has."""
+    # Whatever is kept per prompt (rubrics that evolve, answers compared) is kept by id.
     for example in converted.examples:
         if example.id in place_of_id:
             other = place_of_id[example.id]
@@ -931,6 +953,9 @@ def target_path(source: str, out: str, force: bool) -> Path:
     # With --force as well: the only copy of the rows must not depend on a run that goes well.
     if target.exists() and Path(source).exists() and target.samefile(source):
         raise DataError(f"{out}: this is the source itself; name another file")
+    # The next run would read it as one more file of rows.
+    if Path(source).is_dir() and target.resolve().is_relative_to(Path(source).resolve()):
+        raise DataError(f"{out}: inside the folder to read; name a file elsewhere")
     if target.exists() and not force:
         raise DataError(f"{out}: exists already; name another file, or replace it with --force")
     return target
@@ -945,7 +970,7 @@ def prepare(
 ) -> Report:
     """Writes the rows of `source` to `out` in our own format.
 
-    max_bad: largest share of rows that may be skipped, 0 to 1; with more, nothing is written. Raises
+    max_bad: largest share of rows that may be skipped, 0 to 1; above it nothing is written. Raises
     DataError.
     """
     # Written so that nan fails as well.
@@ -969,6 +994,7 @@ def prepare(
 
 def check_share(source: str, report: Report, max_bad: float) -> None:
     """Raises DataError when too many of the rows cannot be used."""
+    # An empty file is a mistake somewhere before.
     if not report.read:
         raise DataError(f"{source}: no rows; give at least one JSON object per line")
 
@@ -988,6 +1014,7 @@ def print_report(report: Report) -> None:
     if report.skipped > SHOWN:
         print(f"skipped {report.skipped - SHOWN} more", file=sys.stderr)
 
+    # Not errors, but a person may want to look.
     if report.undecided_pitfalls:
         doubt = "pitfalls can be meant either way; they are read as naming the fault"
         print(f"{report.undecided_pitfalls} {doubt}", file=sys.stderr)
@@ -1009,6 +1036,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--force", action="store_true", help="replace FILE if it exists")
     args = parser.parse_args(argv)
 
+    # What can go wrong is the source, a flag or the disk; all else is a fault of this program.
     try:
         report = prepare(args.source, args.out, args.max_bad, args.force, show_progress=True)
     except (DataError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Foreign rows: every format of data/prepare.py, told apart by values, bad rows counted and named."""
+"""Foreign rows: every format of data/prepare.py, told apart by values, bad rows named."""
 
 import copy
 import csv
@@ -24,8 +24,16 @@ HEALTHBENCH = {
         {"role": "user", "content": "My head hurts."},
     ],
     "rubrics": [
-        {"criterion": "Asks how long.", "points": 5, "tags": ["level:example", "axis:context_awareness"]},
-        {"criterion": "Recommends opioids.", "points": -9, "tags": [["level:cluster"], ["axis:accuracy", ["cluster:pain"]]]},
+        {
+            "criterion": "Asks how long.",
+            "points": 5,
+            "tags": ["level:example", "axis:context_awareness"],
+        },
+        {
+            "criterion": "Recommends opioids.",
+            "points": -9,
+            "tags": [["level:cluster"], ["axis:accuracy", ["cluster:pain"]]],
+        },
     ],
     "example_tags": ["theme:context_seeking", ["physician_agreed_category:not-enough-context"]],
     "ideal_completions_data": {"ideal_completion": "How long has it hurt?"},
@@ -35,18 +43,33 @@ PROFESSIONAL = {
     "id": "pro-1",
     "conversation": {"messages": [{"role": "user", "content": "Which dose?"}]},
     "use_case": "care",
-    "rubric_items": [{"criterion_text": "Names a dose.", "points": 7}, {"criterion_text": "Invents a dose.", "points": -5}],
+    "rubric_items": [
+        {"criterion_text": "Names a dose.", "points": 7},
+        {"criterion_text": "Invents a dose.", "points": -5},
+    ],
 }
 RELEASED = {
     "question": "What treats scurvy?",
     "reference_answer": "",
     "question_source": "book",
     "rubric": [
-        {"title": "Vitamin", "description": "Essential Criteria: Names vitamin C.", "weight": 5},
+        {
+            "title": "Vitamin",
+            "description": "Essential Criteria: Names vitamin C.",
+            "weight": 5,
+        },
         {"title": "Dose", "description": "Importnat Criteria: Gives a dose.", "weight": 3},
         {"title": "Foods", "description": "Optional Criteria: Lists fruit.", "weight": 1},
-        {"title": "Iron", "description": "Pitfall Criteria: Does not mention fruit.", "weight": -1},
-        {"title": "Harm", "description": "Pitfall Criteria: Avoids recommending surgery.", "weight": -2},
+        {
+            "title": "Iron",
+            "description": "Pitfall Criteria: Does not mention fruit.",
+            "weight": -1,
+        },
+        {
+            "title": "Harm",
+            "description": "Pitfall Criteria: Avoids recommending surgery.",
+            "weight": -2,
+        },
     ],
     "rubric_list": ["Essential Criteria: Names vitamin C."],
     "rubric_count": 5,
@@ -59,7 +82,10 @@ HUB = {
 VERL = {
     "data_source": "meals",
     "prompt": "Plan a meal.",
-    "reward_model": {"ground_truth": "Soup.", "rubrics": [{"criterion": "Names a dish.", "points": 2}]},
+    "reward_model": {
+        "ground_truth": "Soup.",
+        "rubrics": [{"criterion": "Names a dish.", "points": 2}],
+    },
 }
 OWN = {
     "id": "own",
@@ -74,7 +100,11 @@ RESEARCH_RUBRICS = {
     "domain": "STEM",
     "rubrics": [
         {"criterion": "Names both.", "weight": 5, "axis": "Explicit Criteria"},
-        {"criterion": "Invents a source.", "weight": -4, "axis": "References & Citation Quality"},
+        {
+            "criterion": "Invents a source.",
+            "weight": -4,
+            "axis": "References & Citation Quality",
+        },
     ],
 }
 DR_TULU = {
@@ -98,7 +128,11 @@ RESEARCH_QA = {
     "query": "How do lenses bend light?",
     "date": "2020",
     "rubric": [
-        {"rubric_item": "Does the response cite Snell?", "type": ["Citation"], "citation_metadata": None},
+        {
+            "rubric_item": "Does the response cite Snell?",
+            "type": ["Citation"],
+            "citation_metadata": None,
+        },
         {"rubric_item": "Does the response explain focus?", "type": "Explanation"},
     ],
 }
@@ -107,9 +141,17 @@ OPEN_RUBRICS = {
     "response_a": "One.",
     "response_b": "Two.",
     "winner": "response_a",
-    "rubric": "1. Includes exactly five objects. [Hard Rule]\n2. Communicates clearly\n   and in order. [Principle]\n10) Ends well.",
+    "rubric": (
+        "1. Includes exactly five objects. [Hard Rule]\n"
+        "2. Communicates clearly\n   and in order. [Principle]\n10) Ends well."
+    ),
 }
-MEDQA = {"question": "Which metal?", "options": {"A": "Iron", "B": "Lead", "C": "Tin"}, "answer_idx": "B", "answer": "Lead"}
+MEDQA = {
+    "question": "Which metal?",
+    "options": {"A": "Iron", "B": "Lead", "C": "Tin"},
+    "answer_idx": "B",
+    "answer": "Lead",
+}
 GPQA = {
     "Question": "Which one?",
     "Correct Answer": "Lead",
@@ -160,8 +202,17 @@ def signed(example):
 
 def test_healthbench(convert):
     [e] = convert(HEALTHBENCH)
-    assert (e.id, e.question, len(e.prompt), e.reference, e.canary) == ("hb-1", "My head hurts.", 3, "How long has it hurt?", "a mark")
-    assert [(c.weight, c.axis) for c in e.rubric] == [(5, "context_awareness"), (-9, "accuracy")]
+    assert (e.id, e.question, len(e.prompt), e.reference, e.canary) == (
+        "hb-1",
+        "My head hurts.",
+        3,
+        "How long has it hurt?",
+        "a mark",
+    )
+    assert [(c.weight, c.axis) for c in e.rubric] == [
+        (5, "context_awareness"),
+        (-9, "accuracy"),
+    ]
     assert e.rubric[1].tags == ["level:cluster", "axis:accuracy", "cluster:pain"]
     assert e.tags == ["theme:context_seeking", "physician_agreed_category:not-enough-context"]
     [plain] = convert(HEALTHBENCH | {"ideal_completions_data": None})
@@ -183,11 +234,25 @@ def test_healthbench_professional(convert):
 
 def test_rar_as_released(convert):
     [e] = convert(RELEASED)
-    assert [c.category for c in e.rubric] == ["Essential", "Important", "Optional", "Pitfall", "Pitfall"]
-    assert [c.weight for c in e.rubric] == [5, 3, 1, -1, 2]  # "Avoids ..." is good when met, so its sign is turned
+    assert [c.category for c in e.rubric] == [
+        "Essential",
+        "Important",
+        "Optional",
+        "Pitfall",
+        "Pitfall",
+    ]
+    assert [c.weight for c in e.rubric] == [
+        5,
+        3,
+        1,
+        -1,
+        2,
+    ]  # "Avoids ..." is good when met, so its sign is turned
     assert e.rubric[0].text == "Names vitamin C." and e.reference == ""
-    reward = lambda *scores: rar.explicit_reward(e.rubric, list(scores))
-    assert reward(1, 1, 1, 0, 1) == 1.0 and reward(1, 1, 1, 1, 0) < reward(1, 1, 1, 1, 1) < 1.0
+    rewards = []
+    for scores in ([1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [1, 1, 1, 0, 1]):
+        rewards.append(rar.explicit_reward(e.rubric, scores))
+    assert rewards[0] < rewards[1] < rewards[2] == 1.0
 
 
 def test_rubrichub_and_verl(convert):
@@ -198,10 +263,16 @@ def test_rubrichub_and_verl(convert):
 
 def test_research_rubrics_under_either_column(convert):
     items = RESEARCH_RUBRICS["rubrics"]
-    first, second = convert(RESEARCH_RUBRICS, RESEARCH_RUBRICS | {"sample_id": "x", "rubrics": None, "rubric_items": items})
+    first, second = convert(
+        RESEARCH_RUBRICS,
+        RESEARCH_RUBRICS | {"sample_id": "x", "rubrics": None, "rubric_items": items},
+    )
     assert (first.id, second.id) == ("683a", "x") and first.rubric == second.rubric
     assert signed(first) == [("Names both.", 5), ("Invents a source.", -4)]
-    assert [c.axis for c in first.rubric] == ["Explicit Criteria", "References & Citation Quality"]
+    assert [c.axis for c in first.rubric] == [
+        "Explicit Criteria",
+        "References & Citation Quality",
+    ]
     assert first.tags == second.tags == ["theme:STEM"]
 
 
@@ -209,13 +280,19 @@ def test_dr_tulu(convert):
     [e] = convert(DR_TULU)
     # The sign is the polarity, whatever the wording; nothing is guessed about category or axis.
     assert signed(e) == [("Names a model [1].", 0.5), ("Avoids naming a source.", -1.0)]
-    assert [(c.title, c.category, c.axis) for c in e.rubric] == [("Model", "", ""), ("Source", "", "")]
+    assert [(c.title, c.category, c.axis) for c in e.rubric] == [
+        ("Model", "", ""),
+        ("Source", "", ""),
+    ]
     assert e.question == "Which models see?"
 
 
 def test_rar_in_the_layout_of_open_instruct(convert):
     truth = {"query": "What treats scurvy?", "rubrics": RELEASED["rubric"]}
-    row = {"messages": [{"role": "user", "content": "What treats scurvy?"}], "ground_truth": json.dumps(truth)}
+    row = {
+        "messages": [{"role": "user", "content": "What treats scurvy?"}],
+        "ground_truth": json.dumps(truth),
+    }
     # Newer rows hold the text in a list.
     [plain], [listed] = convert(row), convert(row | {"ground_truth": [json.dumps(truth)]})
     assert plain.rubric == listed.rubric == convert(RELEASED)[0].rubric
@@ -223,14 +300,28 @@ def test_rar_in_the_layout_of_open_instruct(convert):
 
 def test_research_qa(convert):
     [e] = convert(RESEARCH_QA)
-    assert (e.id, e.question, e.tags) == ("rqa-7", "How do lenses bend light?", ["theme:Physics"])
-    assert signed(e) == [("Does the response cite Snell?", 1), ("Does the response explain focus?", 1)]
-    assert [(c.tags, c.axis, c.category) for c in e.rubric] == [(["type:Citation"], "", ""), (["type:Explanation"], "", "")]
+    assert (e.id, e.question, e.tags) == (
+        "rqa-7",
+        "How do lenses bend light?",
+        ["theme:Physics"],
+    )
+    assert signed(e) == [
+        ("Does the response cite Snell?", 1),
+        ("Does the response explain focus?", 1),
+    ]
+    assert [(c.tags, c.axis, c.category) for c in e.rubric] == [
+        (["type:Citation"], "", ""),
+        (["type:Explanation"], "", ""),
+    ]
 
 
 def test_open_rubrics(convert):
     [e] = convert(OPEN_RUBRICS)
-    assert signed(e) == [("Includes exactly five objects.", 1), ("Communicates clearly and in order.", 1), ("Ends well.", 1)]
+    assert signed(e) == [
+        ("Includes exactly five objects.", 1),
+        ("Communicates clearly and in order.", 1),
+        ("Ends well.", 1),
+    ]
     assert [c.tags for c in e.rubric] == [["hard_rule"], ["principle"], []]
     assert e.reference == ""
 
@@ -241,7 +332,11 @@ def test_every_row_of_a_mixture_is_told_apart(convert, tmp_path):
     assert next(e for e in examples if e.id == "own").tags == ["theme:life"]
     alone = [example for row in EVERY.values() for example in convert(row)]
     for one, other in zip(examples, alone):
-        assert (one.prompt[-1]["content"][:12], one.reference[3:], len(one.rubric)) == (other.prompt[-1]["content"][:12], other.reference[3:], len(other.rubric))
+        assert (one.prompt[-1]["content"][:12], one.reference[3:], len(one.rubric)) == (
+            other.prompt[-1]["content"][:12],
+            other.reference[3:],
+            len(other.rubric),
+        )
 
 
 # ----------------------------------------------------------------------------- multiple choice
@@ -261,9 +356,13 @@ def test_multiple_choice_is_asked_several_times_in_other_orders(convert, row, na
         letter = "ABC"[order.index("Lead")]
         listed = "".join(f"({mark}) {text}\n" for mark, text in zip("ABC", order))
         question = row.get("question") or row["Question"]
-        assert e.question == f"{question}\n\n{listed}\n{prepare.BOX}" and "\\boxed" in e.question
+        assert (
+            e.question == f"{question}\n\n{listed}\n{prepare.BOX}" and "\\boxed" in e.question
+        )
         assert e.reference == f"({letter}) Lead"
-        assert [(c.text, c.weight, c.check) for c in e.rubric] == [(f"The final answer is ({letter}) Lead", 1, f'boxed "{letter}" "Lead"')]
+        assert [(c.text, c.weight, c.check) for c in e.rubric] == [
+            (f"The final answer is ({letter}) Lead", 1, f'boxed "{letter}" "Lead"')
+        ]
         assert judge.check_verdict(e.rubric[0].check, f"So \\boxed{{{letter}}}").score == 1.0
         assert judge.check_verdict(e.rubric[0].check, "So \\boxed{Lead}").score == 1.0
         assert judge.check_verdict(e.rubric[0].check, f"So {letter}").score == 0.0
@@ -307,48 +406,109 @@ def test_gpqa_as_csv(tmp_path, convert):
     with open(tmp_path / "gpqa.csv", "w", newline="", encoding="utf-8-sig") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        writer.writerow(GPQA | {"Question": 'Which\none, "really"?', "Pre-Revision Incorrect Answer 1": "Gold", "Incorrect Answer 3": ""})
+        writer.writerow(
+            GPQA
+            | {
+                "Question": 'Which\none, "really"?',
+                "Pre-Revision Incorrect Answer 1": "Gold",
+                "Incorrect Answer 3": "",
+            }
+        )
     prepare.prepare(str(tmp_path / "gpqa.csv"), str(tmp_path / "csv.jsonl"))
     examples = rar.read_examples(tmp_path / "csv.jsonl")
     assert [e.rubric for e in examples] == [e.rubric for e in convert(GPQA)]
-    assert examples[0].question.startswith('Which\none, "really"?\n\n(A) ') and "Gold" not in examples[0].question
+    assert (
+        examples[0].question.startswith('Which\none, "really"?\n\n(A) ')
+        and "Gold" not in examples[0].question
+    )
 
 
 def test_real_multiple_choice_rows(shared, tmp_path):
     report = prepare.prepare(str(shared("medqa_100.jsonl")), str(tmp_path / "out.jsonl"))
     examples = rar.read_examples(tmp_path / "out.jsonl")
-    assert (report.read, report.written, len(examples)) == (100, 100 * prepare.RUNS, 100 * prepare.RUNS)
+    assert (report.read, report.written, len(examples)) == (
+        100,
+        100 * prepare.RUNS,
+        100 * prepare.RUNS,
+    )
     letters = [e.reference[1] for e in examples]
-    assert all(0.15 < letters.count(letter) / len(letters) < 0.35 for letter in "ABCD")  # a policy that always says B gains nothing
+    assert all(
+        0.15 < letters.count(letter) / len(letters) < 0.35 for letter in "ABCD"
+    )  # a policy that always says B gains nothing
 
 
 # ----------------------------------------------------------------------------- rules
 
 
 def rule_row(checker, parameters=None, **more):
-    tags = {"verifier": "rule", "function": "Checker", "parameters": json.dumps(parameters or {})}
-    spoken = {"criterion": "Answers the question.", "points": 10, "tags": {"verifier": "llm", "function": "", "parameters": ""}}
+    tags = {
+        "verifier": "rule",
+        "function": "Checker",
+        "parameters": json.dumps(parameters or {}),
+    }
+    spoken = {
+        "criterion": "Answers the question.",
+        "points": 10,
+        "tags": {"verifier": "llm", "function": "", "parameters": ""},
+    }
     items = [{"criterion": checker, "points": 7, "tags": tags}, spoken]
     plain = [{"criterion": item["criterion"], "points": item["points"]} for item in items]
-    return HUB | {"Rubrics": plain, "reward_model": {"ground_truth": "", "rubrics": items}} | more
+    return (
+        HUB | {"Rubrics": plain, "reward_model": {"ground_truth": "", "rubrics": items}} | more
+    )
 
 
 @pytest.mark.parametrize(
     "checker, parameters, check, met, unmet",
     [
-        ("length_constraints:number_words", {"num_words": 3, "relation": "at least"}, "words >= 3", "one two three", "one two"),
-        ("length_constraints:number_words", {"num_words": 3, "relation": "less than"}, "words < 3", "one two", "one two three"),
-        ("length_constraints:number_sentences", {"num_sentences": 2, "relation": "at least"}, "sentences >= 2", "A dog. It barks.", "A dog."),
-        ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "items == 2", "* a\n* b", "* a\n* b\n* c"),
-        ("startend:end_checker", {"end_phrase": "That's all!"}, 'ends_with "That\'s all!"', "Well. that's all!", "That's all! Bye"),
+        (
+            "length_constraints:number_words",
+            {"num_words": 3, "relation": "at least"},
+            "words >= 3",
+            "one two three",
+            "one two",
+        ),
+        (
+            "length_constraints:number_words",
+            {"num_words": 3, "relation": "less than"},
+            "words < 3",
+            "one two",
+            "one two three",
+        ),
+        (
+            "length_constraints:number_sentences",
+            {"num_sentences": 2, "relation": "at least"},
+            "sentences >= 2",
+            "A dog. It barks.",
+            "A dog.",
+        ),
+        (
+            "detectable_format:number_bullet_lists",
+            {"num_bullets": 2},
+            "items == 2",
+            "* a\n* b",
+            "* a\n* b\n* c",
+        ),
+        (
+            "startend:end_checker",
+            {"end_phrase": "That's all!"},
+            'ends_with "That\'s all!"',
+            "Well. that's all!",
+            "That's all! Bye",
+        ),
         ("keywords:existence", {"keywords": ["fresh"]}, 'contains "fresh"', "Fresh air", "Air"),
     ],
 )
-def test_a_rule_becomes_a_check_that_means_the_same(convert, checker, parameters, check, met, unmet):
+def test_a_rule_becomes_a_check_that_means_the_same(
+    convert, checker, parameters, check, met, unmet
+):
     [e] = convert(rule_row(checker, parameters))
     rule, spoken = e.rubric
     assert (rule.check, rule.weight, rule.title) == (check, 7, checker) and spoken.check == ""
-    assert judge.check_verdict(rule.check, met).score == 1.0 and judge.check_verdict(rule.check, unmet).score == 0.0
+    assert (
+        judge.check_verdict(rule.check, met).score == 1.0
+        and judge.check_verdict(rule.check, unmet).score == 0.0
+    )
     assert rule.tags == spoken.tags == [] and checker not in rule.text
 
 
@@ -363,9 +523,13 @@ def test_a_rule_becomes_a_check_that_means_the_same(convert, checker, parameters
         ("length_constraints:number_paragraphs", {"num_paragraphs": 3}),
     ],
 )
-def test_a_rule_without_a_counterpart_is_named_and_its_row_skipped(convert, checker, parameters, tmp_path):
+def test_a_rule_without_a_counterpart_is_named_and_its_row_skipped(
+    convert, checker, parameters, tmp_path
+):
     others = [HUB | {"prompt": f"Plan trip {n}."} for n in range(3)]
-    with pytest.raises(rar.DataError, match=f"1 of 4 rows cannot be used.*rule '{checker}' has no counterpart"):
+    with pytest.raises(
+        rar.DataError, match=f"1 of 4 rows cannot be used.*rule '{checker}' has no counterpart"
+    ):
         convert(rule_row(checker, parameters), *others)
     assert len(convert(rule_row(checker, parameters), *others, max_bad=0.25)) == 3
 
@@ -377,13 +541,41 @@ def test_a_checker_is_never_judged_as_a_statement(convert):
         convert(bare)
     # The tables of some copies hold the reward model as text.
     row = rule_row("startend:end_checker", {"end_phrase": "Bye."})
-    assert convert(row | {"reward_model": json.dumps(row["reward_model"])})[0].rubric == convert(row)[0].rubric
+    assert (
+        convert(row | {"reward_model": json.dumps(row["reward_model"])})[0].rubric
+        == convert(row)[0].rubric
+    )
 
 
 # ----------------------------------------------------------------------------- values, never keys
 
-NULLS = ["text", "criterion", "description", "rubric_item", "criterion_text", "points", "tags", "axis", "category", "check", "title"]
-COLUMNS = sorted({column for row in EVERY.values() for column in row} | {"binary_labels", "completion", "messages", "ground_truth", "reward_model", "extra_info", "answer_idx", "canary", "rubric_items"})
+NULLS = [
+    "text",
+    "criterion",
+    "description",
+    "rubric_item",
+    "criterion_text",
+    "points",
+    "tags",
+    "axis",
+    "category",
+    "check",
+    "title",
+]
+COLUMNS = sorted(
+    {column for row in EVERY.values() for column in row}
+    | {
+        "binary_labels",
+        "completion",
+        "messages",
+        "ground_truth",
+        "reward_model",
+        "extra_info",
+        "answer_idx",
+        "canary",
+        "rubric_items",
+    }
+)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -394,28 +586,44 @@ def test_empty_columns_change_nothing(convert, name, nothing):
     assert convert(row | more) == convert(row)
 
 
-@pytest.mark.parametrize("name", ["HealthBench", "Professional", "RaR", "RubricHub", "verl", "own", "ResearchRubrics"])
+@pytest.mark.parametrize(
+    "name",
+    ["HealthBench", "Professional", "RaR", "RubricHub", "verl", "own", "ResearchRubrics"],
+)
 def test_null_columns_of_criteria_change_nothing(convert, name):
     row = json.loads(json.dumps(EVERY[name]))
     holder = row.get("reward_model", row)
-    [column] = [key for key in ("rubrics", "Rubrics", "rubric", "rubric_items") if key in holder]
+    [column] = [
+        key for key in ("rubrics", "Rubrics", "rubric", "rubric_items") if key in holder
+    ]
     holder[column] = [dict.fromkeys(NULLS) | item for item in holder[column]]
     assert convert(row) == convert(EVERY[name])
 
 
 def test_a_null_description_does_not_turn_a_sign(convert):
     # The fault must cost: read as RaR's, "Never ..." was taken for something good.
-    fault = {"text": "Never tells the reader when to see a doctor.", "weight": -4, "category": "Pitfall", "description": None}
+    fault = {
+        "text": "Never tells the reader when to see a doctor.",
+        "weight": -4,
+        "category": "Pitfall",
+        "description": None,
+    }
     for change in ({}, {"description": "Why this matters."}):
         [e] = convert(OWN | {"rubric": [*OWN["rubric"], fault | change]})
         assert signed(e)[1] == (fault["text"], -4)
-    criterion = {"criterion": "Never says when.", "points": -4, "description": "Why this matters."}
+    criterion = {
+        "criterion": "Never says when.",
+        "points": -4,
+        "description": "Why this matters.",
+    }
     [e] = convert(HEALTHBENCH | {"rubrics": [*HEALTHBENCH["rubrics"], criterion]})
     assert signed(e)[2] == ("Never says when.", -4)
 
 
 def test_tags_as_an_object(convert):
-    [e] = convert(OWN | {"rubric": [{"text": "Says so.", "weight": 1, "tags": {"axis": "accuracy"}}]})
+    [e] = convert(
+        OWN | {"rubric": [{"text": "Says so.", "weight": 1, "tags": {"axis": "accuracy"}}]}
+    )
     assert (e.rubric[0].axis, e.rubric[0].tags) == ("accuracy", ["axis:accuracy"])
 
 
@@ -424,7 +632,12 @@ def test_a_rubric_with_options_is_a_rubric(convert):
 
 
 def test_labels_of_physicians_are_no_prompts(convert):
-    row = {"prompt": HEALTHBENCH["prompt"], "completion": "x", "rubric": "Asks how long.", "binary_labels": [True, False]}
+    row = {
+        "prompt": HEALTHBENCH["prompt"],
+        "completion": "x",
+        "rubric": "Asks how long.",
+        "binary_labels": [True, False],
+    }
     with pytest.raises(rar.DataError, match="meta-evaluation"):
         convert(row)
 
@@ -433,18 +646,35 @@ def test_labels_of_physicians_are_no_prompts(convert):
 
 
 def pitfall(text, weight=-1):
-    return prepare.released_item({"title": "", "description": f"Pitfall Criteria: {text}", "weight": weight})["weight"]
+    return prepare.released_item(
+        {"title": "", "description": f"Pitfall Criteria: {text}", "weight": weight}
+    )["weight"]
 
 
 def test_released():
-    item = prepare.released_item({"description": "Pitfall Criteria: Warns against smoking.", "weight": -1})
-    assert (item["text"], item["weight"], item["category"]) == ("Warns against smoking.", 1, "Pitfall")
-    categories = [prepare.released_item({"description": "Names a dose.", "weight": w})["category"] for w in (5, 4, 3, 2, 1)]
+    item = prepare.released_item(
+        {"description": "Pitfall Criteria: Warns against smoking.", "weight": -1}
+    )
+    assert (item["text"], item["weight"], item["category"]) == (
+        "Warns against smoking.",
+        1,
+        "Pitfall",
+    )
+    categories = [
+        prepare.released_item({"description": "Names a dose.", "weight": w})["category"]
+        for w in (5, 4, 3, 2, 1)
+    ]
     assert categories == ["Essential", "Important", "Important", "Optional", "Optional"]
-    assert prepare.released_item({"description": "Esssential Criteria: Identifies (A).", "weight": 5})["category"] == "Essential"
+    assert (
+        prepare.released_item(
+            {"description": "Esssential Criteria: Identifies (A).", "weight": 5}
+        )["category"]
+        == "Essential"
+    )
 
 
-# Pitfalls as RaR's data word them, and close relatives. Good when met: a duty, an avoidance, a fault denied.
+# Pitfalls as RaR's data word them, and close relatives. Good when met: a duty, an avoidance, a
+# fault denied.
 GOOD_WHEN_MET = [
     "Does not misinterpret the cyst as a tumor.",
     "Does not overlook the rash.",
@@ -552,7 +782,11 @@ def test_pitfalls_that_are_bad_when_met(text):
 
 def test_a_good_answer_keeps_the_weight_of_a_released_pitfall(convert):
     """The three wordings that cost a good answer their weight."""
-    for text in ("Does not misinterpret the cyst as a tumor.", "Prevents a mix-up of the roots.", "The response should mention friction."):
+    for text in (
+        "Does not misinterpret the cyst as a tumor.",
+        "Prevents a mix-up of the roots.",
+        "The response should mention friction.",
+    ):
         item = {"title": "", "description": f"Pitfall Criteria: {text}", "weight": -2}
         [e] = convert(RELEASED | {"rubric": [RELEASED["rubric"][0], item]})
         assert rar.explicit_reward(e.rubric, [1, 1]) == 1.0
@@ -560,8 +794,16 @@ def test_a_good_answer_keeps_the_weight_of_a_released_pitfall(convert):
 
 
 def test_what_stays_undecided_is_counted_and_said(tmp_path, capsys):
-    texts = ["Does not suggest delaying fluids.", "Does not mention fluids.", "Does not recommend surgery.", "Avoids surgery."]
-    items = [{"title": "", "description": f"Pitfall Criteria: {text}", "weight": -1} for text in texts]
+    texts = [
+        "Does not suggest delaying fluids.",
+        "Does not mention fluids.",
+        "Does not recommend surgery.",
+        "Avoids surgery.",
+    ]
+    items = [
+        {"title": "", "description": f"Pitfall Criteria: {text}", "weight": -1}
+        for text in texts
+    ]
     write(tmp_path / "a.jsonl", RELEASED | {"rubric": RELEASED["rubric"] + items})
     assert prepare.main([str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out.jsonl")]) == 0
     assert "2 pitfalls can be meant either way" in capsys.readouterr().err
@@ -573,7 +815,9 @@ def test_a_positive_pitfall_is_read_only_where_it_forbids_its_fault(convert):
         if sign > 0:
             assert convert(OWN | {"rubric": [item]})[0].rubric[0].weight == 2
         else:
-            with pytest.raises(rar.DataError, match="a Pitfall names a fault and has a negative weight"):
+            with pytest.raises(
+                rar.DataError, match="a Pitfall names a fault and has a negative weight"
+            ):
                 convert(OWN | {"rubric": [item]})
 
 
@@ -613,13 +857,18 @@ def test_the_same_row_again_is_taken_once(tmp_path, capsys):
 
 def test_an_id_with_two_contents_is_a_bad_row(tmp_path):
     write(tmp_path / "a.jsonl", OWN, OWN | {"question": "Why not?"})
-    with pytest.raises(rar.DataError, match=r"1 of 2 rows cannot be used.*id 'own' is also that of .*a\.jsonl:1, which differs"):
+    with pytest.raises(
+        rar.DataError,
+        match=r"1 of 2 rows cannot be used.*id 'own' is also that of .*a\.jsonl:1, which differs",
+    ):
         prepare.prepare(str(tmp_path / "a.jsonl"), str(tmp_path / "out.jsonl"))
 
 
 def test_parquet(tmp_path):
     datasets = pytest.importorskip("datasets")
-    table = datasets.Dataset.from_list([HUB, HUB | {"prompt": [{"role": "user", "content": "Other."}]}])
+    table = datasets.Dataset.from_list(
+        [HUB, HUB | {"prompt": [{"role": "user", "content": "Other."}]}]
+    )
     (tmp_path / "rows").mkdir()
     table.to_parquet(tmp_path / "rows" / "a.parquet")
     assert names_in(tmp_path, tmp_path / "rows" / "a.parquet") == ["a.parquet:1", "a.parquet:2"]
@@ -635,15 +884,40 @@ def test_parquet(tmp_path):
 def test_parquet_adds_a_null_for_every_column_of_every_format(tmp_path):
     """All formats in one table: each row has all columns of all others, each criterion all keys."""
     datasets = pytest.importorskip("datasets")
-    rows = [HEALTHBENCH | {"rubrics": [{"criterion": c["criterion"], "points": c["points"]} for c in HEALTHBENCH["rubrics"]], "example_tags": ["theme:x"]}]
-    rows += [RELEASED, OWN, MEDQA, {key: value for key, value in OPEN_RUBRICS.items() if key != "rubric"} | DR_TULU]
+    rows = [
+        HEALTHBENCH
+        | {
+            "rubrics": [
+                {"criterion": c["criterion"], "points": c["points"]}
+                for c in HEALTHBENCH["rubrics"]
+            ],
+            "example_tags": ["theme:x"],
+        }
+    ]
+    rows += [
+        RELEASED,
+        OWN,
+        MEDQA,
+        {key: value for key, value in OPEN_RUBRICS.items() if key != "rubric"} | DR_TULU,
+    ]
     table = [{column: row.get(column) for other in rows for column in other} for row in rows]
     datasets.Dataset.from_list(table).to_parquet(tmp_path / "all.parquet")
     report = prepare.prepare(str(tmp_path / "all.parquet"), str(tmp_path / "out.jsonl"))
-    assert report.skipped == 0 and report.formats == {"ours or HealthBench": 2, "RaR as released": 1, "MedQA": 1, "DR Tulu or open-instruct": 1}
+    assert report.skipped == 0 and report.formats == {
+        "ours or HealthBench": 2,
+        "RaR as released": 1,
+        "MedQA": 1,
+        "DR Tulu or open-instruct": 1,
+    }
     by_name = {e.id: signed(e) for e in rar.read_examples(tmp_path / "out.jsonl")}
-    assert by_name["own"] == [("Says so.", 1)] and by_name["hb-1"] == [("Asks how long.", 5), ("Recommends opioids.", -9)]
-    assert by_name["all.parquet:2"][3:] == [("Does not mention fruit.", -1), ("Avoids recommending surgery.", 2)]
+    assert by_name["own"] == [("Says so.", 1)] and by_name["hb-1"] == [
+        ("Asks how long.", 5),
+        ("Recommends opioids.", -9),
+    ]
+    assert by_name["all.parquet:2"][3:] == [
+        ("Does not mention fruit.", -1),
+        ("Avoids recommending surgery.", 2),
+    ]
 
 
 def test_packages_that_are_not_there_cost_one_line(tmp_path, monkeypatch):
@@ -663,26 +937,45 @@ def hub(monkeypatch):
             raise OSError("no such data set\nmore")
         return {"train": [HUB], "test": [VERL]} if config == "other" else {"train": [OWN]}
 
+    def config_names(name):
+        return ["default", "other"]
+
     package = types.ModuleType("datasets")
     package.load_dataset = load_dataset
-    package.get_dataset_config_names = lambda name: ["default", "other"]
+    package.get_dataset_config_names = config_names
     monkeypatch.setitem(sys.modules, "datasets", package)
 
 
 def test_rows_of_the_hub(tmp_path, hub):
     assert names_in(tmp_path, "someone/rows") == ["own"]
     assert names_in(tmp_path, "someone/rows:train") == ["own"]
-    assert names_in(tmp_path, "someone/rows:other") == ["rows:other:train:1", "rows:other:test:1"]
+    assert names_in(tmp_path, "someone/rows:other") == [
+        "rows:other:train:1",
+        "rows:other:test:1",
+    ]
     assert names_in(tmp_path, "someone/rows:other:test") == ["rows:other:test:1"]
     with pytest.raises(rar.DataError, match="no such data set") as caught:
         names_in(tmp_path, "someone/else")
     assert "\n" not in str(caught.value)
-    with pytest.raises(rar.DataError, match="someone/rows:dev: no split 'dev'; this data set has train"):
+    with pytest.raises(
+        rar.DataError, match="someone/rows:dev: no split 'dev'; this data set has train"
+    ):
         names_in(tmp_path, "someone/rows:dev")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.csv"])
-@pytest.mark.parametrize("content", [b"", b"\x1f\x8b\x08\x00broken", b"\xff\xfe\x00", b'{"a": 1}\n', b"[1, 2", b"[]", gzip.compress(json.dumps(OWN).encode())[:-9]])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x1f\x8b\x08\x00broken",
+        b"\xff\xfe\x00",
+        b'{"a": 1}\n',
+        b"[1, 2",
+        b"[]",
+        gzip.compress(json.dumps(OWN).encode())[:-9],
+    ],
+)
 def test_damaged_files_are_one_line(tmp_path, capsys, name, content):
     (tmp_path / name).write_bytes(content)
     assert prepare.main([str(tmp_path / name), "--out", str(tmp_path / "out.jsonl")]) == 2
@@ -699,16 +992,22 @@ def test_a_question_in_two_files_is_reported(tmp_path, capsys):
     assert prepare.main([str(tmp_path / "rows"), "--out", str(tmp_path / "out.jsonl")]) == 0
     assert "2 questions are in more than one file" in capsys.readouterr().err
     write(tmp_path / "same.jsonl", OWN, other)
-    assert prepare.main([str(tmp_path / "same.jsonl"), "--out", str(tmp_path / "same_out.jsonl")]) == 0
+    assert (
+        prepare.main([str(tmp_path / "same.jsonl"), "--out", str(tmp_path / "same_out.jsonl")])
+        == 0
+    )
     assert "in more than one" not in capsys.readouterr().err  # within one file it is no leak
 
 
-# ----------------------------------------------------------------------------- bad rows, and what is written
+# ----------------------------------------------------------------------------- bad rows
 
 
 def bad_and_good(path, bad, good):
     rows = [OWN | {"id": str(n)} for n in range(good)]
-    lines = ['{"oops\n'] * (bad > 0) + [json.dumps(OWN | {"id": f"b{n}", "rubric": [{"text": "x", "weight": 0}]}) + "\n" for n in range(1, bad)]
+    lines = ['{"oops\n'] * (bad > 0) + [
+        json.dumps(OWN | {"id": f"b{n}", "rubric": [{"text": "x", "weight": 0}]}) + "\n"
+        for n in range(1, bad)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "".join(lines))
     return str(path)
 
@@ -719,7 +1018,10 @@ def test_a_few_bad_rows_are_skipped_counted_and_named(tmp_path, capsys):
     said = capsys.readouterr()
     lines = said.err.strip().split("\n")
     assert len(lines) == 11 and lines[-1] == "skipped 10 more"
-    assert "a.jsonl:1001: not a line of JSON" in lines[0] and "a.jsonl:1002: criterion 1: weight 0" in lines[1]
+    assert (
+        "a.jsonl:1001: not a line of JSON" in lines[0]
+        and "a.jsonl:1002: criterion 1: weight 0" in lines[1]
+    )
     counts = json.loads(said.out)
     assert (counts["read"], counts["written"], counts["skipped"]) == (1020, 1000, 20)
     assert len(rar.read_examples(tmp_path / "out.jsonl")) == 1000
@@ -731,8 +1033,13 @@ def test_too_many_bad_rows_are_an_error_before_anything_is_written(tmp_path, cap
     out.write_text("what was there")
     assert prepare.main([source, "--out", str(out), "--force"]) == 2
     said = capsys.readouterr()
-    assert "21 of 1021 rows cannot be used, 20 because: criterion 1: weight 0" in said.err and "--max_bad" in said.err
-    assert out.read_text() == "what was there" and sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "out.jsonl"]
+    assert (
+        "21 of 1021 rows cannot be used, 20 because: criterion 1: weight 0" in said.err
+        and "--max_bad" in said.err
+    )
+    assert out.read_text() == "what was there" and sorted(
+        path.name for path in tmp_path.iterdir()
+    ) == ["a.jsonl", "out.jsonl"]
     assert prepare.main([source, "--out", str(out), "--force", "--max_bad", "0.03"]) == 0
     assert len(rar.read_examples(out)) == 1000
 
@@ -743,16 +1050,30 @@ def test_no_file_of_somebody_else_is_touched(tmp_path, capsys):
     notes.write_text("no newline at the end")
     old = write(tmp_path / "old.jsonl", HUB)
     (tmp_path / "folder.jsonl").mkdir()
-    for out, words in ((notes, "name a .jsonl file"), (old, "--force"), (source, "the source itself"), (tmp_path / "folder.jsonl", "a folder")):
+    for out, words in (
+        (notes, "name a .jsonl file"),
+        (old, "--force"),
+        (source, "the source itself"),
+        (tmp_path / "folder.jsonl", "a folder"),
+    ):
         for force in ([], ["--force"]) if out is not old else ([],):
             assert prepare.main([str(source), "--out", str(out), *force]) == 2
             assert words in capsys.readouterr().err
+    with pytest.raises(rar.DataError, match="inside the folder to read"):
+        prepare.prepare(str(tmp_path), str(tmp_path / "new.jsonl"))
     assert notes.read_text() == "no newline at the end" and json.loads(old.read_text()) == HUB
     assert prepare.main([str(source), "--out", str(old), "--force"]) == 0
     assert rar.read_examples(old)[0].id == "own"
 
 
-@pytest.mark.parametrize("flags, words", [(["--max_bad", "nan"], "from 0 to 1"), (["--max_bad", "2"], "from 0 to 1"), (["--max_bad", "-1"], "from 0 to 1")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--max_bad", "nan"], "from 0 to 1"),
+        (["--max_bad", "2"], "from 0 to 1"),
+        (["--max_bad", "-1"], "from 0 to 1"),
+    ],
+)
 def test_flags_that_cannot_be(tmp_path, capsys, flags, words):
     source = write(tmp_path / "a.jsonl", OWN)
     assert prepare.main([str(source), "--out", str(tmp_path / "out.jsonl"), *flags]) == 2
@@ -761,7 +1082,11 @@ def test_flags_that_cannot_be(tmp_path, capsys, flags, words):
 
 def test_what_is_not_there(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    for source, words in ((tmp_path / "none.jsonl", "no such file"), (tmp_path / "empty", "no file in this folder"), ("x", "no such file")):
+    for source, words in (
+        (tmp_path / "none.jsonl", "no such file"),
+        (tmp_path / "empty", "no file in this folder"),
+        ("x", "no such file"),
+    ):
         assert prepare.main([str(source), "--out", str(tmp_path / "out.jsonl")]) == 2
         said = capsys.readouterr().err
         assert words in said and said.count("\n") == 1
@@ -776,11 +1101,19 @@ def test_a_terminal_is_not_commanded_by_a_row(tmp_path, capsys):
 
 # ----------------------------------------------------------------------------- what must survive
 
-ODD = "Was hilft?\u2028Что помогает? \x85 何が\u2029 عربي \U0001f9ea <cite id=\"s1\">x</cite> [1] \\boxed{1}\t\ud7ff"
+ODD = (
+    "Was hilft?\u2028Что помогает? \x85 何が\u2029 عربي \U0001f9ea "
+    '<cite id="s1">x</cite> [1] \\boxed{1}\t\ud7ff'
+)
 
 
 def test_any_text_survives_byte_for_byte(convert):
-    row = json.loads(json.dumps(HEALTHBENCH).replace("My head hurts.", "@@").replace("a mark", "@@").replace("Asks how long.", "@@"))
+    row = json.loads(
+        json.dumps(HEALTHBENCH)
+        .replace("My head hurts.", "@@")
+        .replace("a mark", "@@")
+        .replace("Asks how long.", "@@")
+    )
     row = json.loads(json.dumps(row).replace("@@", json.dumps(ODD)[1:-1]))
     row["ideal_completions_data"] = {"ideal_completion": ODD}
     row["example_tags"] = [f"theme:{ODD}"]
@@ -789,7 +1122,12 @@ def test_any_text_survives_byte_for_byte(convert):
     assert e.question == e.canary == e.reference == ODD and e.tags == [f"theme:{ODD}"]
     # Criteria are stripped, as they have always been; inside nothing changes.
     assert e.rubric[0].text == ODD.strip() and e.rubric[0].axis == ODD
-    for name, text in (("DR Tulu", "Which models see?"), ("ResearchQA", "How do lenses bend light?"), ("RaR", "What treats scurvy?"), ("OpenRubrics", "Suggest five objects.")):
+    for name, text in (
+        ("DR Tulu", "Which models see?"),
+        ("ResearchQA", "How do lenses bend light?"),
+        ("RaR", "What treats scurvy?"),
+        ("OpenRubrics", "Suggest five objects."),
+    ):
         row = json.loads(json.dumps(EVERY[name]))
         for key, value in row.items():
             if value == text:
@@ -806,182 +1144,314 @@ def test_half_a_character_costs_its_row_only(convert):
 
 
 def test_a_prompt_ends_with_a_question(convert):
-    for messages in ([{"role": "user", "content": " "}], [{"role": "system", "content": "x"}], [*HUB["prompt"], {"role": "assistant", "content": "x"}]):
+    for messages in (
+        [{"role": "user", "content": " "}],
+        [{"role": "system", "content": "x"}],
+        [*HUB["prompt"], {"role": "assistant", "content": "x"}],
+    ):
         with pytest.raises(rar.DataError, match="must end with a message of the user"):
             convert(HUB | {"prompt": messages})
 
 
-# ----------------------------------------------------------------------------- any row at all
+# ----------------------------------------------------------------------------- random rows
+
+WORDS = ["fever", "Fieber", "発熱", "dose", "λ", "a\u2028b", "[1]", "rest."]
+POINTS = [-10, -3, 1, 2, 5, 0.5, 7.25]
 
 
-def words(rng, low=1, high=6):
-    return " ".join(rng.choice(["fever", "Fieber", "発熱", "dose", "λ", "a\u2028b", "[1]", "rest."]) for _ in range(rng.randint(low, high)))
+def words(rng):
+    """A short text."""
+    return " ".join(rng.choices(WORDS, k=rng.randint(1, 6)))
 
 
-def random_pitfall(rng):
-    """(text, whether it is good when met), from wordings whose polarity is settled above."""
-    good = rng.random() < 0.5
-    return rng.choice(GOOD_WHEN_MET if good else BAD_WHEN_MET), good
+def points(rng):
+    """The weights of a rubric, the last one positive."""
+    return [*rng.choices(POINTS, k=rng.randint(1, 9)), 4]
 
 
-def random_row(rng, name):
-    """A whole row of a format, its texts and numbers drawn anew."""
-    row = json.loads(json.dumps(EVERY[name]))
-    many = range(rng.randint(1, 9))
-    points = [rng.choice([-10, -3, 1, 2, 5, 0.5, 7.25]) for _ in many] + [4]
-    axes = [rng.choice(["accuracy", "completeness", ""]) for _ in points]
-    messages = [{"role": "user", "content": words(rng)}]
-    if rng.random() < 0.3:
-        messages = [{"role": "user", "content": words(rng)}, {"role": "assistant", "content": words(rng)}, *messages]
-    if name == "HealthBench":
-        tags = [["level:example"] + [f"axis:{axis}"] * (axis != "") for axis in axes]
-        row |= {"prompt": messages, "rubrics": [{"criterion": words(rng), "points": p, "tags": t} for p, t in zip(points, tags)]}
-        row["ideal_completions_data"] = rng.choice([None, {"ideal_completion": words(rng)}])
-    elif name == "Professional":
-        row["conversation"] = {"messages": messages}
-        row["rubric_items"] = [{"criterion_text": words(rng), "points": p} for p in points]
-    elif name == "ResearchRubrics":
-        row |= {"prompt": words(rng), "rubrics": [{"criterion": words(rng), "weight": p, "axis": a} for p, a in zip(points, axes)]}
-    elif name in ("RubricHub", "verl"):
-        llm = {"function": "", "parameters": "", "verifier": "llm"}
-        items = [{"criterion": words(rng), "points": p, "tags": llm} for p in points]
-        row = {"prompt": messages, "reward_model": {"ground_truth": words(rng), "rubrics": items}, "data_source": "x"}
-        if name == "RubricHub":
-            row |= {"Rubrics": [{"criterion": i["criterion"], "points": i["points"]} for i in items], "ability": words(rng)}
-    elif name == "DR Tulu":
-        items = [{"description": words(rng), "title": words(rng), "weight": p} for p in points]
-        row |= {"messages": messages, "ground_truth": json.dumps({"query": words(rng), "rubrics": items})}
-    elif name == "ResearchQA":
-        row |= {"query": words(rng), "rubric": [{"rubric_item": words(rng), "type": words(rng)} for _ in points]}
-    elif name == "OpenRubrics":
-        kinds = [rng.choice([" [Hard Rule]", " [Principle]", ""]) for _ in points]
-        row |= {"instruction": words(rng), "rubric": "\n".join(f"{n}. {words(rng)}{kind}" for n, kind in enumerate(kinds, 1))}
-    elif name == "RaR":
-        row |= {"question": words(rng), "reference_answer": words(rng)}
-        row["rubric"] = [{"title": words(rng), "description": f"{rng.choice(['Essential', 'Important', 'Optional'])} Criteria: {words(rng)}", "weight": rng.randint(1, 5)} for _ in many]
-        row["rubric"] += [{"title": words(rng), "description": f"Pitfall Criteria: {random_pitfall(rng)[0]}", "weight": -rng.randint(1, 2)} for _ in range(rng.randint(0, 3))]
-    elif name == "own":
-        row |= {"question": words(rng), "reference": words(rng)}
-        row["rubric"] = [{"text": words(rng), "weight": p, "axis": a, "title": words(rng)} for p, a in zip(points, axes)]
-    else:
-        row |= {"question" if name == "MedQA" else "Question": words(rng)}
-    return row
+def messages(rng):
+    """A prompt of one or three messages."""
+    last = {"role": "user", "content": words(rng)}
+    if rng.random() < 0.7:
+        return [last]
+    first = {"role": "user", "content": words(rng)}
+    return [first, {"role": "assistant", "content": words(rng)}, last]
 
 
-# One plain reading per format: [(text, weight, axis, category)], the prompt's last text, the reference.
+def random_healthbench(rng):
+    items = []
+    for weight in points(rng):
+        axis = rng.choice(["axis:accuracy", "axis:completeness", "cluster:pain"])
+        items.append({"criterion": words(rng), "points": weight, "tags": ["level:x", axis]})
+    ideal = rng.choice([None, {"ideal_completion": words(rng)}])
+    changes = {"prompt": messages(rng), "rubrics": items, "ideal_completions_data": ideal}
+    return HEALTHBENCH | changes
 
 
-def plainly_signed(items, text, weight, axis="axis"):
-    return [(i[text].strip(), i[weight], i.get(axis) or "", "") for i in items]
+def random_professional(rng):
+    items = [{"criterion_text": words(rng), "points": weight} for weight in points(rng)]
+    return PROFESSIONAL | {"conversation": {"messages": messages(rng)}, "rubric_items": items}
 
 
-def plainly(name, row):
-    if name == "HealthBench":
-        rubric = []
-        for item in row["rubrics"]:
-            axis = [tag[5:] for tag in item["tags"] if tag[:5] == "axis:"]
-            rubric.append((item["criterion"].strip(), item["points"], "".join(axis), ""))
-        ideal = row["ideal_completions_data"]
-        return rubric, row["prompt"][-1]["content"], ideal["ideal_completion"] if ideal else ""
-    if name == "Professional":
-        return plainly_signed(row["rubric_items"], "criterion_text", "points"), row["conversation"]["messages"][-1]["content"], ""
-    if name == "ResearchRubrics":
-        return plainly_signed(row["rubrics"], "criterion", "weight"), row["prompt"], ""
-    if name in ("RubricHub", "verl"):
-        model = row["reward_model"]
-        return plainly_signed(model["rubrics"], "criterion", "points"), row["prompt"][-1]["content"], model["ground_truth"]
-    if name == "DR Tulu":
-        truth = json.loads(row["ground_truth"])
-        return plainly_signed(truth["rubrics"], "description", "weight"), row["messages"][-1]["content"], ""
-    if name == "ResearchQA":
-        return [(i["rubric_item"].strip(), 1, "", "") for i in row["rubric"]], row["query"], ""
-    if name == "OpenRubrics":
-        lines = [line.split(". ", 1)[1].replace(" [Hard Rule]", "").replace(" [Principle]", "") for line in row["rubric"].split("\n")]
-        return [(line.strip(), 1, "", "") for line in lines], row["instruction"], ""
-    if name == "RaR":
-        rubric = []
-        for item in row["rubric"]:
-            kind, text = item["description"].split(" Criteria: ", 1)
-            weight = item["weight"]
-            if kind == "Pitfall":
-                weight = abs(weight) if text in GOOD_WHEN_MET else -abs(weight)
-            rubric.append((text.strip(), weight, "", kind))
-        return rubric, row["question"], row["reference_answer"]
-    return plainly_signed(row["rubric"], "text", "weight"), row["question"], row["reference"]
+def random_research_rubrics(rng):
+    items = []
+    for weight in points(rng):
+        items.append({"criterion": words(rng), "weight": weight, "axis": words(rng)})
+    return RESEARCH_RUBRICS | {"prompt": words(rng), "rubrics": items}
 
 
-@pytest.mark.parametrize("name", [name for name in EVERY if name not in ("MedQA", "GPQA")])
+def random_verl(rng):
+    tags = {"function": "", "parameters": "", "verifier": "llm"}
+    items = [
+        {"criterion": words(rng), "points": weight, "tags": tags} for weight in points(rng)
+    ]
+    model = {"ground_truth": words(rng), "rubrics": items}
+    return {"data_source": "x", "prompt": messages(rng), "reward_model": model}
+
+
+def random_rubrichub(rng):
+    row = random_verl(rng)
+    items = row["reward_model"]["rubrics"]
+    plain = [{"criterion": item["criterion"], "points": item["points"]} for item in items]
+    return row | {"Rubrics": plain, "ability": words(rng)}
+
+
+def random_dr_tulu(rng):
+    items = []
+    for weight in points(rng):
+        items.append({"description": words(rng), "title": words(rng), "weight": weight})
+    truth = {"query": words(rng), "rubrics": items}
+    return DR_TULU | {"messages": messages(rng), "ground_truth": json.dumps(truth)}
+
+
+def random_research_qa(rng):
+    items = [{"rubric_item": words(rng), "type": words(rng)} for _ in points(rng)]
+    return RESEARCH_QA | {"query": words(rng), "rubric": items}
+
+
+def random_open_rubrics(rng):
+    lines = []
+    for number, _ in enumerate(points(rng), 1):
+        kind = rng.choice([" [Hard Rule]", " [Principle]", ""])
+        lines.append(f"{number}. {words(rng)}{kind}")
+    return OPEN_RUBRICS | {"instruction": words(rng), "rubric": "\n".join(lines)}
+
+
+def random_released(rng):
+    items = []
+    for _ in points(rng):
+        kind = rng.choice(["Essential", "Important", "Optional"])
+        text = f"{kind} Criteria: {words(rng)}"
+        items.append({"title": words(rng), "description": text, "weight": rng.randint(1, 5)})
+    for _ in range(rng.randint(0, 3)):
+        # Wordings whose polarity is settled above.
+        text = f"Pitfall Criteria: {rng.choice(GOOD_WHEN_MET + BAD_WHEN_MET)}"
+        items.append({"title": words(rng), "description": text, "weight": -rng.randint(1, 2)})
+    return RELEASED | {"question": words(rng), "reference_answer": words(rng), "rubric": items}
+
+
+def random_own(rng):
+    items = []
+    for weight in points(rng):
+        item = {"text": words(rng), "weight": weight, "axis": words(rng), "title": words(rng)}
+        items.append(item)
+    return OWN | {"question": words(rng), "reference": words(rng), "rubric": items}
+
+
+def random_medqa(rng):
+    return MEDQA | {"question": words(rng)}
+
+
+def random_gpqa(rng):
+    return GPQA | {"Question": words(rng)}
+
+
+RANDOM = {
+    "HealthBench": random_healthbench,
+    "Professional": random_professional,
+    "ResearchRubrics": random_research_rubrics,
+    "verl": random_verl,
+    "RubricHub": random_rubrichub,
+    "DR Tulu": random_dr_tulu,
+    "ResearchQA": random_research_qa,
+    "OpenRubrics": random_open_rubrics,
+    "RaR": random_released,
+    "own": random_own,
+    "MedQA": random_medqa,
+    "GPQA": random_gpqa,
+}
+
+
+# ----------------------------------------------------------------------------- plain readings
+
+# One function per format, written without data/prepare.py: the criteria as (text, weight, axis,
+# category), the text of the prompt's last message, and the reference answer.
+
+
+def plainly(items, text, weight, axis=""):
+    criteria = []
+    for item in items:
+        criteria.append((item[text].strip(), item[weight], item[axis] if axis else "", ""))
+    return criteria
+
+
+def plain_healthbench(row):
+    criteria = []
+    for item in row["rubrics"]:
+        axis = item["tags"][1].replace("axis:", "") if "axis:" in item["tags"][1] else ""
+        criteria.append((item["criterion"].strip(), item["points"], axis, ""))
+    ideal = row["ideal_completions_data"]
+    return criteria, row["prompt"][-1]["content"], ideal["ideal_completion"] if ideal else ""
+
+
+def plain_professional(row):
+    criteria = plainly(row["rubric_items"], "criterion_text", "points")
+    return criteria, row["conversation"]["messages"][-1]["content"], ""
+
+
+def plain_research_rubrics(row):
+    return plainly(row["rubrics"], "criterion", "weight", "axis"), row["prompt"], ""
+
+
+def plain_verl(row):
+    model = row["reward_model"]
+    criteria = plainly(model["rubrics"], "criterion", "points")
+    return criteria, row["prompt"][-1]["content"], model["ground_truth"]
+
+
+def plain_dr_tulu(row):
+    truth = json.loads(row["ground_truth"])
+    criteria = plainly(truth["rubrics"], "description", "weight")
+    return criteria, row["messages"][-1]["content"], ""
+
+
+def plain_research_qa(row):
+    criteria = [(item["rubric_item"].strip(), 1, "", "") for item in row["rubric"]]
+    return criteria, row["query"], ""
+
+
+def plain_open_rubrics(row):
+    criteria = []
+    for line in row["rubric"].split("\n"):
+        text = line.split(". ", 1)[1]
+        text = text.replace(" [Hard Rule]", "").replace(" [Principle]", "")
+        criteria.append((text.strip(), 1, "", ""))
+    return criteria, row["instruction"], ""
+
+
+def plain_released(row):
+    criteria = []
+    for item in row["rubric"]:
+        kind, text = item["description"].split(" Criteria: ", 1)
+        weight = item["weight"]
+        if kind == "Pitfall" and text in GOOD_WHEN_MET:
+            weight = -weight
+        criteria.append((text.strip(), weight, "", kind))
+    return criteria, row["question"], row["reference_answer"]
+
+
+def plain_own(row):
+    criteria = plainly(row["rubric"], "text", "weight", "axis")
+    return criteria, row["question"], row["reference"]
+
+
+PLAIN = {
+    "HealthBench": plain_healthbench,
+    "Professional": plain_professional,
+    "ResearchRubrics": plain_research_rubrics,
+    "verl": plain_verl,
+    "RubricHub": plain_verl,
+    "DR Tulu": plain_dr_tulu,
+    "ResearchQA": plain_research_qa,
+    "OpenRubrics": plain_open_rubrics,
+    "RaR": plain_released,
+    "own": plain_own,
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
 def test_no_weight_polarity_axis_or_text_differs_from_a_plain_reading(name):
     rng = random.Random(name)
     for number in range(200):
-        row = random_row(rng, name)
+        row = RANDOM[name](rng)
         raw = json.dumps(row, ensure_ascii=rng.random() < 0.5).encode()
-        [line] = prepare.convert_row(raw, prepare.Place("f.jsonl", "f.jsonl", number)).lines
+        place = prepare.Place("f.jsonl", "f.jsonl", number)
+        [line] = prepare.convert_row(raw, place).lines
         example = rar.parse_example(json.loads(line), "out:1")
-        mine = [(c.text, c.weight, c.axis, c.category) for c in example.rubric]
-        assert (mine, example.question, example.reference) == plainly(name, row)
+        criteria = [(c.text, c.weight, c.axis, c.category) for c in example.rubric]
+        assert (criteria, example.question, example.reference) == PLAIN[name](row)
 
 
-VALUES = [None, True, False, 0, 3, -1.5, float("nan"), float("inf"), 10**400, 1e308, "", " ", "text", "\ud83d", "\x1b[2J", "[1, 2", '{"a": 1}',
-          [], [[]], ["x"], [None], {}, {"a": None}, {"role": "user", "content": "x"}, [{"criterion": "x", "points": 1}], {"rubrics": 3}, "change_case:english_capital"]  # fmt: skip
+# ----------------------------------------------------------------------------- mutated rows
+
+ANYTHING = [
+    *(None, True, False, 0, 3, -1.5, float("nan"), float("inf"), 10**400, 1e308),
+    *("", " ", "text", "\ud83d", "\x1b[2J", "[1, 2", '{"a": 1}', "change_case:english_capital"),
+    *([], [[]], ["x"], [None], [{"criterion": "x", "points": 1}]),
+    *({}, {"a": None}, {"role": "user", "content": "x"}, {"rubrics": 3}),
+]
 
 
-def places(value, path=()):
-    """Every place in a value."""
+def paths(value, path=()):
+    """The path to every place in a value."""
     yield path
-    if isinstance(value, (dict, list)):
-        for key in value if isinstance(value, dict) else range(len(value)):
-            yield from places(value[key], (*path, key))
+    if isinstance(value, dict):
+        for key in value:
+            yield from paths(value[key], (*path, key))
+    elif isinstance(value, list):
+        for key in range(len(value)):
+            yield from paths(value[key], (*path, key))
 
 
-def mutated(rng, row):
-    """The row with something replaced, removed, doubled or renamed at random places."""
-    row = json.loads(json.dumps(row))
-    for _ in range(rng.randint(1, 4)):
-        path = rng.choice(list(places(row)))
-        if not path:
-            continue
-        holder = row
-        for key in path[:-1]:
-            holder = holder[key]
-        action = rng.random()
-        if action < 0.5:
-            holder[path[-1]] = copy.deepcopy(rng.choice(VALUES))
-        elif action < 0.65:
-            del holder[path[-1]]
-        elif action < 0.8:
-            # JSON text where a value should be: ground_truth is the only one that has to be.
-            holder[path[-1]] = json.dumps(holder[path[-1]])
-        elif isinstance(holder, dict):
-            other = rng.choice([*COLUMNS, *NULLS, "weight"])
-            holder[other] = holder.pop(path[-1])
-        else:
-            holder.append(copy.deepcopy(rng.choice(VALUES)))
-    return row
+def mutate(rng, row):
+    """Replaces, removes, doubles or renames something at a random place of the row."""
+    *parents, key = rng.choice([path for path in paths(row) if path])
+    holder = row
+    for parent in parents:
+        holder = holder[parent]
+
+    action = rng.random()
+    if action < 0.5:
+        holder[key] = copy.deepcopy(rng.choice(ANYTHING))
+    elif action < 0.65:
+        del holder[key]
+    elif action < 0.8:
+        # JSON text where the value itself should be: how tables keep lists.
+        holder[key] = json.dumps(holder[key])
+    elif isinstance(holder, dict):
+        holder[rng.choice([*COLUMNS, *NULLS, "weight"])] = holder.pop(key)
+    else:
+        holder.append(copy.deepcopy(rng.choice(ANYTHING)))
 
 
 def survive(n, seed):
-    """Converts n random and mutated rows; returns how many were converted. Anything but a DataError escapes."""
+    """Converts n mutated rows and returns how many were converted; only DataError is caught."""
     rng = random.Random(seed)
     converted = 0
     for number in range(n):
-        row = mutated(rng, random_row(rng, rng.choice(list(EVERY))))
+        row = json.loads(json.dumps(RANDOM[rng.choice(list(RANDOM))](rng)))
+        for _ in range(rng.randint(1, 4)):
+            if row:
+                mutate(rng, row)
+
+        # Objects as tables give them, lines as files do, some of those cut or damaged.
         raw = row if rng.random() < 0.3 else json.dumps(row).encode()
         if isinstance(raw, bytes) and rng.random() < 0.02:
             raw = raw[: rng.randrange(len(raw))] + rng.choice([b"", b"\xff", b"[" * 5000])
-        place = prepare.Place("f.jsonl", "f.jsonl", number)
+
         try:
-            result = prepare.convert_row(raw, place)
+            result = prepare.convert_row(raw, prepare.Place("f.jsonl", "f.jsonl", number))
         except rar.DataError as error:
-            # One line that names the place and says something.
             said = prepare.one_line(error)
-            assert said.startswith(f"f.jsonl:{number}: ") and len(said) > 20 and "\n" not in said
-        else:
-            converted += 1
-            for example, line in zip(result.examples, result.lines):
-                # What is written is what was checked.
-                assert line.endswith(b"\n") and line.count(b"\n") == 1
-                assert rar.parse_example(json.loads(line), "out:1") == example
+            assert (
+                said.startswith(f"f.jsonl:{number}: ") and len(said) > 20 and "\n" not in said
+            )
+            continue
+        converted += 1
+        for example, line in zip(result.examples, result.lines):
+            # What is written is what was checked.
+            assert line.endswith(b"\n") and line.count(b"\n") == 1
+            assert rar.parse_example(json.loads(line), "out:1") == example
     return converted
 
 
@@ -989,17 +1459,26 @@ def test_random_and_mutated_rows_end_in_a_dataerror_or_as_what_is_read_back():
     assert 200 < survive(2000, seed=1) < 1800
 
 
-@pytest.mark.parametrize("row", [OWN | {"example_tags": 3}, OWN | {"rubric": [OWN["rubric"][0] | {"tags": [3]}]}, OWN | {"rubric": [OWN["rubric"][0] | {"axis": 3}]},
-                                 OWN | {"rubric": [OWN["rubric"][0] | {"weight": 10**400}]}])  # fmt: skip
-def test_values_of_the_wrong_kind_are_one_line(convert, row):
+WRONG = [
+    {"example_tags": 3},
+    {"rubric": [OWN["rubric"][0] | {"tags": [3]}]},
+    {"rubric": [OWN["rubric"][0] | {"axis": 3}]},
+    {"rubric": [OWN["rubric"][0] | {"weight": 10**400}]},
+    {"rubric": ["text"]},
+]
+
+
+@pytest.mark.parametrize("change", WRONG)
+def test_values_of_the_wrong_kind_are_one_line(convert, change):
     with pytest.raises(rar.DataError, match="1 of 1 rows cannot be used") as caught:
-        convert(row)
+        convert(OWN | change)
     assert "\n" not in str(caught.value)
 
 
 def test_columns_of_the_wrong_kind_that_no_format_needs_change_nothing(convert):
     assert convert(HUB | {"reward_model": ["x"]}) == convert(HUB)
-    with pytest.raises(rar.DataError, match="no rubric that data/prepare.py knows in its columns: answer, answer_idx, options, question"):
+    columns = "in its columns: answer, answer_idx, options, question"
+    with pytest.raises(rar.DataError, match=columns):
         convert(MEDQA | {"answer_idx": ["A"]})
 
 
@@ -1007,17 +1486,23 @@ def test_columns_of_the_wrong_kind_that_no_format_needs_change_nothing(convert):
 
 
 def test_many_rows_in_little_time_and_memory(tmp_path):
-    """5,000 rows like HealthBench's: no row is kept (a hash and an id of each are), and time is per row."""
-    rubrics = [{"criterion": f"States fact {n} about the fever of the child in question." * 3, "points": n or 1, "tags": ["level:example", "axis:accuracy"]} for n in range(11)]
-    with open(tmp_path / "a.jsonl", "w") as file:
-        for n in range(5000):
-            file.write(json.dumps(HEALTHBENCH | {"prompt_id": f"hb-{n}", "rubrics": rubrics}) + "\n")
-    tracemalloc.start()
+    """Of a row that was written, a hash and an id are kept; time is per row."""
+    item = {"criterion": "States a fact about the fever. " * 6, "points": 3}
+    item["tags"] = ["level:example", "axis:accuracy"]
+    lines = []
+    for number in range(3000):
+        lines.append(
+            json.dumps(HEALTHBENCH | {"prompt_id": str(number), "rubrics": [item] * 11})
+        )
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+
     began = time.process_time()
-    report = prepare.prepare(str(tmp_path / "a.jsonl"), str(tmp_path / "out.jsonl"))
+    prepare.prepare(str(tmp_path / "a.jsonl"), str(tmp_path / "out.jsonl"))
     took = time.process_time() - began
+
+    # Measured apart: tracing makes it several times slower.
+    tracemalloc.start()
+    prepare.prepare(str(tmp_path / "a.jsonl"), str(tmp_path / "out.jsonl"), force=True)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert report.written == 5000
-    # The file has 15 MB; the tracing itself makes it several times slower.
-    assert peak < 8e6 and took < 20
+    assert took < 3 and peak < (tmp_path / "a.jsonl").stat().st_size / 3
