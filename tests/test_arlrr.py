@@ -1,5 +1,6 @@
 """arlrr.py: class rewards on real rubrics, whose turn it is, and a search that leaves no trace."""
 
+import importlib.util
 import json
 import math
 import random
@@ -672,3 +673,86 @@ def test_bad_settings_cost_one_line(tiny, few, tmp_path, capsys, flags, words):
     assert run(tiny, few, tmp_path / "run", "--method", "arlrr", *flags) == 2
     printed = capsys.readouterr().err.strip()
     assert words in printed and "\n" not in printed
+
+
+# ---------------------------------------------------------------------- the evidence
+
+
+@pytest.fixture
+def evidence():
+    """tests/evidence/reproduce_arlrr.py as a module."""
+    path = ROOT / "tests" / "evidence" / "reproduce_arlrr.py"
+    specification = importlib.util.spec_from_file_location("reproduce_arlrr", path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_structure_of_the_real_rows(shared, evidence):
+    examples = rar.read_examples(shared("healthbench_200.jsonl"))
+    table = {row["class"]: row for row in evidence.structure(examples)}
+    # Measured on 500 other rows of the benchmark; 200 rows may differ by a few points.
+    measured = {
+        "completeness": (0.392, 0.83, 5.5),
+        "accuracy": (0.322, 0.86, 4.4),
+        "context_awareness": (0.15, 0.63, 2.7),
+        "communication_quality": (0.092, 0.5, 1.9),
+        "instruction_following": (0.045, 0.23, 2.0),
+    }
+    for axis, (share, prompts, items) in measured.items():
+        assert table[axis]["share"] == pytest.approx(share, abs=0.02)
+        assert table[axis]["prompts"] == pytest.approx(prompts, abs=0.05)
+        assert table[axis]["items_per_prompt"] == pytest.approx(items, abs=0.3)
+    assert sum(row["share"] for row in table.values()) == pytest.approx(1)
+    levels = {row["class"] for row in evidence.structure(examples, "level")}
+    assert levels == {"cluster", "example"}
+
+
+def test_structure_by_hand(evidence):
+    table = {row["class"]: row for row in evidence.structure([RAIN, ICE])}
+    row = table["accuracy"]  # RAIN 2 of 4 criteria, ICE 1 of 2
+    assert (row["items_per_prompt"], row["one_item"], row["verdicts"]) == (1.5, 0.5, 0.5)
+    assert row["negative"] == pytest.approx(1 / 3)
+    assert row["weight"] == pytest.approx((4 / 7 + 1) / 2)
+    assert table["tone"]["prompts"] == 0
+
+
+def test_structure_on_the_command_line(evidence, capsys, tmp_path):
+    assert evidence.main(["--structure", str(ROOT / "data" / "train.jsonl")]) == 0
+    assert "instruction_following" in capsys.readouterr().out
+    assert evidence.main(["--structure", str(tmp_path / "none.jsonl")]) == 2
+    assert "none.jsonl" in capsys.readouterr().err
+
+
+def test_intervals_do_not_count_the_seeds_of_a_prompt_as_answers_of_their_own(evidence):
+    """24 prompts x 3 seeds that agree are 24 values: as 72 the interval is 1.7 times too narrow."""
+    rng = random.Random(3)
+    values = {}
+    for number in range(24):
+        values[f"p{number}"] = [rng.gauss(0, 1)] * 3
+    low, high = evidence.clustered(values)
+    flat = []
+    for row in values.values():
+        flat += row
+    narrow = rar.bootstrap(flat)
+    honest = rar.bootstrap([row[0] for row in values.values()])
+    assert high - low == pytest.approx(honest[1] - honest[0], rel=0.1)
+    assert high - low > 1.5 * (narrow[1] - narrow[0])
+    wider = evidence.clustered(values, 0.05 / 6)
+    assert wider[0] < low and wider[1] > high
+
+
+def test_the_evidence_is_made_from_real_runs(evidence, tiny, few, tmp_path, monkeypatch, capsys):
+    flags = f"--model {tiny} --eval_data {few} --stage 1 --prompts 3 --prompts_per_step 1 "
+    flags += "--group_size 3 --max_new_tokens 12 --validation 2 --eval_every 1 --save_every 1"
+    monkeypatch.setattr(evidence, "FLAGS", flags)
+    monkeypatch.setattr(evidence, "STEPS", 2)
+    picture = tmp_path / "picture.png"
+    arms = ["--arms", "scalar", "search", "--seeds", "0", "--png", str(picture)]
+    assert evidence.main(["--out", str(tmp_path / "runs"), *arms]) == 0
+    printed = capsys.readouterr().out
+    assert "| search | 1 | " in printed and "std of accuracy" in printed
+    assert "Stages by class: search" in printed and picture.stat().st_size > 1000
+    # Finished runs are not run again.
+    assert evidence.main(["--out", str(tmp_path / "runs"), *arms]) == 0
+    assert "seed 0: done" not in capsys.readouterr().out

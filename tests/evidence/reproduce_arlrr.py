@@ -1,52 +1,77 @@
-"""One class of criteria at a time against all at once: ARL-RR beside scalar rewards, offline, on the built-in prompts.
+"""One class of criteria at a time against all at once: ARL-RR beside scalar rewards, offline.
 
-Every arm starts from the same model, sees the same training prompts, does the same number of updates of as many rollouts, and
-is scored by the held-out prompts (greedy answers, the whole rubric). Two comparisons, because an update of the alternating
-arms needs a fifth of the verdicts:
+Every arm starts from the same model, sees the same training prompts, does the same number of
+updates of as many rollouts, and is scored by the held-out prompts (greedy answers, the whole
+rubric). Two comparisons, because an update of the alternating arms needs a fifth of the verdicts:
 
   equal updates    the arm at its end beside the scalar arm at its end
-  equal verdicts   the arm at its end beside the scalar arm at the evaluation up to which it had paid as many verdicts (trials
-                   and validation of a search counted, the audit that only measures left out)
+  equal verdicts   the arm at its end beside the scalar arm at the evaluation up to which it had
+                   paid as many verdicts (trials and validation of a search counted)
 
-The arms with "mean" do not divide advantages by the group's std: if variance contraction is why alternation helps, it should
-help more there. `axis_mean` is the scalar that weighs all classes alike, as taking turns does.
+The arms with "mean" do not divide advantages by the group's std: if variance contraction is why
+alternation helps, it should help more there. `axis_mean` is the scalar that weighs all classes
+alike, as taking turns does. Contraction is measured on the rollouts of the scalar arm, which are
+judged by their whole rubrics.
 
-    python tests/reproduce_arlrr.py --jobs 2 --out runs/reproduce_arlrr --png data/arlrr.png   # finished runs are not run again
-    python tests/reproduce_arlrr.py --report ...                                               # only from the runs that are there
+Intervals resample the held-out prompts and, within each draw, the seeds: the seeds of a prompt are
+not independent answers. Those of differences hold for all arms together (Bonferroni).
+
+    python tests/evidence/reproduce_arlrr.py --jobs 2 --png tests/evidence/arlrr.png
+    python tests/evidence/reproduce_arlrr.py --report          # only from the runs that are there
+    python tests/evidence/reproduce_arlrr.py --structure data/train.jsonl    # a data set's classes
+
+Finished runs are not run again.
 """
 
 import argparse
 import json
 import math
 import os
+import random
 import shutil
 import statistics
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+import arlrr
 import rar
 
 ARMS = {
-    "scalar": "--schedule points",
-    "cyclic": "--schedule cyclic",
-    "search": "--schedule search",
-    "random": "--schedule random",
-    "scalar, mean": "--schedule points --advantage mean",
-    "cyclic, mean": "--schedule cyclic --advantage mean",
-    "axis_mean": "--schedule axis_mean",
+    "scalar": "--method points",
+    "cyclic": "--method arlrr --schedule cyclic",
+    "search": "--method arlrr --schedule search",
+    "random": "--method arlrr --schedule random",
+    "scalar, mean": "--method points --advantage mean",
+    "cyclic, mean": "--method arlrr --schedule cyclic --advantage mean",
+    "axis_mean": "--method axis_mean",
+}
+# What each arm is compared with: the scalar reward under the same advantages.
+BASES = {arm: "scalar" for arm in ARMS if arm != "scalar"}
+BASES["cyclic, mean"] = "scalar, mean"
+COLORS = {
+    "scalar": "black",
+    "cyclic": "tab:blue",
+    "search": "tab:red",
+    "random": "tab:orange",
+    "scalar, mean": "tab:gray",
+    "cyclic, mean": "tab:cyan",
+    "axis_mean": "tab:green",
 }
 STEPS = 20
 FLAGS = (
-    "--method arlrr --stage 2 --prompts 8 --prompts_per_step 2 --group_size 8 --max_new_tokens 48 --lr 1e-4 --validation 8 "
-    "--audit 0.5 --eval_every 4 --save_every 4"
+    "--stage 2 --prompts 8 --prompts_per_step 2 --group_size 8 --max_new_tokens 48 --lr 1e-4 "
+    "--validation 8 --eval_every 4 --save_every 4"
 )
-COLORS = dict(zip(ARMS, ("black", "tab:blue", "tab:red", "tab:orange", "tab:gray", "tab:cyan", "tab:green")))
+COSTS = ("updates", "rollouts", "verdicts", "tokens", "seconds")
+
+
+# ---------------------------------------------------------------------- the runs
 
 
 def folder_of(out: Path, arm: str, seed: int) -> Path:
@@ -54,109 +79,257 @@ def folder_of(out: Path, arm: str, seed: int) -> Path:
 
 
 def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf8").split("\n") if line] if path.exists() else []
+    """The rows of a JSONL file; none when there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf8").split("\n") if line]
+
+
+def has_checkpoint(folder: Path) -> bool:
+    return (folder / "checkpoint" / "trainer.pt").exists()
 
 
 def finished(folder: Path) -> bool:
     """Whether the run's last checkpoint and last evaluation are there."""
-    rows = lines(folder / "metrics.jsonl") if (folder / "checkpoint" / "trainer.pt").exists() else []
+    if not has_checkpoint(folder):
+        return False
+    rows = lines(folder / "metrics.jsonl")
     return bool(rows) and rows[-1]["step"] == STEPS and "eval_score" in rows[-1]
 
 
-def run(out: Path, arm: str, seed: int, threads: int) -> None:
-    """One training run in a process of its own: new, continued, or done before."""
+def train(out: Path, arm: str, seed: int, threads: int) -> None:
+    """One training run in a process of its own: new, resumed, or done before."""
     folder = folder_of(out, arm, seed)
     if finished(folder):
         return
-    flags = ["--resume", str(folder)]
-    if not (folder / "checkpoint" / "trainer.pt").exists():
+    if has_checkpoint(folder):
+        flags = ["--resume", str(folder)]
+    else:
         shutil.rmtree(folder, ignore_errors=True)
-        flags = [*FLAGS.split(), *ARMS[arm].split(), "--seed", str(seed), "--steps", str(STEPS), "--out", str(folder)]
+        flags = [*FLAGS.split(), *ARMS[arm].split(), "--seed", str(seed)]
+        flags += ["--steps", str(STEPS), "--out", str(folder)]
+
+    command = [sys.executable, str(ROOT / "train.py"), *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with open(out / f"{folder.name}.log", "a") as log:
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], stdout=log, stderr=log, env=environment, check=False)
-    print(f"{arm}, seed {seed}: " + ("done" if done.returncode == 0 else f"failed, see {folder.name}.log"), flush=True)
+        done = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False)
+    outcome = "done" if done.returncode == 0 else f"failed, see {folder.name}.log"
+    print(f"{arm}, seed {seed}: {outcome}", flush=True)
 
 
 def spent(rows: list[dict], step: int) -> Counter:
-    """What a run had cost up to a step: its training and its search; `verdicts` without the audit's."""
-    total: Counter = Counter()
+    """What a run had cost up to a step: its training and its search."""
+    total = Counter()
     for row in rows:
-        if 0 < row["step"] <= step:
-            total["updates"] += 1
-            for key in ("rollouts", "verdicts", "tokens"):
-                total[key] += row[key]
-            total["verdicts"] -= row["audit_verdicts"]
-            for key in ("updates", "rollouts", "verdicts", "tokens", "seconds"):
-                total[key] += row.get(f"search_{key}", 0)
-            total["seconds"] += sum(row[f"seconds_{part}"] for part in ("rollout", "judge", "train"))
+        if not 0 < row["step"] <= step:
+            continue
+        total["updates"] += 1
+        for key in ("rollouts", "verdicts", "tokens"):
+            total[key] += row[key]
+        for key in ("rollout", "judge", "train"):
+            total["seconds"] += row[f"seconds_{key}"]
+        for key in COSTS:
+            total[key] += row.get(f"search_{key}", 0)
     return total
 
 
 def held_out(folder: Path, step: int) -> dict[str, float]:
     """Prompt -> held-out score at a step."""
-    return {row["id"]: row["reward"] for row in lines(folder / "samples.jsonl") if row["split"] == "heldout" and row["step"] == step}
+    scores = {}
+    for row in lines(folder / "samples.jsonl"):
+        if row["split"] == "heldout" and row["step"] == step:
+            scores[row["id"]] = row["reward"]
+    return scores
 
 
-def difference(pairs: list[tuple[dict, dict]]) -> str:
-    """Mean of after - before over (seed, prompt), with its paired bootstrap interval."""
-    gaps = [after[key] - before[key] for before, after in pairs for key in before]
-    low, high = rar.bootstrap(gaps)
-    return f"{statistics.fmean(gaps):+.3f} ({low:+.3f} to {high:+.3f})"
+# ---------------------------------------------------------------------- intervals
 
 
-def table(out: Path, runs: dict[str, list[int]]) -> None:
-    """The README's tables: score and cost, axes, what was measured of variance contraction."""
-    logs = {(arm, seed): lines(folder_of(out, arm, seed) / "metrics.jsonl") for arm in runs for seed in runs[arm]}
-    evaluated = [row["step"] for row in logs["scalar", runs["scalar"][0]] if "eval_score" in row]
-    print("| arm | seeds | held-out score | against scalar, equal updates | against scalar, equal verdicts | updates | rollouts | verdicts | tokens | seconds |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+def clustered(values: dict[str, list[float]], share: float = 0.05) -> tuple[float, float]:
+    """Percentile interval of the mean; values: prompt -> one value per seed. share: outside of it.
+
+    A draw takes prompts with replacement and, once for all of them, seeds with replacement.
+
+    >>> clustered({"a": [0.0, 0.0, 0.0], "b": [1.0, 1.0, 1.0]})
+    (0.0, 1.0)
+    """
+    rng = random.Random(0)
+    prompts = sorted(values)
+    n_seeds = len(values[prompts[0]])
+    means = []
+    for _ in range(4000):
+        seeds = rng.choices(range(n_seeds), k=n_seeds)
+        total = 0.0
+        for prompt in rng.choices(prompts, k=len(prompts)):
+            total += sum(values[prompt][seed] for seed in seeds)
+        means.append(total / (len(prompts) * n_seeds))
+    means.sort()
+    low = means[int(share / 2 * len(means))]
+    high = means[int((1 - share / 2) * len(means)) - 1]
+    return low, high
+
+
+def per_prompt(scores: list[dict[str, float]]) -> dict[str, list[float]]:
+    """Prompt -> its score under each seed."""
+    values = defaultdict(list)
+    for of_seed in scores:
+        for prompt, score in of_seed.items():
+            values[prompt].append(score)
+    return values
+
+
+def difference(before: list[dict], after: list[dict], n_arms: int) -> str:
+    """Mean of after - before with its paired interval; one dict prompt -> score per seed."""
+    gaps = []
+    for old, new in zip(before, after):
+        gaps.append({prompt: new[prompt] - old[prompt] for prompt in old})
+    values = per_prompt(gaps)
+    mean = statistics.fmean(statistics.fmean(row) for row in values.values())
+    low, high = clustered(values, 0.05 / n_arms)
+    return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+# ---------------------------------------------------------------------- the tables
+
+
+def print_row(cells: list) -> None:
+    print("| " + " | ".join(str(cell) for cell in cells) + " |")
+
+
+def print_head(cells: list) -> None:
+    print_row(cells)
+    print_row(["---"] * len(cells))
+
+
+def score_table(out: Path, runs: dict[str, list[int]], logs: dict) -> None:
+    """Score and cost of every arm, against the scalar arm."""
+    evaluated = []
+    for row in logs["scalar", runs["scalar"][0]]:
+        if "eval_score" in row:
+            evaluated.append(row["step"])
+    print_head([
+        "arm", "seeds", "held-out score", "against scalar, equal updates",
+        "against scalar, equal verdicts", *COSTS,
+    ])  # fmt: skip
     for arm, seeds in runs.items():
-        last = {seed: held_out(folder_of(out, arm, seed), STEPS) for seed in seeds}
-        values = [score for seed in seeds for score in last[seed].values()]
-        low, high = rar.bootstrap(values)
+        last = [held_out(folder_of(out, arm, seed), STEPS) for seed in seeds]
+        values = per_prompt(last)
+        mean = statistics.fmean(statistics.fmean(row) for row in values.values())
+        low, high = clustered(values)
         cost = [spent(logs[arm, seed], STEPS) for seed in seeds]
-        base = "scalar, mean" if arm.endswith("mean") and arm.startswith(("scalar,", "cyclic,")) else "scalar"
-        equal, cheap, steps = [], [], []
-        for seed in seeds:
-            if arm != base and seed in runs.get(base, []):
-                equal.append((held_out(folder_of(out, base, seed), STEPS), last[seed]))
-                paid = [step for step in evaluated if spent(logs[base, seed], step)["verdicts"] <= spent(logs[arm, seed], STEPS)["verdicts"]]
+
+        equal_updates = ""
+        equal_verdicts = ""
+        base = BASES.get(arm)
+        shared = [seed for seed in seeds if seed in runs.get(base, [])]
+        if shared:
+            after = [held_out(folder_of(out, arm, seed), STEPS) for seed in shared]
+            at_end = [held_out(folder_of(out, base, seed), STEPS) for seed in shared]
+            equal_updates = difference(at_end, after, len(BASES))
+
+            # The last evaluation of the scalar arm that had cost no more verdicts.
+            at_cost = []
+            steps = []
+            for seed in shared:
+                budget = spent(logs[arm, seed], STEPS)["verdicts"]
+                base_log = logs[base, seed]
+                paid = [s for s in evaluated if spent(base_log, s)["verdicts"] <= budget]
                 steps.append(max(paid))
-                cheap.append((held_out(folder_of(out, base, seed), max(paid)), last[seed]))
-        marks = f"{difference(equal)} | {difference(cheap)} at step {statistics.fmean(steps):.0f}" if equal else " | "
-        means = [f"{statistics.fmean(c[key] for c in cost):,.0f}" for key in ("updates", "rollouts", "verdicts", "tokens", "seconds")]
-        print(f"| {arm} | {len(seeds)} | {statistics.fmean(values):.3f} ({low:.3f} to {high:.3f}) | {marks} | " + " | ".join(means) + " |")
-    starts = [rows[0] for rows in logs.values()]
-    print(f"\nBefore training: {starts[0]['eval_score']:.3f} ({starts[0]['eval_ci'][0]:.3f} to {starts[0]['eval_ci'][1]:.3f}), every arm.\n")
-    axes = sorted(key for key in starts[0] if key.startswith("eval_axis/"))
-    print("| arm | " + " | ".join(axis.split("/")[1].replace("_", " ") for axis in axes) + " |\n|---" + "|---" * len(axes) + "|")
-    print("| before training | " + " | ".join(f"{starts[0][axis]:.3f}" for axis in axes) + " |")
+                at_cost.append(held_out(folder_of(out, base, seed), max(paid)))
+            step = statistics.fmean(steps)
+            equal_verdicts = f"{difference(at_cost, after, len(BASES))} at step {step:.0f}"
+
+        means = [f"{statistics.fmean(c[key] for c in cost):,.0f}" for key in COSTS]
+        score = f"{mean:.3f} ({low:.3f} to {high:.3f})"
+        print_row([arm, len(seeds), score, equal_updates, equal_verdicts, *means])
+
+
+def axis_table(runs: dict[str, list[int]], logs: dict) -> None:
+    """Held-out score within each axis, before and after."""
+    start = logs["scalar", runs["scalar"][0]][0]
+    low, high = start["eval_ci"]
+    print(f"\nBefore training: {start['eval_score']:.3f} ({low:.3f} to {high:.3f}), every arm.\n")
+    axes = sorted(key for key in start if key.startswith("eval_axis/"))
+    print_head(["arm", *[axis.split("/")[1].replace("_", " ") for axis in axes]])
+    print_row(["before training", *[f"{start[axis]:.3f}" for axis in axes]])
     for arm, seeds in runs.items():
-        ends = [[logs[arm, seed][-1][axis] for seed in seeds] for axis in axes]
-        print(f"| {arm} | " + " | ".join(f"{statistics.fmean(v):.3f} ± {statistics.pstdev(v):.3f}" for v in ends) + " |")
-    print("\n± is the std over seeds.\n\n| measured on the audited groups | " + " | ".join(runs) + " |\n|---" + "|---" * len(runs) + "|")
-    steps = {arm: [row for seed in runs[arm] for row in logs[arm, seed] if row["step"]] for arm in runs}
-    measured = {"var_ratio": "Var(R) / sum w Var(r_k)", "std_scalar": "std of R in a group", "dead_scalar": "groups without spread in R"}
-    measured |= {f"std/{axis.split('/')[1]}": f"std of {axis.split('/')[1].replace('_', ' ')}" for axis in axes}
-    measured |= {"dead": "groups without spread in the training reward"}
-    for key, name in measured.items():
-        cells = []
-        for arm in runs:
-            values = [row[key] for row in steps[arm] if row.get(key) is not None]
-            low, high = rar.bootstrap(values)
-            cells.append(f"{statistics.fmean(values):.3f} ({low:.3f} to {high:.3f})" if values else "")
-        print(f"| {name} | " + " | ".join(cells) + " |")
-    pairs = sorted({key for rows in steps.values() for row in rows for key in row if key.startswith("corr/")})
-    values = {pair: [row[pair] for row in steps["scalar"] if row.get(pair) is not None] for pair in pairs}
-    said = [f"{pair[5:].replace('/', ' and ')} {statistics.fmean(v):+.2f} ({len(v)})" for pair, v in values.items() if v]
-    print("\nCorrelation of two classes within a group, scalar arm (groups behind it): " + "; ".join(said) + ".")
-    turns = Counter((arm, row["class"]) for arm in ("search", "random") if arm in runs for row in steps[arm] if row.get("stage"))
-    print("\nStages by class: " + "; ".join(f"{arm} {k} {n}" for (arm, k), n in sorted(turns.items())) + ".")
+        cells = [arm]
+        for axis in axes:
+            ends = [logs[arm, seed][-1][axis] for seed in seeds]
+            cells.append(f"{statistics.fmean(ends):.3f} ± {statistics.pstdev(ends):.3f}")
+        print_row(cells)
+    print("\n± is the std over seeds.\n")
+
+
+def measured_contraction(out: Path, seeds: list[int]) -> list[dict]:
+    """What `arlrr.contraction_metrics` says of each step of the scalar arm, from its samples."""
+    rubrics = {}
+    for example in rar.read_examples(ROOT / "data" / "train.jsonl"):
+        rubrics[example.id] = example.rubric
+
+    steps = []
+    for seed in seeds:
+        groups = defaultdict(lambda: defaultdict(list))
+        for row in lines(folder_of(out, "scalar", seed) / "samples.jsonl"):
+            if row["split"] == "train":
+                scores = [verdict["score"] for verdict in row["verdicts"]]
+                groups[row["step"]][row["id"]].append(scores)
+        for of_step in groups.values():
+            judged = [(rubrics[prompt], matrix) for prompt, matrix in of_step.items()]
+            steps.append(arlrr.contraction_metrics(judged))
+    return steps
+
+
+def contraction_table(out: Path, runs: dict[str, list[int]], logs: dict) -> None:
+    """Variance contraction in the scalar arm, and groups without spread in every arm."""
+    steps = measured_contraction(out, runs["scalar"])
+    names = {
+        "var_ratio": "Var(R) / sum w Var(r_k)",
+        "std_scalar": "std of R in a group",
+        "dead_scalar": "groups without spread in R",
+    }
+    for axis in rar.AXES:
+        names[f"std/{axis}"] = f"std of {axis.replace('_', ' ')}"
+    print_head(["measured on the scalar arm's rollouts", "mean over steps and seeds"])
+    for key, name in names.items():
+        values = [row[key] for row in steps if key in row]
+        low, high = rar.bootstrap(values)
+        print_row([name, f"{rar.nanmean(values):.3f} ({low:.3f} to {high:.3f})"])
+
+    correlations = defaultdict(list)
+    for row in steps:
+        for key, value in row.items():
+            if key.startswith("corr/") and not math.isnan(value):
+                correlations[key.removeprefix("corr/").replace("/", " and ")].append(value)
+    cells = []
+    for pair, values in sorted(correlations.items()):
+        cells.append(f"{pair} {statistics.fmean(values):+.2f} ({len(values)})")
+    print("\nCorrelation of two classes within a group (steps behind it): ", end="")
+    print("; ".join(cells) + ".")
+
+    turns = Counter()
+    for arm in ("search", "random"):
+        for seed in runs.get(arm, []):
+            for row in logs[arm, seed]:
+                if row.get("stage"):
+                    turns[arm, row["class"]] += 1
+    cells = [f"{arm} {name} {count}" for (arm, name), count in sorted(turns.items())]
+    print("\nStages by class: " + "; ".join(cells) + ".")
+
+
+def report(out: Path, runs: dict[str, list[int]]) -> None:
+    """All tables."""
+    logs = {}
+    for arm, seeds in runs.items():
+        for seed in seeds:
+            logs[arm, seed] = lines(folder_of(out, arm, seed) / "metrics.jsonl")
+    score_table(out, runs, logs)
+    axis_table(runs, logs)
+    contraction_table(out, runs, logs)
 
 
 def draw(out: Path, runs: dict[str, list[int]], path: str) -> None:
-    """Held-out score over updates and over verdicts: mean of the seeds, band of their standard error."""
+    """Held-out score over updates and over verdicts: mean of the seeds, band of their error."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -166,46 +339,145 @@ def draw(out: Path, runs: dict[str, list[int]], path: str) -> None:
     for arm, seeds in runs.items():
         logs = [lines(folder_of(out, arm, seed) / "metrics.jsonl") for seed in seeds]
         steps = [row["step"] for row in logs[0] if "eval_score" in row]
-        scores = [[row["eval_score"] for rows in logs for row in rows if row["step"] == step] for step in steps]
-        mean = [statistics.fmean(s) for s in scores]
-        error = [statistics.stdev(s) / math.sqrt(len(s)) if len(s) > 1 else 0.0 for s in scores]
-        verdicts = [statistics.fmean(spent(rows, step)["verdicts"] for rows in logs) for step in steps]
+        means = []
+        lows = []
+        highs = []
+        verdicts = []
+        for step in steps:
+            scores = []
+            for rows in logs:
+                scores += [row["eval_score"] for row in rows if row["step"] == step]
+            mean = statistics.fmean(scores)
+            error = 0.0
+            if len(scores) > 1:
+                error = statistics.stdev(scores) / math.sqrt(len(scores))
+            means.append(mean)
+            lows.append(mean - error)
+            highs.append(mean + error)
+            verdicts.append(statistics.fmean(spent(rows, step)["verdicts"] for rows in logs))
+
+        style = "--" if arm.endswith(", mean") else "-"
+        label = f"{arm} ({len(seeds)} seeds)"
         for axis, x in zip(axes, (steps, verdicts)):
-            style = "--" if arm.endswith(", mean") else "-"
-            axis.plot(x, mean, color=COLORS[arm], linestyle=style, marker=".", label=f"{arm} ({len(seeds)} seeds)")
-            axis.fill_between(x, [m - e for m, e in zip(mean, error)], [m + e for m, e in zip(mean, error)], color=COLORS[arm], alpha=0.1)
-    for axis, name in zip(axes, ("updates", "verdicts paid, search included (the audit not)")):
+            axis.plot(x, means, color=COLORS[arm], linestyle=style, marker=".", label=label)
+            axis.fill_between(x, lows, highs, color=COLORS[arm], alpha=0.1)
+
+    for axis, name in zip(axes, ("updates", "verdicts paid, search included")):
         axis.set_xlabel(name, fontsize=9)
         axis.grid(alpha=0.25)
     axes[1].set_xscale("symlog", linthresh=100)
-    axes[0].set_ylabel("held-out score, 24 prompts", fontsize=9)
+    axes[0].set_ylabel("held-out score", fontsize=9)
     axes[0].legend(fontsize=7)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Alternating against scalar rubric rewards, at equal updates and at equal verdicts.")
-    parser.add_argument("--out", default="runs/reproduce_arlrr", help="folder of the runs; finished ones are not run again")
+# ---------------------------------------------------------------------- the classes of a data set
+
+
+def structure(examples: list[rar.Example], class_by: str = "axis") -> list[dict]:
+    """One row per class: its criteria, its prompts, and what judging a stage of it costs.
+
+    class, items; share: of all criteria; negative: share with a negative weight; prompts: share
+    that can be rolled out for it; items_per_prompt and one_item: of these; weight: mean w_k;
+    verdicts: a stage's per prompt, in parts of those that the full rubric needs.
+    """
+    criteria_of = defaultdict(lambda: defaultdict(list))
+    weights_of = defaultdict(float)
+    total = 0
+    for example in examples:
+        total += len(example.rubric)
+        for criterion in example.rubric:
+            name = arlrr.class_of(criterion, class_by)
+            criteria_of[name][example.id].append(criterion)
+        for name, weight in arlrr.class_weights(example.rubric, class_by).items():
+            weights_of[name] += weight
+
+    table = []
+    for name, of_prompt in criteria_of.items():
+        items = 0
+        negative = 0
+        sizes = []
+        for criteria in of_prompt.values():
+            below = sum(c.weight < 0 for c in criteria)
+            items += len(criteria)
+            negative += below
+            # Without a positive criterion the prompt is not rolled out for this class.
+            if below < len(criteria):
+                sizes.append(float(len(criteria)))
+        per_prompt = rar.nanmean(sizes)
+        table.append({
+            "class": name,
+            "items": items,
+            "share": items / total,
+            "negative": negative / items,
+            "prompts": len(sizes) / len(examples),
+            "items_per_prompt": per_prompt,
+            "one_item": rar.nanmean([float(size == 1) for size in sizes]),
+            "weight": weights_of[name] / len(examples),
+            "verdicts": per_prompt / (total / len(examples)),
+        })
+    return sorted(table, key=lambda row: -row["items"])
+
+
+def print_structure(path: str, class_by: str) -> None:
+    """The table of `structure`. Raises DataError."""
+    examples = rar.read_examples(path)
+    arlrr.check_classes(examples, class_by)
+    total = sum(len(example.rubric) for example in examples)
+    print(f"{len(examples)} prompts, {total} criteria. verdicts: a stage's per prompt, in parts of")
+    print("those of the full rubric\n")
+    head = ["items", "share", "negative", "prompts", "items/prompt", "one item", "weight"]
+    print(f"{'class':<24}" + "".join(f"{name:>14}" for name in [*head, "verdicts"]))
+    for row in structure(examples, class_by):
+        line = f"{row['class']:<24}{row['items']:>14}{row['share']:>14.0%}{row['negative']:>14.0%}"
+        line += f"{row['prompts']:>14.0%}{row['items_per_prompt']:>14.1f}{row['one_item']:>14.0%}"
+        print(line + f"{row['weight']:>14.0%}{row['verdicts']:>14.0%}")
+
+
+# ---------------------------------------------------------------------- the command line
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0, 1 without a run to compare with, 2 with one line that says what is wrong."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", default="runs/reproduce_arlrr", help="folder of the runs")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; the cores are shared among them")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
     parser.add_argument("--png", default="", help="where the picture goes")
     parser.add_argument("--report", action="store_true", help="run nothing")
-    args = parser.parse_args()
+    parser.add_argument("--structure", metavar="FILE", help="only print a data set's classes")
+    parser.add_argument("--class_by", default="axis", help="axis, category, or the kind of a tag")
+    args = parser.parse_args(argv)
+    if args.structure:
+        try:
+            print_structure(args.structure, args.class_by)
+        except rar.DataError as error:
+            print(f"reproduce_arlrr.py: {error}", file=sys.stderr)
+            return 2
+        return 0
+
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    todo = [(arm, seed) for seed in args.seeds for arm in args.arms]
     if not args.report:
         threads = max(1, (os.cpu_count() or 1) // args.jobs)
         with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(lambda pair: run(out, *pair, threads), todo))
-    runs = {arm: [seed for seed in args.seeds if finished(folder_of(out, arm, seed))] for arm in args.arms}
-    runs = {arm: seeds for arm, seeds in runs.items() if seeds}
+            for seed in args.seeds:
+                for arm in args.arms:
+                    pool.submit(train, out, arm, seed, threads)
+
+    runs = {}
+    for arm in args.arms:
+        seeds = [seed for seed in args.seeds if finished(folder_of(out, arm, seed))]
+        if seeds:
+            runs[arm] = seeds
     if "scalar" not in runs:
-        print("no finished scalar run to compare with")
+        print("no finished scalar run to compare with", file=sys.stderr)
         return 1
-    table(out, runs)
+    report(out, runs)
     if args.png:
         draw(out, runs, args.png)
     return 0
