@@ -366,9 +366,8 @@ THREE = [*RUBRIC, rar.Criterion("Mentions water.", 2, "Water")]
 
 
 def test_changed_criteria_turn_faults_round():
-    before = [sample(name, (0, 1, 1)) for name in "ab"]
-    after = [sample(name, (0, 0, 1)) for name in "ab"]
-    assert report.changed_criteria(before, after) == [("Cheese", 0, 1, 2), ("Rest", 0, 0, 2), ("Water", 1, 1, 2)]
+    pairs = [(sample(name, (0, 1, 1)), sample(name, (0, 0, 1))) for name in "ab"]
+    assert report.changed_criteria(pairs) == [("Cheese", 0, 1, 2), ("Rest", 0, 0, 2), ("Water", 1, 1, 2)]
 
 
 def test_what_could_not_be_scored_is_said_and_is_no_zero(tmp_path):

@@ -17,19 +17,25 @@ saved. Tables go to stderr; stdout holds the one line, for a script to read.
 import argparse
 import json
 import math
-import os
 import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import grpo
 import rar
 import train
 from judge import JudgeError
 from rar import DataError
-from tools.report import interval_text, printable, read_number, read_text, write_file
+from tools.report import (
+    Parser,
+    interval_text,
+    printable,
+    read_number,
+    read_text,
+    run_tool,
+    write_file,
+)
 
 # ---------------------------------------------------------------------------------- saved answers
 
@@ -60,7 +66,9 @@ def read_answers(path: str) -> list[dict]:
     rows = []
     for where, row in rar.read_rows(path):
         if not isinstance(row, dict) or not {"id", "item", "score"} <= row.keys():
-            raise DataError(f"{where}: not an answer of an evaluation; give a file that compare.py named")
+            raise DataError(
+                f"{where}: not an answer of an evaluation; give a file that compare.py named"
+            )
         score = read_number(row, "score", where)
         rows.append(
             {
@@ -140,95 +148,126 @@ def answers_path(config: train.Config, name: str, folder: Path) -> Path:
     return out / "-".join(["eval", *words, f"{data}.jsonl"])
 
 
-def evaluate_model(config: train.Config, name: str, judge) -> tuple[dict, list[dict]]:
-    """(metrics, one row per answer) of a model. Saves the answers and says where."""
+def make_folder(path: Path) -> None:
+    """Makes the folder of the answers. Raises DataError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"--out {path}: cannot be written ({error.strerror})") from None
+
+
+def say(text: str) -> None:
+    """A text for a person, on stderr: stdout is for the one line that a script may read."""
+    if train.is_first():
+        print(printable(text), file=sys.stderr)
+
+
+def is_answers(name: str) -> bool:
+    """Whether the name is that of saved answers."""
+    return name.endswith(".jsonl")
+
+
+def evaluate_one(config: train.Config, name: str, judge) -> tuple[dict, list[dict]]:
+    """(metrics, one row per answer) of a model, or of answers that were saved."""
+    if is_answers(name):
+        return {"answers": name}, read_answers(name)
+    # Data before the model: a bad row should cost no half minute.
     folder = checkpoint_folder(name)
     _, examples = train.read_data(config)
     policy = train.Policy(str(folder), config.dtype)
-    examples = train.fitting(examples, policy, config, "held-out")
+    examples = train.fitting(examples, policy, config.max_new_tokens, "held-out")
     metrics, groups = train.evaluate(policy, judge, examples, config.max_new_tokens)
 
     answers = result_rows(groups)
     path = answers_path(config, name, folder)
-    if grpo.rank_and_world()[0] == 0:
-        write_file(path, train.jsonl(answers).encode("utf8"))
-        data = config.eval_data or "data/heldout.jsonl"
-        print(f"{printable(name)} on {data}\n{metrics_table(metrics)}\nanswers: {path}", file=sys.stderr)
-    how = {
+    if train.is_first():
+        write_file(path, train.json_lines(answers))
+    data = config.eval_data or "data/heldout.jsonl"
+    say(f"{name} on {data}\n{metrics_table(metrics)}\nanswers: {path}")
+    settings = {
         "model": name,
         "n": len(examples),
         "judge": config.judge_model or config.judge,
         "max_new_tokens": config.max_new_tokens,
         "answers": str(path),
     }
-    return {**how, **metrics}, answers
+    return settings | metrics, answers
 
 
-def evaluate_one(config: train.Config, name: str, judge) -> tuple[dict, list[dict]]:
-    """(metrics, one row per answer) of a model, or of answers that were saved."""
-    if name.endswith(".jsonl"):
-        return {"answers": name}, read_answers(name)
-    return evaluate_model(config, name, judge)
+# ----------------------------------------------------------------------------- command line
 
 
-# ---------------------------------------------------------------------------------- command line
+def read_config(args: argparse.Namespace) -> train.Config:
+    """The settings of an evaluation, checked like those of a run. Raises DataError."""
+    settings = {name: value for name, value in vars(args).items() if name != "model"}
+    for name, value in settings.items():
+        # An empty text is a flag that was not given.
+        if value == "":
+            continue
+        problem = train.setting_problem(name, value)
+        if problem:
+            raise DataError(f"--{name} {value}: {problem}")
+    return train.Config(**settings)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Evaluates one or two models. Raises DataError, JudgeError, train.UserError."""
+def evaluate_all(argv: list[str] | None) -> None:
+    """Evaluates one model, or two and their difference. Raises DataError, UserError, JudgeError."""
+    defaults = train.Config()
+    parser = Parser(
+        prog="compare.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("model", nargs="+", help="one model, run or file of answers, or two")
+    add("--eval_data", default="", help="held-out prompts [data/heldout.jsonl]")
+    add("--judge", default=defaults.judge, help="offline, or a server's base URL [%(default)s]")
+    add("--judge_model", default="", help="the model's name on that server")
+    add("--max_new_tokens", type=int, default=defaults.max_new_tokens, help="[%(default)s]")
+    add("--dtype", default=defaults.dtype, help="auto, float32 or bfloat16 [%(default)s]")
+    add("--out", default="", help="folder of the answers [beside the checkpoint, or runs]")
+    args = parser.parse_args(argv)
     if len(args.model) > 2:
         raise DataError(f"{' '.join(args.model)}: give one model, or two")
-    config = train.Config(
-        eval_data=args.eval_data,
-        judge=args.judge,
-        judge_model=args.judge_model,
-        max_new_tokens=args.max_new_tokens,
-        dtype=args.dtype,
-        out=args.out,
-    )
-    # Both are judged by one judge, whose cache then serves both.
+
+    config = read_config(args)
+
+    # A wrong second name, or a folder that cannot be, should not cost an evaluation.
+    for name in args.model:
+        if is_answers(name):
+            read_answers(name)
+        else:
+            checkpoint_folder(name)
+    if config.out:
+        make_folder(Path(config.out))
+
+    # Both are judged by one judge, whose cache serves both.
+    train.join_processes()
     judge = train.make_judge(config)
-    metrics, answers = evaluate_one(config, args.model[0], judge)
-    line = metrics
-    if len(args.model) == 2:
-        other_metrics, other_answers = evaluate_one(config, args.model[1], judge)
-        difference = compare(answers, other_answers)
-        line = {"before": metrics, "after": other_metrics, **difference}
-        interval = interval_text(*difference["difference_ci"], "+")
-        print(
-            f"{args.model[1]} minus {args.model[0]}: {difference['difference']:+.3f}, {interval} "
-            f"({difference['n']} prompts, paired bootstrap)",
-            file=sys.stderr,
-        )
-    print(json.dumps(train.finite(line)))
+    evaluations = [evaluate_one(config, name, judge) for name in args.model]
+    line = evaluations[0][0]
+    if len(evaluations) == 2:
+        line = compare_evaluations(args.model, evaluations)
+    if train.is_first():
+        print(json.dumps(train.finite(line)))
+
+
+def compare_evaluations(names: list[str], evaluations: list[tuple[dict, list[dict]]]) -> dict:
+    """The line of a comparison; in words on stderr. Raises DataError."""
+    before, after = evaluations
+    difference = compare(before[1], after[1])
+    interval = interval_text(*difference["difference_ci"], "+")
+    prompts = f"{difference['n']} prompts, paired bootstrap"
+    say(f"{names[1]} minus {names[0]}: {difference['difference']:+.3f}, {interval} ({prompts})")
+    return {"before": before[0], "after": after[0], **difference}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0, or 2 with one line that says what is wrong, where, and what to do."""
-    defaults = train.Config()
-    parser = argparse.ArgumentParser(
-        prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", nargs="+", help="one model, run or file of answers, or two")
-    parser.add_argument("--eval_data", default="", help="held-out prompts [data/heldout.jsonl]")
-    parser.add_argument("--judge", default=defaults.judge, help="offline, or a server's base URL [offline]")
-    parser.add_argument("--judge_model", default="", help="the model's name on that server")
-    parser.add_argument(
-        "--max_new_tokens", type=int, default=defaults.max_new_tokens, help="per answer [%(default)s]"
-    )
-    parser.add_argument("--dtype", default=defaults.dtype, help="auto, float32 or bfloat16 [auto]")
-    parser.add_argument("--out", default="", help="folder for the answers [beside the checkpoint, or runs]")
-    args = parser.parse_args(argv)
-    try:
-        run(args)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader has seen enough (`| head -1`). Nothing is wrong, and Python must not write on.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (DataError, JudgeError, train.UserError, OSError) as error:
-        print(f"compare.py: {printable(str(error))}", file=sys.stderr)
-        return 2
-    return 0
+    # A policy whose log-probs are nan cannot be sampled from; vLLM or a package may be missing.
+    errors = (DataError, JudgeError, train.UserError, FloatingPointError, ImportError, OSError)
+    return run_tool("compare.py", evaluate_all, argv, errors)
 
 
 if __name__ == "__main__":

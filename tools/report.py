@@ -1,17 +1,18 @@
-"""What a run did, as one page and one picture: curves, when each criterion is learnt, the rollouts.
+"""What a run does, as one page and one picture: curves, when each criterion is learnt, rollouts.
 
-    pass rate of a criterion at a step  =  mean over rollouts of  s      (weight > 0)
-                                                                  1 - s  (weight < 0: a fault)
+    pass rate of a criterion at a step  =  mean over rollouts of   s       (weight > 0)
+                                                                   1 - s   (weight < 0: a fault)
 
-s is the judge's verdict in [0, 1]; a missing verdict is left out and never counts as 0. The page is
-one file that needs no network and holds no script; whatever a model or a data set says is escaped.
+s is the judge's verdict in [0, 1]; a missing verdict is left out and never counts as 0. The page
+is one file that needs no network and holds no script: what models and strangers write is escaped.
 
-    python tools/report.py RUN                           # RUN/report.html and RUN/report.png
-    python tools/report.py RUN RUN RUN --out runs.png    # runs that differ in the seed alone: one line
-    python tools/report.py RUN --rubrics --prompt ID     # RLER: the life of the rubrics of a prompt
+    python tools/report.py RUN                          # RUN/report.html and RUN/report.png
+    python tools/report.py RUN RUN RUN --out runs.png   # several, averaged over seeds
+    python tools/report.py RUN --rubrics --prompt ID    # RLER: the life of the rubrics of a prompt
 
-Reads config.json, metrics.jsonl, samples.jsonl and prompts.jsonl in the run's folder, and for RLER
-the rubrics in checkpoint/trainer.pt.
+Reads config.json, metrics.jsonl, samples.jsonl and prompts.jsonl of the run's folder, and for RLER
+the rubrics in checkpoint/trainer.pt. train.py calls `write_report` at each evaluation and
+`summarise` at the end.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import re
 import statistics
 import sys
 import warnings
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -34,28 +35,32 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rar import DataError, bootstrap, nanmean, satisfied
 
-# What is worth a look in every run: is it learning, does it carry over, at what length, how far from
-# where it started?
+# What is worth a look in every run: is it learning, does it carry over, at what length, how far
+# from where it started?
 PANELS = {
     "reward": "training reward, mean of a step",
     "eval_score": "held-out score (points met / positive points)",
     "completion_tokens": "tokens of a completion",
     "kl": "KL to the starting model, per token",
 }
+HEAT_MAPS = {
+    "train": "pass rate in training rollouts, %",
+    "heldout": "pass rate in held-out answers, %",
+}
 # Settings that do not make two runs two experiments.
 NOT_AN_EXPERIMENT = ("seed", "out", "resume")
 
 MAX_COLUMNS = 48  # steps side by side in a heat map; in a longer run a column holds several
-MAX_LABELS = 2000  # criteria whose pass rates are tracked, so that memory has an end
+MAX_LABELS = 2000  # criteria whose pass rates are counted, so that memory has an end
 MAX_ROWS = 24  # criteria in a heat map
 MAX_PROMPTS = 40  # prompts of a step or an evaluation whose answers the page shows
 MAX_CHARACTERS = 12_000  # of one text on the page
 MAX_STEP = 10**9
 MAX_NUMBER = 1e100
 
-# ---------------------------------------------------------------------------------- text that is safe
+# ----------------------------------------------------------------------------- texts of strangers
 
-# Control characters, marks that change the direction of writing, invisible ones, line separators,
+# Control characters, marks that turn the direction of writing, invisible ones, line separators,
 # halves of surrogate pairs. The joiners U+200C and U+200D stay: Persian, Hindi and emoji need them.
 UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
@@ -64,10 +69,10 @@ UNPRINTABLE = re.compile(
 
 
 def printable(text: str) -> str:
-    r"""The text with control characters spelt out: no terminal and no page acts on them.
+    r"""The text with control characters spelt out, so that no terminal and no page acts on them.
 
-    >>> printable("red: \x1b[31m, back: \u202e, kept: é\n")
-    'red: \\x1b[31m, back: \\u202e, kept: é\n'
+    >>> printable("red: \x1b[31m, back: \u202e, not touched: é\n")
+    'red: \\x1b[31m, back: \\u202e, not touched: é\n'
     """
 
     def spell(match: re.Match) -> str:
@@ -76,38 +81,65 @@ def printable(text: str) -> str:
     return UNPRINTABLE.sub(spell, text)
 
 
-def markup(text: str, limit: int = MAX_CHARACTERS) -> str:
-    """A text as HTML: printable, escaped, not endless.
+def markup(text: str) -> str:
+    """A text as HTML: printable, escaped, and not endless.
 
     >>> markup("<script>")
     '&lt;script&gt;'
     """
-    shown = html.escape(printable(text[:limit]))
-    if len(text) > limit:
-        shown += f" … ({len(text) - limit} more characters in samples.jsonl)"
-    return shown
+    # A model that loops until its limit would make a page of megabytes.
+    shown = html.escape(printable(text[:MAX_CHARACTERS]))
+    rest = len(text) - MAX_CHARACTERS
+    return f"{shown} … ({rest} more characters in samples.jsonl)" if rest > 0 else shown
 
 
-def number_text(value: float | None, form: str = ".3f") -> str:
-    """A number for a person; what is missing is said and never shown as 0."""
+def shorten(text: str, limit: int) -> str:
+    """The text on one line, cut at `limit` characters.
+
+    >>> shorten("Says that rest helps", 12)
+    'Says that r…'
+    """
+    # Cut first: joining the words of a whole book for a line of it would take a while.
+    line = " ".join(printable(text[: 4 * limit]).split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def score_text(value: float | None, form: str = ".3f") -> str:
+    """A score for a person. What is missing is said and never shown as 0.
+
+    >>> score_text(0.5, "+.2f"), score_text(None)
+    ('+0.50', 'not scored')
+    """
     if value is None or math.isnan(value):
         return "not scored"
     return format(value, form)
 
 
-# ---------------------------------------------------------------------------------- a run's folder
+def setting_text(value: object) -> str:
+    """A setting's value; of an address neither user, password nor query, which may be secrets.
+
+    >>> setting_text("https://me:pa/ss@host/v1?key=1"), setting_text(0.7)
+    ('https://***@host/v1?***', '0.7')
+    """
+    text = str(value)
+    if "://" in text:
+        # Up to the last "@": a password may hold "/" and "@" itself.
+        text = re.sub(r"//.*@", "//***@", text, flags=re.DOTALL)
+        text = re.sub(r"\?.*", "?***", text, flags=re.DOTALL)
+    return text
+
+
+# ----------------------------------------------------------------------------- a run's folder
 
 
 def whole_lines(path: Path, offset: int = 0, number: int = 0):
-    """Yields (where, bytes) for every whole line after `offset`, of which `number` lines come before.
-
-    The last line is whole only with its line break: a run may be writing it, or was killed there.
-    Split as bytes, because a text would also end a line at U+2028 inside an answer.
-    """
+    """Yields (where, bytes) of every line after `offset`, before which there are `number` lines."""
+    # As bytes: read as text, a line would also end at U+2028 inside an answer.
     with open(path, "rb") as file:
         file.seek(offset)
         for line in file:
             number += 1
+            # A run may be writing the last line just now, or was killed there.
             if line.endswith(b"\n"):
                 yield f"{path}:{number}", line
 
@@ -116,6 +148,7 @@ def parse_object(line: bytes, where: str) -> dict:
     """One JSON object. Raises DataError."""
     try:
         row = json.loads(line)
+    # Bytes that are no UTF-8 raise a ValueError too; deep nesting exhausts the parser.
     except (ValueError, RecursionError):
         row = None
     if not isinstance(row, dict):
@@ -138,6 +171,7 @@ def read_number(row: dict, key: str, where: str) -> float | None:
     value = row.get(key)
     if value is None:
         return None
+    # Not isinstance: true and false are integers in Python, but no numbers in a log.
     if type(value) not in (int, float):
         raise DataError(f"{where}: {key} must be a number, not {printable(repr(value)[:40])}")
 
@@ -151,6 +185,80 @@ def read_step(row: dict, where: str) -> int:
     if type(step) is not int or not 0 <= step <= MAX_STEP:
         raise DataError(f"{where}: no step (a whole number from 0); is this the log of a run?")
     return step
+
+
+def read_config(folder: Path) -> dict:
+    """The settings of a run. Raises DataError."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise DataError(f"{folder}: no run there (no config.json); give the folder of a run")
+    return parse_object(path.read_bytes(), str(path))
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The rows of metrics.jsonl: the step and what is drawn, None where missing."""
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise DataError(f"{folder}: no metrics.jsonl; the run has not begun yet")
+
+    rows = []
+    for where, line in whole_lines(path):
+        row = parse_object(line, where)
+        metrics: dict = {"step": read_step(row, where), "eval_ci": read_interval(row, where)}
+        for key in (*PANELS, "reward_std", "eval_other_score"):
+            metrics[key] = read_number(row, key, where)
+        rows.append(metrics)
+    return rows
+
+
+def read_interval(row: dict, where: str) -> tuple[float, float] | None:
+    """The interval of a held-out score; None where there is none. Raises DataError."""
+    ends = row.get("eval_ci")
+    if not isinstance(ends, list) or len(ends) != 2:
+        return None
+    low = read_number({"eval_ci": ends[0]}, "eval_ci", where)
+    high = read_number({"eval_ci": ends[1]}, "eval_ci", where)
+    # The ends are null where a single prompt was evaluated.
+    if low is None or high is None:
+        return None
+    return low, high
+
+
+def read_prompts(folder: Path, wanted: set[str]) -> dict[str, str]:
+    """Id -> prompt as text, of the prompts that are to be shown. Raises DataError."""
+    prompts: dict[str, str] = {}
+    path = folder / "prompts.jsonl"
+    # Runs of an older version saved no prompts; their ids must do.
+    if not path.is_file():
+        return prompts
+
+    for where, line in whole_lines(path):
+        row = parse_object(line, where)
+        name = read_text(row, "id", where)
+        if name in wanted:
+            prompts[name] = prompt_text(row.get("prompt"), where)
+            # The file holds all prompts of a data set; a page shows a handful.
+            if len(prompts) == len(wanted):
+                break
+    return prompts
+
+
+def prompt_text(messages: object, where: str) -> str:
+    """Chat messages as one text. Raises DataError."""
+    if not isinstance(messages, list):
+        raise DataError(f"{where}: prompt must be a list of messages")
+    parts = []
+    for message in messages:
+        if not isinstance(message, dict):
+            raise DataError(f"{where}: a message must be an object with role and content")
+        content = read_text(message, "content", where)
+        role = read_text(message, "role", where)
+        # A lone question needs no "user:" before it.
+        parts.append(content if len(messages) == 1 else f"{role}: {content}")
+    return "\n\n".join(parts)
+
+
+# ----------------------------------------------------------------------------- rollouts
 
 
 class Judged(NamedTuple):
@@ -169,10 +277,10 @@ class Judged(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One rollout, as one line of samples.jsonl holds it. reward None: it was not scored."""
+    """One rollout, as a line of samples.jsonl holds it. reward None: it was not scored."""
 
     step: int
-    split: str
+    split: str  # train or heldout
     id: str
     text: str
     finish: str
@@ -183,7 +291,7 @@ class Sample(NamedTuple):
 
 
 def read_sample(line: bytes, where: str) -> Sample:
-    """Raises DataError for a line that is no rollout."""
+    """A rollout from its line. Raises DataError."""
     row = parse_object(line, where)
     if row.get("split") not in ("train", "heldout"):
         raise DataError(f"{where}: split must be train or heldout; is this the log of a run?")
@@ -191,21 +299,6 @@ def read_sample(line: bytes, where: str) -> Sample:
     if not isinstance(listed, list):
         raise DataError(f"{where}: verdicts must be a list; is this the log of a run?")
 
-    verdicts = []
-    for item in listed:
-        if not isinstance(item, dict):
-            raise DataError(
-                f"{where}: a verdict must be an object with title, weight and score"
-            )
-        verdicts.append(
-            Judged(
-                title=read_text(item, "title", where),
-                weight=read_number(item, "weight", where) or 0.0,
-                score=read_number(item, "score", where),
-                reason=read_text(item, "reason", where),
-                axis=read_text(item, "axis", where),
-            )
-        )
     return Sample(
         step=read_step(row, where),
         split=row["split"],
@@ -213,104 +306,42 @@ def read_sample(line: bytes, where: str) -> Sample:
         text=read_text(row, "text", where),
         finish=read_text(row, "finish", where),
         tokens=read_number(row, "tokens", where),
-        verdicts=verdicts,
+        verdicts=[read_judged(item, where) for item in listed],
         reward=read_number(row, "reward", where),
         advantage=read_number(row, "advantage", where),
     )
 
 
-def read_config(folder: Path) -> dict:
-    """The settings of a run. Raises DataError."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise DataError(f"{folder}: no run there (no config.json); give the folder of a run")
-    return parse_object(path.read_bytes(), str(path))
-
-
-def read_metrics(folder: Path) -> list[dict]:
-    """The rows of metrics.jsonl: a step, and of the panels' figures those that are numbers."""
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        raise DataError(f"{folder}: no metrics.jsonl; the run has not begun yet")
-    keys = [*PANELS, "reward_std", "eval_other_score"]
-
-    rows = []
-    for where, line in whole_lines(path):
-        row = parse_object(line, where)
-        metrics = {"step": read_step(row, where)}
-        for key in keys:
-            metrics[key] = read_number(row, key, where)
-        metrics["eval_ci"] = read_interval(row, where)
-        rows.append(metrics)
-    return rows
-
-
-def read_interval(row: dict, where: str) -> tuple[float, float] | None:
-    """The interval of a held-out score; None where there is none, as with a single prompt."""
-    ends = row.get("eval_ci")
-    if not isinstance(ends, list) or len(ends) != 2:
-        return None
-    low = read_number({"eval_ci": ends[0]}, "eval_ci", where)
-    high = read_number({"eval_ci": ends[1]}, "eval_ci", where)
-    return None if low is None or high is None else (low, high)
-
-
-def read_prompts(folder: Path, wanted: set[str]) -> dict[str, str]:
-    """Id -> prompt as text, of the prompts that are to be shown; runs of an old version have none."""
-    prompts: dict[str, str] = {}
-    path = folder / "prompts.jsonl"
-    if not path.is_file():
-        return prompts
-
-    for where, line in whole_lines(path):
-        row = parse_object(line, where)
-        name = read_text(row, "id", where)
-        if name in wanted:
-            prompts[name] = prompt_text(row.get("prompt"), where)
-            if len(prompts) == len(wanted):
-                break
-    return prompts
-
-
-def prompt_text(messages: object, where: str) -> str:
-    """Chat messages as text; the role only where there are several. Raises DataError."""
-    if not isinstance(messages, list):
-        raise DataError(f"{where}: prompt must be a list of messages")
-    parts = []
-    for message in messages:
-        if not isinstance(message, dict):
-            raise DataError(f"{where}: a message must be an object with role and content")
-        content = read_text(message, "content", where)
-        role = read_text(message, "role", where)
-        parts.append(content if len(messages) == 1 else f"{role}: {content}")
-    return "\n\n".join(parts)
-
-
-# ---------------------------------------------------------------------------------- pass rates
+def read_judged(item: object, where: str) -> Judged:
+    """A verdict from its object. Raises DataError."""
+    if not isinstance(item, dict):
+        raise DataError(f"{where}: a verdict must be an object with title, weight and score")
+    weight = read_number(item, "weight", where)
+    return Judged(
+        title=read_text(item, "title", where),
+        # The sign is all that is used of it: without one a criterion is no fault.
+        weight=0.0 if weight is None else weight,
+        score=read_number(item, "score", where),
+        reason=read_text(item, "reason", where),
+        axis=read_text(item, "axis", where),
+    )
 
 
 @dataclass
 class PassRates:
-    """Mean share of good verdicts, one row per label, one column per `width` steps.
-
-    A run of thousands of steps keeps at most MAX_COLUMNS columns: when there are more, neighbours
-    are merged and every column holds twice as many steps.
-    """
+    """Mean share of satisfied verdicts: one row per label, one column per `width` steps."""
 
     width: int = 1
-    columns: set[int] = field(default_factory=set)
-    cells: dict[str, dict[int, list]] = field(
-        default_factory=dict
-    )  # label -> column -> [sum, n]
-    prompts: dict[str, set[str]] = field(default_factory=dict)  # label -> the first two prompts
+    columns: set[int] = field(default_factory=set)  # first step of each
+    cells: dict[str, dict[int, list]] = field(default_factory=dict)  # label -> column -> [sum, n]
+    prompts: dict[str, set[str]] = field(default_factory=dict)  # label -> at most two prompts
 
     def add(self, label: str, step: int, prompt: str, value: float) -> None:
         """Counts one verdict."""
         if label not in self.cells and len(self.cells) >= MAX_LABELS:
             return
-        row = self.cells.setdefault(label, {})
         column = step - step % self.width
-        cell = row.setdefault(column, [0.0, 0])
+        cell = self.cells.setdefault(label, {}).setdefault(column, [0.0, 0])
         cell[0] += value
         cell[1] += 1
 
@@ -319,6 +350,7 @@ class PassRates:
         if len(prompts) < 2:
             prompts.add(prompt)
 
+        # A run of thousands of steps: neighbours merge, and memory stops growing.
         self.columns.add(column)
         while len(self.columns) > MAX_COLUMNS:
             self.merge_columns()
@@ -335,6 +367,11 @@ class PassRates:
                 cell[1] += n
             self.cells[label] = merged
 
+    def rate(self, label: str, column: int) -> float:
+        """The pass rate in one cell; nan where nothing was judged."""
+        total, n = self.cells.get(label, {}).get(column, (0.0, 0))
+        return total / n if n else math.nan
+
     def shared_labels(self) -> list[str]:
         """Labels that more than one prompt has."""
         return [label for label, prompts in self.prompts.items() if len(prompts) > 1]
@@ -344,18 +381,17 @@ class PassRates:
         return sum(n for _, n in self.cells.get(label, {}).values())
 
     def gain(self, label: str) -> float:
-        """Pass rate in the last column minus that in the first one; 0 for a single column."""
+        """Pass rate in the row's last column minus that in its first one."""
         row = self.cells.get(label)
         if not row:
             return 0.0
-        first, last = row[min(row)], row[max(row)]
-        return last[0] / last[1] - first[0] / first[1]
+        return self.rate(label, max(row)) - self.rate(label, min(row))
 
 
 class SampleLog:
-    """samples.jsonl, streamed: the pass rates of all steps, the rollouts of the first and the last.
+    """samples.jsonl, streamed: pass rates of all steps, rollouts of the first and the last step.
 
-    Memory does not grow with the number of steps, and `read_on` reads only what was appended since.
+    Its memory does not grow with the number of steps. `read_on` reads what was appended since.
     """
 
     def __init__(self, path: Path):
@@ -368,7 +404,7 @@ class SampleLog:
         self.turn_to(path)
 
     def turn_to(self, path: Path) -> None:
-        """Reads another file next. The pass rates stay: they are over all seeds of an experiment."""
+        """Reads another file next. The pass rates stay: they are over the seeds of an experiment."""
         self.path = path
         self.offset = 0
         self.number = 0
@@ -379,12 +415,14 @@ class SampleLog:
         """Reads the lines after those that were read before. Raises DataError."""
         if not self.path.is_file():
             return self
+
         # A resumed run cuts its log back and writes on. Then the line that was read last is no
-        # longer at its place, and what was counted is no longer true.
+        # longer in its place, and what was counted is no longer true.
         with open(self.path, "rb") as file:
             file.seek(self.offset - len(self.last_line))
-            if file.read(len(self.last_line)) != self.last_line:
-                self.begin(self.path)
+            is_same_file = file.read(len(self.last_line)) == self.last_line
+        if not is_same_file:
+            self.begin(self.path)
 
         for where, line in whole_lines(self.path, self.offset, self.number):
             self.count(read_sample(line, where))
@@ -397,49 +435,79 @@ class SampleLog:
         """Adds a rollout to the pass rates; keeps it if it is of the first or the last step."""
         for verdict in sample.verdicts:
             value = verdict.satisfied
+            # A verdict that is missing says nothing about the answer.
             if value is None:
                 continue
             self.titles[sample.split].add(verdict.title, sample.step, sample.id, value)
             if verdict.axis:
                 self.axes[sample.split].add(verdict.axis, sample.step, sample.id, value)
 
+        # The step that was last until now makes room.
         steps = self.rollouts[sample.split]
         if len(steps) == 2 and sample.step not in steps:
             del steps[max(steps)]
         steps.setdefault(sample.step, []).append(sample)
 
-    def ends(self, split: str) -> tuple[list[Sample], list[Sample]]:
-        """Rollouts of the first and of the last step; the same ones where there is only one step."""
+    def ends(self, split: str) -> list[list[Sample]]:
+        """The rollouts of the first and of the last step; of one step where there is only one."""
         steps = self.rollouts[split]
-        if not steps:
-            return [], []
-        return steps[min(steps)], steps[max(steps)]
+        return [steps[step] for step in sorted(steps)]
 
 
-# The log of the run that this process trains, so that each evaluation reads only the new lines.
+# The log of the run that this process trains, so that each evaluation reads only its new lines.
 OPEN_LOGS: dict[Path, SampleLog] = {}
 
 
 def open_log(folder: Path) -> SampleLog:
-    """The run's samples, read up to their end. One run is remembered, not every run ever drawn."""
+    """The run's samples, read up to their end. Raises DataError."""
     path = (folder / "samples.jsonl").resolve()
     if path not in OPEN_LOGS:
+        # One run is remembered, not every run that was ever drawn.
         OPEN_LOGS.clear()
         OPEN_LOGS[path] = SampleLog(path)
     return OPEN_LOGS[path].read_on()
 
 
-# ---------------------------------------------------------------------------------- drawing
+def pair_answers(log: SampleLog) -> list[tuple[Sample, Sample]]:
+    """The first and the last held-out answer to each prompt; [] before there are two evaluations."""
+    ends = log.ends("heldout")
+    if len(ends) < 2:
+        return []
+    answers_before = {sample.id: sample for sample in ends[0]}
+    pairs = []
+    for after in ends[1]:
+        if after.id in answers_before:
+            pairs.append((answers_before[after.id], after))
+    return pairs
+
+
+def gain_of(pair: tuple[Sample, Sample]) -> float:
+    """Reward of the last answer minus that of the first; nan where either was not scored."""
+    before, after = pair
+    if before.reward is None or after.reward is None:
+        return math.nan
+    return after.reward - before.reward
+
+
+def by_gain(pairs: list[tuple[Sample, Sample]]) -> list[tuple[Sample, Sample]]:
+    """The largest gain first; what was not scored comes last."""
+    # Sorting with nan among the keys would leave the order to chance.
+    scored = [pair for pair in pairs if not math.isnan(gain_of(pair))]
+    unscored = [pair for pair in pairs if math.isnan(gain_of(pair))]
+    return sorted(scored, key=gain_of, reverse=True) + unscored
+
+
+# ----------------------------------------------------------------------------- drawing
 
 BLUE = "#2f6690"
 ORANGE = "#c8733a"
 GREY = "#e4e6e8"
+INK = "#22272b"
 COLOURS = [BLUE, ORANGE, "#4f8a5b", "#8e5a9b", "#b0413e", "#6b6b6b", "#a88a2a", "#3a9aa8"]
 DRAWING = {
-    "text.parse_math": False,  # a title may hold a dollar sign
-    "svg.fonttype": "none",  # text stays text: small, and the reader's own font
-    "svg.hashsalt": "report",
-    "path.simplify": True,
+    "text.parse_math": False,  # a title may hold dollar signs
+    "svg.fonttype": "none",  # text stays text: small, and in the reader's own font
+    "svg.hashsalt": "report",  # the same run gives the same page
     "font.size": 13,
     "axes.titlesize": 13,
     "axes.labelsize": 13,
@@ -449,179 +517,26 @@ DRAWING = {
     "axes.labelcolor": "#444b52",
     "xtick.color": "#444b52",
     "ytick.color": "#444b52",
-    "axes.titlecolor": "#22272b",
 }
 
 
-@dataclass
-class Line:
-    """One line of the curves: a name, and the metrics of its seeds."""
+@contextmanager
+def drawing():
+    """While it is open, figures are drawn in our style; afterwards their memory is given back."""
+    # Imported here: who only wants the summary need not have it.
+    import matplotlib
 
-    name: str
-    seeds: list[list[dict]]
-
-
-def band(rows: list[dict], key: str) -> tuple[float, float]:
-    """Lower and upper edge at one step, from one row per seed: mean and standard deviation over seeds.
-
-    Of a single seed: the reward's std within groups, and the 95 % interval of the held-out score.
-    """
-    values = [row[key] for row in rows]
-    middle = statistics.fmean(values)
-    width = statistics.pstdev(values)
-    if len(rows) == 1 and key == "reward":
-        width = rows[0]["reward_std"] or 0.0
-    if len(rows) == 1 and key == "eval_score" and rows[0]["eval_ci"]:
-        return rows[0]["eval_ci"]
-    return middle - width, middle + width
-
-
-def draw_curve(
-    axes, line: Line, key: str, colour: str, style: str = "-", name: str = ""
-) -> None:
-    """Dots: the mean over seeds at a step. Line: its mean over five steps. Band: see `band`."""
-    rows_at: dict[int, list[dict]] = {}
-    for rows in line.seeds:
-        for row in rows:
-            if row[key] is not None:
-                rows_at.setdefault(row["step"], []).append(row)
-    steps = sorted(rows_at)
-    if not steps:
-        return
-
-    # Held-out scores are few and each is a mean over all prompts: they are not smoothed.
-    window = 1 if key.startswith("eval") else 5
-    values = []
-    for step in steps:
-        values.append(statistics.fmean(row[key] for row in rows_at[step]))
-    smooth = []
-    for place in range(len(values)):
-        smooth.append(statistics.fmean(values[max(0, place + 1 - window) : place + 1]))
-    axes.plot(steps, smooth, style, color=colour, linewidth=1.8, label=name or line.name)
-
-    # Thousands of dots would hide the line and swell the page.
-    if len(steps) <= 200:
-        axes.plot(steps, values, ".", color=colour, alpha=0.45, markersize=5)
-    edges = [band(rows_at[step], key) for step in steps]
-    lower = [edge[0] for edge in edges]
-    upper = [edge[1] for edge in edges]
-    axes.fill_between(steps, lower, upper, color=colour, alpha=0.13, linewidth=0)
-
-
-def has_values(lines: list[Line], key: str) -> bool:
-    """Whether any run has this metric."""
-    return any(row[key] is not None for line in lines for rows in line.seeds for row in rows)
-
-
-def draw_panel(axes, lines: list[Line], key: str) -> None:
-    """One metric over the steps, one line per experiment."""
-    for place, line in enumerate(lines):
-        colour = COLOURS[place % len(COLOURS)]
-        draw_curve(axes, line, key, colour)
-    axes.set_xlabel("step")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.2)
-    axes.margins(x=0.02)
-
-    # The judge that pays is the one whose taste the policy learns; a second one shows what is left
-    # of the gain for somebody else.
-    if key == "eval_score" and has_values(lines, "eval_other_score"):
-        for place, line in enumerate(lines):
-            colour = ORANGE if len(lines) == 1 else COLOURS[place % len(COLOURS)]
-            draw_curve(
-                axes, line, "eval_other_score", colour, "--", f"{line.name}, other judge"
-            )
-        if len(lines) == 1:
-            handles, _ = axes.get_legend_handles_labels()
-            names = ["the judge that pays", "the judge that does not"]
-            axes.legend(handles, names, fontsize=11, frameon=False)
-
-
-def colour_scale():
-    """From nearly white to our blue: one hue, readable by everyone and in print."""
-    from matplotlib.colors import LinearSegmentedColormap
-
-    return LinearSegmentedColormap.from_list("rates", ["#f4f8fb", "#9fc2dc", BLUE, "#173f5f"])
-
-
-def draw_rates(axes, rates: PassRates, labels: list[str]) -> None:
-    """A heat map: one row per criterion, one column per step; grey where nothing was judged."""
-    columns = sorted(rates.columns)
-    table = []
-    for label in labels:
-        row = []
-        for column in columns:
-            total, n = rates.cells.get(label, {}).get(column, (0.0, 0))
-            row.append(total / n if n else math.nan)
-        table.append(row)
-    axes.set_facecolor(GREY)
-    axes.pcolormesh(
-        table, cmap=colour_scale(), vmin=0, vmax=1, edgecolors="white", linewidth=0.6
-    )
-    axes.invert_yaxis()
-
-    # Few columns leave room for the figures themselves.
-    if len(columns) <= 6:
-        for y, row in enumerate(table):
-            for x, value in enumerate(row):
-                if not math.isnan(value):
-                    colour = "white" if value > 0.55 else "#22272b"
-                    text = f"{100 * value:.0f}"
-                    axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", color=colour)
-
-    # At most seven step numbers: more would run into each other.
-    stride = math.ceil(len(columns) / 7)
-    places = range(0, len(columns), stride)
-    axes.set_xticks(
-        [place + 0.5 for place in places], [str(columns[place]) for place in places]
-    )
-    axes.set_xlabel("step" if rates.width == 1 else f"step ({rates.width} per column)")
-    rows = range(len(labels))
-    names = [shorten(label, 22) for label in labels]
-    axes.set_yticks([row + 0.5 for row in rows], names)
-    axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-
-
-def shorten(text: str, limit: int) -> str:
-    """The text on one line, cut at `limit` characters.
-
-    >>> shorten("Says that rest helps", 12)
-    'Says that r…'
-    """
-    text = " ".join(printable(text).split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def choose_labels(log: SampleLog) -> tuple[dict[str, PassRates], list[str]]:
-    """(pass rates by split, rows of the heat map): criteria that several prompts share, else axes.
-
-    A criterion of one prompt is judged too rarely to show a trend. Of many the most judged are
-    taken, and those that gained most come first.
-    """
-    rates = log.titles
-    labels = rates["train"].shared_labels() or rates["heldout"].shared_labels()
-    if not labels:
-        rates = log.axes
-        labels = list(rates["train"].cells or rates["heldout"].cells)
-    if not labels:
-        rates = log.titles
-        labels = list(rates["train"].cells)
-
-    labels = sorted(labels, key=lambda label: -rates["train"].n_verdicts(label))[:MAX_ROWS]
-    labels = sorted(labels, key=lambda label: -rates["train"].gain(label))
-    return rates, labels
-
-
-HEAT_MAPS = {
-    "train": "pass rate in training rollouts, %",
-    "heldout": "pass rate in held-out answers, %",
-}
+    with matplotlib.rc_context(DRAWING), warnings.catch_warnings():
+        # A letter that the font lacks is drawn as a box; a warning per letter helps nobody.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
+    # A figure is a knot of references; uncollected, each holds four megabytes.
+    gc.collect()
 
 
 def new_figure(width: float, height: float):
-    """A figure without a screen: runs happen on machines that have none, so no pyplot."""
+    """An empty figure, in inches."""
+    # No pyplot: runs happen on machines without a screen.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -629,28 +544,194 @@ def new_figure(width: float, height: float):
     return figure
 
 
-def draw_picture(lines: list[Line], log: SampleLog | None, title: str) -> bytes:
-    """report.png: the four panels, and below them the heat maps of a single run."""
-    rates, labels = choose_labels(log) if log else ({}, [])
-    shown = [split for split in HEAT_MAPS if labels and rates[split].columns]
-    heat_height = 1.2 + 0.27 * len(labels) if shown else 0.0
+@dataclass
+class Experiment:
+    """One line of the curves: a name, and the metrics of its seeds."""
+
+    name: str
+    seeds: list[list[dict]]
+
+    def rows_at(self, key: str) -> dict[int, list[dict]]:
+        """Step -> the rows that have this metric, one per seed; steps in order."""
+        rows_at: dict[int, list[dict]] = {}
+        for rows in self.seeds:
+            for row in rows:
+                if row[key] is not None:
+                    rows_at.setdefault(row["step"], []).append(row)
+        return dict(sorted(rows_at.items()))
+
+
+def band(rows: list[dict], key: str) -> tuple[float, float]:
+    """Lower and upper edge at one step, from one row per seed.
+
+    Of several seeds mean and standard deviation. Of a single one the reward's std within groups,
+    and the 95 % interval of the held-out score.
+    """
+    values = [row[key] for row in rows]
+    mean = statistics.fmean(values)
+    width = statistics.pstdev(values)
+    if len(rows) == 1 and key == "reward":
+        # Early rows of older versions lack it.
+        width = 0.0 if rows[0]["reward_std"] is None else rows[0]["reward_std"]
+    if len(rows) == 1 and key == "eval_score" and rows[0]["eval_ci"]:
+        return rows[0]["eval_ci"]
+    return mean - width, mean + width
+
+
+def draw_curve(axes, experiment: Experiment, key: str, colour: str, style: str = "-") -> None:
+    """Dots: the mean over seeds at a step. Line: its mean over five steps. Band: see `band`."""
+    rows_at = experiment.rows_at(key)
+    steps = list(rows_at)
+    means = []
+    for rows in rows_at.values():
+        means.append(statistics.fmean(row[key] for row in rows))
+
+    # Held-out scores are few, and each is a mean over all prompts already.
+    window = 1 if key.startswith("eval") else 5
+    smooth = []
+    for end in range(1, len(means) + 1):
+        smooth.append(statistics.fmean(means[max(0, end - window) : end]))
+    axes.plot(steps, smooth, style, color=colour, linewidth=1.8, label=experiment.name)
+
+    # Thousands of dots would hide the line and swell the page.
+    if len(steps) <= 200:
+        axes.plot(steps, means, ".", color=colour, alpha=0.45, markersize=5)
+    edges = [band(rows, key) for rows in rows_at.values()]
+    lower = [edge[0] for edge in edges]
+    upper = [edge[1] for edge in edges]
+    axes.fill_between(steps, lower, upper, color=colour, alpha=0.13, linewidth=0)
+
+
+def has_metric(experiments: list[Experiment], key: str) -> bool:
+    """Whether any run has this metric."""
+    return any(experiment.rows_at(key) for experiment in experiments)
+
+
+def draw_panel(axes, experiments: list[Experiment], key: str) -> None:
+    """One metric over the steps, one line per experiment."""
+    for place, experiment in enumerate(experiments):
+        draw_curve(axes, experiment, key, COLOURS[place % len(COLOURS)])
+    axes.set_xlabel("step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.2)
+    axes.margins(x=0.02)
+
+    # The policy learns the taste of the judge that pays. A second judge shows what is left of the
+    # gain for somebody else.
+    if key != "eval_score" or not has_metric(experiments, "eval_other_score"):
+        return
+    if len(experiments) > 1:
+        for place, experiment in enumerate(experiments):
+            colour = COLOURS[place % len(COLOURS)]
+            draw_curve(axes, experiment, "eval_other_score", colour, "--")
+    else:
+        draw_curve(axes, experiments[0], "eval_other_score", ORANGE, "--")
+        handles, _ = axes.get_legend_handles_labels()
+        names = ["the judge that pays", "the judge that does not"]
+        axes.legend(handles, names, fontsize=11, frameon=False)
+
+
+def panel_name(experiments: list[Experiment], key: str) -> str:
+    """What a panel shows."""
+    # Of several runs the legend names the colours, so the dashes need words.
+    is_dashed = key == "eval_score" and has_metric(experiments, "eval_other_score")
+    if is_dashed and len(experiments) > 1:
+        return f"{PANELS[key]}; dashed: a judge that does not pay"
+    return PANELS[key]
+
+
+def colour_scale():
+    """From nearly white to our blue: one hue, which everybody can tell apart, and print."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    shades = ["#f4f8fb", "#9fc2dc", BLUE, "#173f5f"]
+    return LinearSegmentedColormap.from_list("rates", shades)
+
+
+def draw_rates(axes, rates: PassRates, labels: list[str]) -> None:
+    """A heat map: one row per criterion, one column per step, grey where nothing was judged."""
+    columns = sorted(rates.columns)
+    table = []
+    for label in labels:
+        table.append([rates.rate(label, column) for column in columns])
+    axes.set_facecolor(GREY)
+    axes.pcolormesh(
+        table, cmap=colour_scale(), vmin=0, vmax=1, edgecolors="white", linewidth=0.6
+    )
+    axes.invert_yaxis()
+    if len(columns) <= 6:
+        write_rates(axes, table)
+
+    # At most seven step numbers: more would run into each other.
+    places = range(0, len(columns), math.ceil(len(columns) / 7))
+    axes.set_xticks([place + 0.5 for place in places])
+    axes.set_xticklabels([str(columns[place]) for place in places])
+    axes.set_xlabel("step" if rates.width == 1 else f"step ({rates.width} per column)")
+    axes.set_yticks([row + 0.5 for row in range(len(labels))])
+    axes.set_yticklabels([shorten(label, 22) for label in labels])
+
+    # The cells are frame and ticks enough.
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def write_rates(axes, table: list[list[float]]) -> None:
+    """The figures themselves, where the columns leave room for them."""
+    for y, row in enumerate(table):
+        for x, value in enumerate(row):
+            if math.isnan(value):
+                continue
+            # Dark on light, light on dark.
+            colour = "white" if value > 0.55 else INK
+            place = (x + 0.5, y + 0.5)
+            axes.text(*place, f"{100 * value:.0f}", ha="center", va="center", color=colour)
+
+
+def choose_labels(log: SampleLog) -> tuple[dict[str, PassRates], list[str]]:
+    """(pass rates by split, rows of the heat maps): criteria that prompts share, else axes."""
+    # A criterion of one prompt is judged too rarely to show a trend.
+    rates = log.titles
+    labels = rates["train"].shared_labels() or rates["heldout"].shared_labels()
+    if not labels:
+        rates = log.axes
+        labels = list(rates["train"].cells or rates["heldout"].cells)
+    # A run on one prompt, of a version that logged no axes.
+    if not labels:
+        rates = log.titles
+        labels = list(rates["train"].cells or rates["heldout"].cells)
+
+    # Of many the most judged, whose rates are least noise; then what was learnt stands on top.
+    training = rates["train"]
+    labels = sorted(labels, key=training.n_verdicts, reverse=True)[:MAX_ROWS]
+    return rates, sorted(labels, key=training.gain, reverse=True)
+
+
+def draw_picture(experiments: list[Experiment], log: SampleLog | None, title: str) -> bytes:
+    """report.png: the four panels, and for a single run (log) its heat maps below them."""
+    rates: dict[str, PassRates] = {}
+    labels: list[str] = []
+    if log:
+        rates, labels = choose_labels(log)
+    splits = [split for split in rates if labels and rates[split].columns]
+
+    # The heat maps get the height that their rows need.
+    heat_height = 1.2 + 0.27 * len(labels) if splits else 0.0
     figure = new_figure(11, 7 + heat_height)
     figure.suptitle(shorten(title, 110), fontsize=12)
-    if shown:
+    upper = figure
+    if splits:
         upper, lower = figure.subfigures(2, 1, height_ratios=[7, heat_height])
-    else:
-        upper, lower = figure, None
-
-    for (key, name), axes in zip(PANELS.items(), upper.subplots(2, 2).flat):
-        axes.set_title(name)
-        draw_panel(axes, lines, key)
-        if key == "reward" and len(lines) > 1:
-            axes.legend(fontsize=9, frameon=False)
-    if shown:
-        maps = lower.subplots(1, len(shown), squeeze=False)[0]
-        for split, axes in zip(shown, maps):
+        for split, axes in zip(splits, lower.subplots(1, len(splits), squeeze=False)[0]):
             axes.set_title(HEAT_MAPS[split])
             draw_rates(axes, rates[split], labels)
+
+    for key, axes in zip(PANELS, upper.subplots(2, 2).flat):
+        axes.set_title(panel_name(experiments, key))
+        draw_panel(axes, experiments, key)
+        # One legend is enough: the colours are the same everywhere.
+        if key == "reward" and len(experiments) > 1:
+            axes.legend(fontsize=9, frameon=False)
 
     target = io.BytesIO()
     figure.savefig(target, format="png", dpi=110)
@@ -658,19 +739,18 @@ def draw_picture(lines: list[Line], log: SampleLog | None, title: str) -> bytes:
 
 
 def as_svg(figure, description: str) -> str:
-    """The figure as markup to stand inside a page."""
-    nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    """The figure as markup that can stand inside a page."""
+    no_metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
     target = io.StringIO()
-    figure.savefig(target, format="svg", metadata=nothing, facecolor="none")
-    text = target.getvalue()
-    # Without the XML prologue, which has no place inside HTML.
-    drawn = text[text.index("<svg") :]
-    return f'<figure role="img" aria-label="{markup(description)}">{drawn}</figure>'
+    figure.savefig(target, format="svg", metadata=no_metadata, facecolor="none")
+    # The XML prologue has no place inside HTML.
+    drawn = target.getvalue().partition("<svg")[2]
+    return f'<figure role="img" aria-label="{markup(description)}"><svg{drawn}</figure>'
 
 
-# ---------------------------------------------------------------------------------- the page
+# ----------------------------------------------------------------------------- the page
 
-# No script may run and nothing may be fetched: the page holds what models and strangers wrote.
+# No script may run and nothing may be fetched, even if an escape were forgotten below.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 STYLE = """
 :root { color-scheme: light; --ink: #22272b; --soft: #5c666f; --line: #dfe3e6; --ground: #f6f7f8 }
@@ -678,35 +758,44 @@ STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: #fff;
   max-width: 62rem; margin: 0 auto; padding: 1.5rem 1rem 4rem }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .25rem; overflow-wrap: anywhere }
-h2 { font-size: 1.15rem; margin: 2.75rem 0 .25rem }
-h3 { font-size: 1rem; margin: 0 0 .25rem; font-weight: 600 }
-p { margin: .25rem 0 .75rem; max-width: 46rem }
+h2 { font-size: 1.15rem; margin: 2.75rem 0 .25rem; overflow-wrap: anywhere }
+h3 { font-size: 1rem; font-weight: 600; margin: 0 0 .25rem }
+p { margin: .25rem 0 .75rem; max-width: 46rem; overflow-wrap: anywhere }
 .soft { color: var(--soft) }
+.figures { color: var(--soft); font-weight: 400; font-variant-numeric: tabular-nums }
 .panels { display: grid; gap: 1.5rem 2rem; margin-top: 1rem;
   grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)) }
-figure { margin: 0; min-width: 0 } svg { display: block; width: 100%; height: auto }
+figure { margin: 0; min-width: 0 }
+svg { display: block; width: 100%; height: auto }
 svg text { font-family: system-ui, sans-serif !important }
-details { border-top: 1px solid var(--line) } details:last-of-type { border-bottom: 1px solid var(--line) }
-summary { cursor: pointer; padding: .55rem 0; display: flex; gap: .25rem 1rem; flex-wrap: wrap;
+details { border-top: 1px solid var(--line) }
+details:last-of-type { border-bottom: 1px solid var(--line) }
+summary { cursor: pointer; padding: .55rem 0; display: flex; flex-wrap: wrap; gap: .25rem 1rem;
   justify-content: space-between; overflow-wrap: anywhere }
 summary::before { content: "+"; color: var(--soft); width: .8rem; flex: none }
 details[open] > summary::before { content: "–" }
-summary .name { flex: 1 1 14rem; min-width: 0 } summary .figures { margin-left: 1.8rem }
-.figures { color: var(--soft); font-weight: 400; font-variant-numeric: tabular-nums }
+summary .name { flex: 1 1 14rem; min-width: 0 }
+summary .figures { margin-left: 1.8rem }
 .inside { padding: 0 0 1.25rem 1.8rem }
 .said { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--ground);
   border-radius: 6px; padding: .7rem .9rem; margin: .25rem 0 1rem }
-.prompt { background: none; border-left: 3px solid var(--line); border-radius: 0; padding: .1rem .9rem }
-.pair { display: grid; gap: 0 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)) }
+.prompt { background: none; border-left: 3px solid var(--line); border-radius: 0;
+  padding: .1rem .9rem }
+.pair { display: grid; gap: 0 1.5rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)) }
 .pair > div { min-width: 0 }
 .wide { overflow-x: auto }
+.lives svg { min-width: 50rem }
 table { border-collapse: collapse; font-size: .9rem; width: 100% }
-.verdicts table { table-layout: fixed } .verdicts th:first-child { width: 34% }
+.verdicts table { table-layout: fixed }
+.verdicts th:first-child { width: 34% }
 th { text-align: left; font-weight: 600; color: var(--soft) }
-td, th { padding: .35rem .7rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
-  overflow-wrap: anywhere }
-.good { color: #1f6b3a } .bad { color: #a3352b } .none { color: #7a6510 }
+td, th { padding: .35rem .7rem .35rem 0; border-bottom: 1px solid var(--line);
+  vertical-align: top; overflow-wrap: anywhere }
 .reason { color: var(--soft); display: block }
+.good { color: #1f6b3a }
+.bad { color: #a3352b }
+.none { color: #7a6510 }
 @media (max-width: 30rem) { .inside { padding-left: 0 } body { padding-top: 1rem } }
 """
 PAGE = """<!doctype html>
@@ -721,65 +810,109 @@ PAGE = """<!doctype html>
 """
 
 
-def page(title: str, parts: list[str]) -> str:
+def page(title: str, parts: list[str]) -> bytes:
     """The parts, which are markup already, as one HTML file."""
     body = "\n".join(parts)
-    return PAGE.format(policy=POLICY, title=markup(title), style=STYLE, body=body)
+    return PAGE.format(policy=POLICY, title=markup(title), style=STYLE, body=body).encode("utf8")
 
 
 def fold(name: str, figures: str, inside: list[str], is_open: bool = False) -> str:
-    """Something to open. name and figures are texts; inside is markup."""
+    """Something to open. name and figures are texts, inside is markup."""
     attribute = " open" if is_open else ""
-    head = f'<span class="name">{markup(name)}</span> <span class="figures">{markup(figures)}</span>'
+    head = f'<span class="name">{markup(name)}</span>'
+    head += f' <span class="figures">{markup(figures)}</span>'
     body = "\n".join(inside)
     return f'<details{attribute}><summary>{head}</summary><div class="inside">{body}</div></details>'
 
 
-def verdict_cell(verdict: Judged) -> str:
-    """What the judge says, marked by whether that is right in this respect; then its reason."""
-    if verdict.score is None:
-        kind = "none"
-        mark = "? missing"
-    elif verdict.satisfied >= 0.5:
-        kind = "good"
-        mark = f"✓ {verdict_text(verdict.score)}"
-    else:
-        kind = "bad"
-        mark = f"✗ {verdict_text(verdict.score)}"
-    reason = f'<span class="reason">{markup(verdict.reason)}</span>'
-    return f'<td><span class="{kind}">{mark}</span>{reason}</td>'
+def grid(figures: list[tuple[str, str]]) -> str:
+    """Drawings with their names, side by side where the screen is wide enough."""
+    cells = [f"<div><h3>{markup(name)}</h3>{drawn}</div>" for name, drawn in figures]
+    return f'<div class="panels">{"".join(cells)}</div>'
+
+
+def panel_section(experiments: list[Experiment]) -> list[str]:
+    """The curves of the metrics that the runs have."""
+    figures = []
+    for key in PANELS:
+        # A run without a reference model has no KL: no empty frame for it.
+        if has_metric(experiments, key):
+            name = panel_name(experiments, key)
+            figure = new_figure(5.4, 3.5)
+            draw_panel(figure.subplots(), experiments, key)
+            figures.append((name, as_svg(figure, name)))
+    return [grid(figures)]
+
+
+def heat_section(log: SampleLog, title: str) -> list[str]:
+    """Which criteria are learnt when."""
+    rates, labels = choose_labels(log)
+    figures = []
+    for split, name in HEAT_MAPS.items():
+        if labels and rates[split].columns:
+            figure = new_figure(5.4, 1.1 + 0.29 * len(labels))
+            draw_rates(figure.subplots(), rates[split], labels)
+            figures.append((name, as_svg(figure, name)))
+    if not figures:
+        return []
+
+    note = (
+        "The share of answers that are right in this respect: light 0 %, dark 100 %, grey where "
+        "nothing was judged. A fault counts as right where it is absent. What gained most in "
+        "training comes first."
+    )
+    return [f"<h2>{markup(title)}</h2>", f'<p class="soft">{note}</p>', grid(figures)]
 
 
 def verdict_text(score: float) -> str:
-    """A verdict in words where it is a clear one.
+    """A verdict in words.
 
     >>> verdict_text(1.0), verdict_text(0.0), verdict_text(1 / 3)
     ('met', 'not met', 'met by 0.33')
     """
-    if score in (0, 1):
-        return "met" if score else "not met"
+    if score == 1:
+        return "met"
+    if score == 0:
+        return "not met"
     return f"met by {score:.2g}"
 
 
+def verdict_cell(verdict: Judged) -> str:
+    """What the judge says, marked by whether that is right in this respect, and its reason."""
+    # A mark besides the colour: not everybody tells red from green.
+    if verdict.score is None:
+        kind = "none"
+        text = "? missing"
+    elif verdict.satisfied >= 0.5:
+        kind = "good"
+        text = f"✓ {verdict_text(verdict.score)}"
+    else:
+        kind = "bad"
+        text = f"✗ {verdict_text(verdict.score)}"
+    reason = f'<span class="reason">{markup(verdict.reason)}</span>'
+    return f'<td><span class="{kind}">{text}</span>{reason}</td>'
+
+
 def verdict_table(columns: dict[str, list[Judged]]) -> str:
-    """One row per criterion, one column of verdicts per answer. All answers have the same criteria."""
-    heads = "".join(f"<th>{markup(name)}</th>" for name in columns)
-    rows = [f"<tr><th>criterion</th>{heads}</tr>"]
+    """One row per criterion, one column per answer; all answers have the same criteria."""
+    heads = [f"<th>{markup(name)}</th>" for name in columns]
+    rows = [f"<tr><th>criterion</th>{''.join(heads)}</tr>"]
     for verdicts in zip(*columns.values()):
-        first = verdicts[0]
-        cells = "".join(verdict_cell(verdict) for verdict in verdicts)
-        weight = f'<span class="reason">weight {first.weight:+.4g}</span>'
-        rows.append(f"<tr><td>{markup(first.title)}{weight}</td>{cells}</tr>")
+        weight = f'<span class="reason">weight {verdicts[0].weight:+.4g}</span>'
+        cells = [f"<td>{markup(verdicts[0].title)}{weight}</td>"]
+        cells += [verdict_cell(verdict) for verdict in verdicts]
+        rows.append(f"<tr>{''.join(cells)}</tr>")
     return f'<div class="verdicts"><table>{"".join(rows)}</table></div>'
 
 
-def rubric_of(sample: Sample) -> list[tuple[str, float]]:
-    """What the sample was judged by."""
-    return [(verdict.title, verdict.weight) for verdict in sample.verdicts]
+def answer_figures(sample: Sample) -> str:
+    """Reward, length, and how the answer ended."""
+    tokens = "?" if sample.tokens is None else f"{sample.tokens:.0f}"
+    return f"reward {score_text(sample.reward, '+.3f')}, {tokens} tokens, {sample.finish}"
 
 
 def prompt_block(prompts: dict[str, str], name: str) -> str:
-    """The prompt, or its id where the run did not save its prompts."""
+    """The prompt, or its id where the run saved no prompts."""
     return f'<div class="said prompt">{markup(prompts.get(name, name))}</div>'
 
 
@@ -788,415 +921,339 @@ def prompt_name(prompts: dict[str, str], name: str) -> str:
     return shorten(prompts.get(name, name), 90)
 
 
-def answer_figures(sample: Sample) -> str:
-    """Reward, length and how the answer ended."""
-    tokens = number_text(sample.tokens, ".0f")
-    return f"reward {number_text(sample.reward, '+.3f')}, {tokens} tokens, {sample.finish}"
+def note_left_out(n_prompts: int) -> str:
+    """What the reader does not see."""
+    if n_prompts <= MAX_PROMPTS:
+        return ""
+    return f" {n_prompts - MAX_PROMPTS} of {n_prompts} prompts are only in samples.jsonl."
 
 
 def pair_section(log: SampleLog, prompts: dict[str, str]) -> list[str]:
-    """First and last held-out answer of every prompt side by side, the largest gain first."""
-    first, last = log.ends("heldout")
-    if not first:
+    """First and last held-out answer to each prompt, side by side."""
+    pairs = by_gain(pair_answers(log))
+    if not pairs:
         return []
-    answers_before = {sample.id: sample for sample in first}
-    pairs = []
-    for after in last:
-        before = answers_before.get(after.id)
-        if before is not None:
-            pairs.append((before, after, gain_of(before, after)))
-    # What could not be scored comes last: nan would leave the order to chance.
-    pairs.sort(key=lambda pair: math.inf if math.isnan(pair[2]) else -pair[2])
-
-    steps = f"step {first[0].step} and step {last[0].step}"
+    first_step = pairs[0][0].step
+    last_step = pairs[0][1].step
+    note = f"Greedy answers at step {first_step} and step {last_step}, the largest gain first."
     parts = ["<h2>Held-out answers, first and last</h2>"]
-    parts.append(
-        f'<p class="soft">Greedy answers at {steps}, the largest gain first.{left_out(len(pairs))}</p>'
-    )
-    for before, after, gain in pairs[:MAX_PROMPTS]:
+    parts.append(f'<p class="soft">{note}{note_left_out(len(pairs))}</p>')
+
+    for place, pair in enumerate(pairs[:MAX_PROMPTS]):
+        before, after = pair
+        rewards = f"{score_text(before.reward)} → {score_text(after.reward)}"
         name = prompt_name(prompts, after.id)
-        figures = f"{number_text(before.reward)} → {number_text(after.reward)}"
-        # The first pair stands open, so that a reader sees an answer without a click.
-        parts.append(fold(name, figures, pair_inside(before, after, prompts), len(parts) == 2))
+        # The first pair is open, so that nobody has to find out how it works.
+        parts.append(fold(name, rewards, pair_inside(pair, prompts), is_open=place == 0))
     return parts
 
 
-def gain_of(before: Sample, after: Sample) -> float:
-    """Reward after minus reward before; nan where either was not scored."""
-    if before.reward is None or after.reward is None:
-        return math.nan
-    return after.reward - before.reward
-
-
-def left_out(n: int) -> str:
-    """What the reader does not see."""
-    return f" {n - MAX_PROMPTS} of {n} prompts are not shown." if n > MAX_PROMPTS else ""
-
-
-def pair_inside(before: Sample, after: Sample, prompts: dict[str, str]) -> list[str]:
-    """The prompt, both answers, and what the judge said of each."""
+def pair_inside(pair: tuple[Sample, Sample], prompts: dict[str, str]) -> list[str]:
+    """The prompt, both answers, and what the judge says of each."""
     cells = []
-    for sample in (before, after):
-        head = f'<h3>step {sample.step} <span class="figures">{markup(answer_figures(sample))}</span></h3>'
+    for sample in pair:
+        figures = f'<span class="figures">{markup(answer_figures(sample))}</span>'
+        head = f"<h3>step {sample.step} {figures}</h3>"
         cells.append(f'<div>{head}<div class="said">{markup(sample.text)}</div></div>')
-    parts = [prompt_block(prompts, after.id), f'<div class="pair">{"".join(cells)}</div>']
+    parts = [prompt_block(prompts, pair[1].id), f'<div class="pair">{"".join(cells)}</div>']
 
-    # Evolving rubrics may have changed in between; then no row holds both verdicts.
-    if rubric_of(before) == rubric_of(after):
-        columns = {
-            f"step {before.step}": before.verdicts,
-            f"step {after.step} ": after.verdicts,
-        }
+    # Where the rubric has changed in between, no row could hold both verdicts.
+    before, after = pair
+    rubrics = []
+    for sample in pair:
+        rubrics.append([(verdict.title, verdict.weight) for verdict in sample.verdicts])
+    if rubrics[0] == rubrics[1]:
+        columns = {f"step {before.step}": before.verdicts, f"step {after.step}": after.verdicts}
         parts.append(verdict_table(columns))
     else:
-        parts.append(verdict_table({f"step {before.step}": before.verdicts}))
-        parts.append(verdict_table({f"step {after.step}": after.verdicts}))
+        for sample in pair:
+            parts.append(verdict_table({f"step {sample.step}": sample.verdicts}))
     return parts
 
 
 def rollout_section(samples: list[Sample], prompts: dict[str, str]) -> list[str]:
-    """The rollouts of one training step, by prompt: first the prompt, then its group."""
+    """The rollouts of one training step: each prompt, and in it its group."""
     groups: dict[str, list[Sample]] = {}
     for sample in samples:
         groups.setdefault(sample.id, []).append(sample)
-
     parts = [f"<h2>Rollouts of training step {samples[0].step}</h2>"]
     if len(groups) > MAX_PROMPTS:
-        parts.append(f'<p class="soft">{left_out(len(groups))}</p>')
-    for name in list(groups)[:MAX_PROMPTS]:
-        inside = [prompt_block(prompts, name)]
-        for sample in groups[name]:
-            figures = (
-                f"advantage {number_text(sample.advantage, '+.3f')}, {answer_figures(sample)}"
-            )
-            shown = [f'<div class="said">{markup(sample.text)}</div>']
-            shown.append(verdict_table({"verdict": sample.verdicts}))
-            inside.append(fold(shorten(sample.text, 60), figures, shown))
+        parts.append(f'<p class="soft">{note_left_out(len(groups))}</p>')
 
-        rewards = [sample.reward for sample in groups[name] if sample.reward is not None]
-        spread = "not scored"
-        if rewards:
-            spread = (
-                f"{len(groups[name])} rollouts, reward {min(rewards):.2f} to {max(rewards):.2f}"
-            )
-        parts.append(fold(prompt_name(prompts, name), spread, inside))
+    for name, group in list(groups.items())[:MAX_PROMPTS]:
+        inside = [prompt_block(prompts, name)]
+        for sample in group:
+            advantage = f"advantage {score_text(sample.advantage, '+.3f')}"
+            answer = f'<div class="said">{markup(sample.text)}</div>'
+            verdicts = verdict_table({"verdict": sample.verdicts})
+            figures = f"{advantage}, {answer_figures(sample)}"
+            inside.append(fold(shorten(sample.text, 60), figures, [answer, verdicts]))
+        parts.append(fold(prompt_name(prompts, name), group_figures(group), inside))
     return parts
 
 
-def settings_section(config: dict) -> str:
+def group_figures(group: list[Sample]) -> str:
+    """Size of a group and the spread of its rewards: without spread there is nothing to learn."""
+    rewards = [sample.reward for sample in group if sample.reward is not None]
+    if not rewards:
+        return f"{len(group)} rollouts, not scored"
+    return f"{len(group)} rollouts, reward {min(rewards):.2f} to {max(rewards):.2f}"
+
+
+def settings_section(config: dict) -> list[str]:
     """All settings, as the run saved them."""
     rows = []
     for key, value in config.items():
-        rows.append(
-            f"<tr><td>{markup(str(key))}</td><td>{markup(setting_text(key, value))}</td></tr>"
-        )
+        rows.append(f"<tr><td>{markup(key)}</td><td>{markup(setting_text(value))}</td></tr>")
     table = f'<div class="wide"><table>{"".join(rows)}</table></div>'
-    return fold("All settings", f"{len(rows)}", [table])
+    return ["<h2>Settings</h2>", fold("All settings", str(len(rows)), [table])]
 
 
-def setting_text(key: str, value: object) -> str:
-    """A setting's value; of the judge's address neither user, password nor query: these are secrets.
-
-    >>> setting_text("judge", "https://me:pa/ss@host/v1?key=1")
-    'https://***@host/v1?***'
-    """
-    text = str(value)
-    if key == "judge":
-        text = re.sub(r"//.*@", "//***@", text, flags=re.DOTALL)
-        text = re.sub(r"\?.*", "?***", text, flags=re.DOTALL)
-    return text
-
-
-def panel_figures(lines: list[Line]) -> list[str]:
-    """The curves that have values, each as a figure of the page."""
-    figures = []
-    for key, name in PANELS.items():
-        if not has_values(lines, key):
-            continue
-        figure = new_figure(5.4, 3.6)
-        draw_panel(figure.subplots(), lines, key)
-        figures.append(f"<div><h3>{markup(name)}</h3>{as_svg(figure, name)}</div>")
-    return figures
-
-
-def heat_section(log: SampleLog) -> list[str]:
-    """Which criteria are learnt when."""
-    rates, labels = choose_labels(log)
-    figures = []
-    for split, name in HEAT_MAPS.items():
-        if labels and rates[split].columns:
-            figure = new_figure(5.4, 1.1 + 0.29 * len(labels))
-            draw_rates(figure.subplots(), rates[split], labels)
-            figures.append(f"<div><h3>{markup(name)}</h3>{as_svg(figure, name)}</div>")
-    if not figures:
-        return []
-    note = (
-        "The share of answers that are right in this respect: light 0 %, dark 100 %, grey where nothing "
-        "was judged. A fault counts as right where it is absent. What gained most in training comes first."
-    )
-    grid = f'<div class="panels">{"".join(figures)}</div>'
-    return ["<h2>Which criteria are learnt when</h2>", f'<p class="soft">{note}</p>', grid]
-
-
-# ---------------------------------------------------------------------------------- one run
-
-
-def run_title(config: dict, folder: Path) -> str:
-    """What the run is, in one line."""
-    return f"{config.get('method', 'run')}, seed {config.get('seed', '?')}: {folder.name}"
-
-
-def run_caption(config: dict) -> str:
-    """Policy, judge and size of the run."""
-    judge = config.get("judge_model") or setting_text("judge", config.get("judge", "?"))
-    size = f"{config.get('prompts_per_step', '?')} prompts x {config.get('group_size', '?')} rollouts"
-    return (
-        f"{config.get('model', '?')}, judge {judge}, {config.get('steps', '?')} steps of {size}"
-    )
+# ----------------------------------------------------------------------------- one run
 
 
 def write_report(run_folder: Path) -> None:
     """Writes report.html and report.png of a run into its folder. Raises DataError."""
-    write_run_report(Path(run_folder), Path(run_folder) / "report.png")
+    folder = Path(run_folder)
+    write_run(folder, folder / "report.png")
 
 
-def write_run_report(folder: Path, picture: Path) -> None:
-    """The page stands beside the picture, under the same name. Raises DataError."""
+def write_run(folder: Path, picture: Path) -> None:
+    """Writes the picture of a run, and its page beside it. Raises DataError."""
     config = read_config(folder)
     metrics = read_metrics(folder)
     log = open_log(folder)
-    lines = [Line(str(config.get("method", folder.name)), [metrics])]
+    steps = log.ends("train")
 
-    first, last = log.ends("train")
-    answers, _ = log.ends("heldout")
-    wanted = {sample.id for sample in [*first, *last, *answers]}
+    # Only the prompts that are shown are looked up.
+    wanted = set()
+    for samples in steps + log.ends("heldout"):
+        wanted.update(sample.id for sample in samples)
     prompts = read_prompts(folder, wanted)
 
-    title = run_title(config, folder)
+    method = str(config.get("method", "run"))
+    title = f"{method}, seed {config.get('seed', '?')}: {folder.name}"
+    caption = run_caption(config)
+    parts = [f"<h1>{markup(title)}</h1>", f'<p class="soft">{markup(caption)}</p>']
+    for sentence in score_sentences(metrics, log):
+        parts.append(f"<p>{markup(sentence.replace('->', '→'))}</p>")
+
+    experiments = [Experiment(method, [metrics])]
     with drawing():
-        png = draw_picture(lines, log, f"{title} ({run_caption(config)})")
-        parts = [
-            f"<h1>{markup(title)}</h1>",
-            f'<p class="soft">{markup(run_caption(config))}</p>',
-        ]
-        for sentence in score_sentences(metrics, log):
-            parts.append(f"<p>{markup(sentence.replace('->', '→'))}</p>")
-        parts.append(f'<div class="panels">{"".join(panel_figures(lines))}</div>')
-        parts += heat_section(log)
-        parts += rubric_section(folder, config)
+        png = draw_picture(experiments, log, f"{title} ({caption})")
+        parts += panel_section(experiments)
+        parts += heat_section(log, "Which criteria are learnt when")
+        if method == "rler":
+            parts += rubric_section(folder)
+
     parts += pair_section(log, prompts)
-    for samples in (first, last):
-        if samples and (samples is first or last is not first):
-            parts += rollout_section(samples, prompts)
-    parts += ["<h2>Settings</h2>", settings_section(config)]
+    for samples in steps:
+        parts += rollout_section(samples, prompts)
+    parts += settings_section(config)
     write_file(picture, png)
-    write_file(picture.with_suffix(".html"), page(title, parts).encode("utf8"))
+    write_file(picture.with_suffix(".html"), page(title, parts))
 
 
-class drawing:
-    """While it is open, figures are drawn in our style; afterwards their memory is given back."""
-
-    def __enter__(self):
-        import matplotlib
-
-        self.style = matplotlib.rc_context(DRAWING)
-        self.style.__enter__()
-        # A letter that the font lacks is drawn as a box; a line per letter on the terminal helps nobody.
-        self.quiet = warnings.catch_warnings()
-        self.quiet.__enter__()
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-
-    def __exit__(self, *error):
-        self.quiet.__exit__(*error)
-        self.style.__exit__(*error)
-        # A figure is a knot of references; uncollected, each holds four megabytes.
-        gc.collect()
+def run_caption(config: dict) -> str:
+    """Policy, judge and size of the run."""
+    # Of a server the model's name says more than its address.
+    judge = config.get("judge_model") or config.get("judge", "?")
+    steps = f"{config.get('steps', '?')} steps of {config.get('prompts_per_step', '?')} prompts"
+    size = f"{steps} x {config.get('group_size', '?')} rollouts"
+    return f"{config.get('model', '?')}, judge {setting_text(judge)}, {size}"
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Written aside and renamed: a kill or a full disk leaves the old file. Raises DataError."""
+    """Writes aside and renames: a kill or a full disk leaves the old file. Raises DataError."""
     side = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         side.write_bytes(content)
         os.replace(side, path)
     except OSError as error:
-        # The room that the half-written file takes is needed for the checkpoint.
+        # The room that a half-written file takes is needed for the next checkpoint.
         with suppress(OSError):
             side.unlink()
-        raise DataError(
-            f"{path}: cannot be written ({error.strerror}); make room or give --out"
-        ) from None
+        reason = f"cannot be written ({error.strerror}); make room or give --out"
+        raise DataError(f"{path}: {reason}") from None
 
 
-# ---------------------------------------------------------------------------------- several runs
+# ----------------------------------------------------------------------------- several runs
 
 
 def line_names(configs: dict[Path, dict]) -> dict[Path, str]:
-    """A name per run: the settings in which the runs differ. Runs of one name differ in the seed alone."""
-    keys: list[str] = []
+    """A name per run: the settings in which the runs differ. Seeds of an experiment share one."""
+    keys: dict[str, None] = {}
     for config in configs.values():
-        keys += [key for key in config if key not in keys and key not in NOT_AN_EXPERIMENT]
+        keys.update(dict.fromkeys(config))
+
     differing = []
     for key in keys:
         values = {str(config.get(key)) for config in configs.values()}
-        if len(values) > 1:
+        if len(values) > 1 and key not in NOT_AN_EXPERIMENT:
             differing.append(key)
 
     names = {}
     for folder, config in configs.items():
-        settings = [key for key in differing if config.get(key, "") != ""]
-        parts = [f"{key} {setting_text(key, config[key])}" for key in settings]
-        names[folder] = ", ".join(parts) or str(config.get("method", folder))
+        # "" is a default that follows from other settings: it says nothing.
+        named = [key for key in differing if config.get(key, "") != ""]
+        settings = [f"{key} {setting_text(config[key])}" for key in named]
+        # Runs that differ in nothing but the seed are named by their method.
+        names[folder] = ", ".join(settings) or str(config.get("method", folder))
     return names
 
 
 def write_comparison(folders: list[Path], picture: Path) -> None:
-    """Curves of several runs: mean and band over the seeds of each experiment. Raises DataError."""
+    """Writes the curves of several runs, averaged over seeds. Raises DataError."""
     names = line_names({folder: read_config(folder) for folder in folders})
     seeds: dict[str, list[list[dict]]] = {}
     logs: dict[str, SampleLog] = {}
     for folder, name in names.items():
         seeds.setdefault(name, []).append(read_metrics(folder))
-        # The heat map of an experiment counts the verdicts of all its seeds.
+
+        # The heat maps of an experiment count the verdicts of all its seeds.
         path = folder / "samples.jsonl"
         log = logs.setdefault(name, SampleLog(path))
         log.turn_to(path)
         log.read_on()
 
-    lines = []
+    experiments = []
     for name, rows in seeds.items():
         plural = "seed" if len(rows) == 1 else "seeds"
-        lines.append(Line(f"{shorten(name, 60)} ({len(rows)} {plural})", rows))
-    title = f"{len(folders)} runs: mean over seeds, band of one standard deviation"
+        experiments.append(Experiment(f"{shorten(name, 60)} ({len(rows)} {plural})", rows))
+    title = f"{len(names)} runs"
     with drawing():
-        png = draw_picture(lines, None, title)
-        parts = [f"<h1>{len(folders)} runs</h1>", comparison_table(lines)]
-        parts.append(f'<div class="panels">{"".join(panel_figures(lines))}</div>')
-        for line, log in zip(lines, logs.values()):
-            section = heat_section(log)
-            if section:
-                parts += [f"<h2>{markup(line.name)}</h2>", *section[1:]]
+        caption = f"{title}: mean over seeds, band of one standard deviation"
+        png = draw_picture(experiments, None, caption)
+        parts = [f"<h1>{title}</h1>", comparison_table(experiments)]
+        parts += panel_section(experiments)
+        for experiment, log in zip(experiments, logs.values()):
+            parts += heat_section(log, experiment.name)
     write_file(picture, png)
-    write_file(picture.with_suffix(".html"), page(f"{len(folders)} runs", parts).encode("utf8"))
+    write_file(picture.with_suffix(".html"), page(title, parts))
 
 
-def comparison_table(lines: list[Line]) -> str:
-    """Held-out score before and after, mean over seeds, in the colour of the line."""
-    rows = [
-        "<tr><th>held-out score</th><th>first</th><th>last</th><th>std over seeds</th></tr>"
-    ]
-    for place, line in enumerate(lines):
+def comparison_table(experiments: list[Experiment]) -> str:
+    """First and last held-out score, mean over seeds, beside the colour of the line."""
+    heads = ["held-out score", "first", "last", "std over seeds"]
+    rows = ["".join(f"<th>{head}</th>" for head in heads)]
+    for place, experiment in enumerate(experiments):
         first = []
         last = []
-        for seed in line.seeds:
-            scores = [row["eval_score"] for row in seed if row["eval_score"] is not None]
+        for metrics in experiment.seeds:
+            scores = [row["eval_score"] for row in metrics if row["eval_score"] is not None]
             first += scores[:1]
             last += scores[-1:]
-        spread = number_text(statistics.pstdev(last)) if len(last) > 1 else "one seed"
-        mark = f'<span style="color:{COLOURS[place % len(COLOURS)]}">■</span>'
-        cells = [
-            f"{mark} {markup(line.name)}",
-            number_text(nanmean(first)),
-            number_text(nanmean(last)),
-            spread,
-        ]
-        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    return f'<div class="wide"><table>{"".join(rows)}</table></div>'
+
+        # The std of a single seed would be 0, as if it were certain.
+        spread = score_text(statistics.pstdev(last)) if len(last) > 1 else "one seed"
+        mark = f'<span style="color: {COLOURS[place % len(COLOURS)]}">■</span>'
+        cells = [f"{mark} {markup(experiment.name)}"]
+        cells += [score_text(nanmean(first)), score_text(nanmean(last)), spread]
+        rows.append("".join(f"<td>{cell}</td>" for cell in cells))
+    lines = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f'<div class="wide"><table>{lines}</table></div>'
 
 
-# ---------------------------------------------------------------------------------- evolving rubrics
+# ----------------------------------------------------------------------------- evolving rubrics
 
 
-def read_buffers(folder: Path) -> dict[str, dict]:
-    """Prompt -> its rubrics in the run's last checkpoint ({} where there are none). Raises DataError."""
+def read_buffers(folder: Path) -> dict:
+    """Prompt -> rler.Buffer of the run's last checkpoint, {} without one. Raises DataError."""
     path = folder / "checkpoint" / "trainer.pt"
     if not path.is_file():
         return {}
+    # Imported here: no other part of a report needs PyTorch.
     import torch
 
+    import rler
+
     try:
-        # mmap: the optimizer's state, gigabytes, stays on the disk. weights_only: no pickle may run code.
+        # mmap: the optimiser's moments, gigabytes, stay on the disk. weights_only: nothing in the
+        # file can run.
         state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-        buffers = state["method"].get("buffers", {})
-    except Exception as error:  # torch has a dozen kinds for a broken file
-        reason = printable(str(error)).partition("\n")[0][:200]
-        raise DataError(f"{path}: not a checkpoint's state ({reason})") from None
-    return buffers
+        saved = state["method"].get("buffers", {})
+        return {prompt: rler.read_buffer(parts) for prompt, parts in saved.items()}
+    except Exception as error:  # noqa: BLE001  (torch raises a dozen kinds for a broken file)
+        reason = shorten(str(error), 200)
+        raise DataError(f"{path}: not the state of a checkpoint ({reason})") from None
 
 
-def lives(buffer: dict) -> list[dict]:
+def lives(buffer) -> list:
     """All rubrics of a prompt: initial ones, then evolving ones in the order of their birth."""
-    evolving = buffer["active"] + buffer["retired"]
-    return buffer["persistent"] + sorted(evolving, key=lambda item: item["born"])
+    evolving = buffer.active + buffer.retired
+    return buffer.persistent + sorted(evolving, key=lambda criterion: criterion.born)
 
 
-def busiest(buffers: dict[str, dict]) -> str:
+def busiest_prompt(buffers: dict) -> str:
     """The prompt with most rubrics: it has most to show."""
     return max(buffers, key=lambda prompt: len(lives(buffers[prompt])))
 
 
-def rubric_lines(prompt: str, buffer: dict) -> list[str]:
+def rubric_lines(prompt: str, buffer) -> list[str]:
     """Two lines per rubric: weight, text, birth and end; the std of its verdicts at each visit."""
-    initial, active, retired = (
-        len(buffer[part]) for part in ("persistent", "active", "retired")
-    )
-    lines = [f"{prompt}: {initial} initial, {active} active, {retired} retired rubrics"]
-    for item in lives(buffer):
+    sizes = f"{len(buffer.persistent)} initial, {len(buffer.active)} active"
+    lines = [f"{prompt}: {sizes}, {len(buffer.retired)} retired rubrics"]
+    for criterion in lives(buffer):
         fate = "active"
-        if item["retired"] is not None:
-            fate = f"retired in step {item['retired']}, {item['why']}"
-        origin = f"born in step {item['born']}, {fate}" if item["born"] else "initial"
-        lines.append(f"  {item['weight']:+.2f}  {item['text']}  [{origin}]")
+        if criterion.retired is not None:
+            fate = f"retired in step {criterion.retired}, {criterion.why}"
+        # Initial ones are never retired: there is no more to say of them.
+        origin = "initial"
+        if criterion.born:
+            origin = f"born in step {criterion.born}, {fate}"
+        lines.append(f"  {criterion.weight:+.2f}  {criterion.text}  [{origin}]")
 
         visits = []
-        for step, std in item["seen"]:
+        for step, std in criterion.seen:
+            # Where all verdicts were missing, there is no spread to speak of.
             visits.append(f"{step}: {'?' if std is None else format(std, '.2f')}")
         lines.append("         std " + "  ".join(visits))
     return [printable(line) for line in lines]
 
 
-def draw_lives(axes, buffer: dict) -> None:
-    """One row per rubric, one column per step, dark where its verdicts differed, x where it ended."""
-    items = lives(buffer)
-    for y, item in enumerate(items):
-        # Without verdicts there is no spread to show; matplotlib leaves nan out.
-        steps = [step for step, _ in item["seen"]]
-        spread = [math.nan if std is None else std for _, std in item["seen"]]
-        axes.scatter(
-            steps, [y] * len(steps), c=spread, cmap="Blues", vmin=-0.05, vmax=0.5,
-            marker="s", edgecolors="lightgray", linewidths=0.3,
-        )  # fmt: skip
-        if item["retired"] is not None:
-            axes.plot([item["retired"]], [y], "x", color="#b0413e", markersize=6)
-
+def draw_lives(axes, buffer) -> None:
+    """One row per rubric, one column per step: dark where verdicts differed, x where it ended."""
+    criteria = lives(buffer)
     names = []
-    for item in items:
-        names.append(f"{'+' if item['weight'] > 0 else '-'} {shorten(item['text'], 58)}")
-    axes.set_yticks(range(len(items)), names, fontsize=11)
-    axes.axhline(len(buffer["persistent"]) - 0.5, color="gray", linewidth=0.5)
+    for y, criterion in enumerate(criteria):
+        steps = [step for step, _ in criterion.seen]
+        # matplotlib leaves nan out.
+        spread = [math.nan if std is None else std for _, std in criterion.seen]
+        shades = {"c": spread, "cmap": "Blues", "vmin": -0.05, "vmax": 0.5}
+        rows = [y] * len(steps)
+        axes.scatter(steps, rows, marker="s", edgecolors="lightgray", linewidths=0.3, **shades)
+        if criterion.retired is not None:
+            axes.plot([criterion.retired], [y], "x", color="#b0413e", markersize=6)
+        sign = "+" if criterion.weight > 0 else "-"
+        names.append(f"{sign} {shorten(criterion.text, 58)}")
+
+    # Above the line what the data set brought, below it what the run has written.
+    axes.axhline(len(buffer.persistent) - 0.5, color="gray", linewidth=0.5)
+    axes.set_yticks(range(len(criteria)), names, fontsize=11)
     axes.invert_yaxis()
     axes.set_xlabel("step")
     axes.xaxis.get_major_locator().set_params(integer=True)
 
 
-def rubric_section(folder: Path, config: dict) -> list[str]:
-    """The life of the rubrics of one prompt, where the run's method is rler."""
-    if config.get("method") != "rler":
-        return []
+def rubric_section(folder: Path) -> list[str]:
+    """The life of the rubrics of one prompt, drawn."""
     buffers = read_buffers(folder)
+    # A run before its first checkpoint has a page all the same.
     if not buffers:
         return []
-    prompt = busiest(buffers)
-    figure = new_figure(11, 1.2 + 0.27 * len(lives(buffers[prompt])))
-    draw_lives(figure.subplots(), buffers[prompt])
+    prompt = busiest_prompt(buffers)
+    buffer = buffers[prompt]
     name = f"Life of the rubrics of {prompt}"
     note = (
-        "As of the last checkpoint. Above the line the initial rubric; dark: the verdicts differ, so the "
-        "criterion tells the rollouts apart; x: retired. Other prompts: python tools/report.py RUN --rubrics --prompt ID"
+        "As of the last checkpoint. Above the line the initial rubric. Dark: verdicts differ, so "
+        "the criterion tells rollouts apart; x: retired. Of another prompt: python "
+        "tools/report.py RUN --rubrics --prompt ID"
     )
+    figure = new_figure(11, 1.2 + 0.27 * len(lives(buffer)))
+    draw_lives(figure.subplots(), buffer)
     drawn = f'<div class="wide lives">{as_svg(figure, name)}</div>'
-    return [f"<h2>{markup(name)}</h2>", f'<p class="soft">{markup(note)}</p>', drawn]
+    return [f"<h2>{markup(name)}</h2>", f'<p class="soft">{note}</p>', drawn]
 
 
 def print_rubrics(folder: Path, prompt: str) -> None:
@@ -1204,121 +1261,91 @@ def print_rubrics(folder: Path, prompt: str) -> None:
     read_config(folder)
     buffers = read_buffers(folder)
     if not buffers:
-        raise DataError(
-            f"{folder}: no checkpoint with evolving rubrics; give a run with --method rler"
-        )
-    prompt = prompt or busiest(buffers)
-    if prompt not in buffers:
-        raise DataError(
-            f"--prompt {prompt}: not in this run; it has {', '.join(sorted(buffers))}"
-        )
+        advice = "give the folder of a run with --method rler"
+        raise DataError(f"{folder}: no checkpoint with evolving rubrics; {advice}")
+    if prompt and prompt not in buffers:
+        names = ", ".join(sorted(buffers))
+        raise DataError(f"--prompt {prompt}: not in this run; it has {names}")
+    prompt = prompt or busiest_prompt(buffers)
     print("\n".join(rubric_lines(prompt, buffers[prompt])))
 
 
-# ---------------------------------------------------------------------------------- in words
+# ----------------------------------------------------------------------------- in words
 
 
 def interval_text(low: float, high: float, sign: str = "") -> str:
-    """A 95 % interval; of a single prompt there is none: resampling one value gives that value.
+    """A 95 % interval in words.
 
     >>> interval_text(0.1, 0.2, "+"), interval_text(math.nan, math.nan)
     ('95 % interval +0.100 to +0.200', 'one prompt: no interval')
     """
+    # Resampling a single prompt always gives that prompt.
     if math.isnan(low):
         return "one prompt: no interval"
     return f"95 % interval {low:{sign}.3f} to {high:{sign}.3f}"
 
 
 def score_sentences(metrics: list[dict], log: SampleLog) -> list[str]:
-    """Before and after on the held-out prompts, and who says so.
-
-    The interval is of the gain, prompt by prompt (paired): prompts differ far more among themselves
-    than one does before and after, so the intervals of the two scores overlap even where the gain is
-    certain.
-    """
-    first, last = log.ends("heldout")
-    if not first or first is last:
+    """Before and after on the held-out prompts, and who says so; [] before there is an after."""
+    pairs = pair_answers(log)
+    if not pairs:
         return []
-    rewards_before = {sample.id: sample.reward for sample in first}
-    old = []
-    new = []
-    gains = []
-    for sample in last:
-        before = rewards_before.get(sample.id)
-        after = sample.reward
-        old.append(math.nan if before is None else before)
-        new.append(math.nan if after is None else after)
-        gains.append(new[-1] - old[-1])
-    gain = interval_text(*bootstrap(gains), "+")
-    scores = f"held-out score  {nanmean(old):.3f} -> {nanmean(new):.3f}"
-    gained = f"gain {nanmean(gains):+.3f}, {gain} ({len(gains)} prompts, paired bootstrap)"
-    sentences = [f"{scores}   {gained}"]
+    before = []
+    after = []
+    for first, last in pairs:
+        before.append(math.nan if first.reward is None else first.reward)
+        after.append(math.nan if last.reward is None else last.reward)
 
-    # A policy learns the taste of the judge that pays it. Whether it learnt more than that, only a
-    # judge can say that did not pay.
-    paid = [row["eval_score"] for row in metrics if row["eval_score"] is not None]
+    # The interval is of the gain, prompt by prompt: prompts differ far more among themselves than
+    # one does before and after, so the intervals of the two scores overlap even where the gain is
+    # certain.
+    gains = [gain_of(pair) for pair in pairs]
+    interval = interval_text(*bootstrap(gains), "+")
+    scores = f"held-out score  {nanmean(before):.3f} -> {nanmean(after):.3f}"
+    gain = f"gain {nanmean(gains):+.3f}, {interval} ({len(gains)} prompts, paired bootstrap)"
+    return [f"{scores}   {gain}", examiner_sentence(metrics)]
+
+
+def examiner_sentence(metrics: list[dict]) -> str:
+    """Whose score it is. A policy learns the taste of the judge that pays it; whether it learns
+    more than that, only a judge can say that does not pay."""
+    paying = [row["eval_score"] for row in metrics if row["eval_score"] is not None]
     other = [row["eval_other_score"] for row in metrics if row["eval_other_score"] is not None]
-    if len(other) > 1:
-        sentences.append(
-            f"the judge that pays: {paid[0]:.2f} -> {paid[-1]:.2f}; "
-            f"the judge that does not: {other[0]:.2f} -> {other[-1]:.2f}"
-        )
-    else:
-        sentences.append("scored by the judge that pays: the payer is the examiner")
-    return sentences
+    if len(paying) < 2 or len(other) < 2:
+        return "scored by the judge that pays: the payer is the examiner"
+    pays = f"the judge that pays: {paying[0]:.2f} -> {paying[-1]:.2f}"
+    return f"{pays}; the judge that does not: {other[0]:.2f} -> {other[-1]:.2f}"
 
 
-def changed_criteria(
-    first: list[Sample], last: list[Sample]
-) -> list[tuple[str, float, float, int]]:
-    """(title, share of good verdicts before, after, prompts), the largest change first.
-
-    Over the criteria that several held-out prompts share, and verdicts that both answers have.
-    """
-    verdicts_before = {sample.id: sample.verdicts for sample in first}
-    pairs: dict[str, list[tuple[float, float]]] = {}
-    for sample in last:
-        for old, new in zip(verdicts_before.get(sample.id, []), sample.verdicts):
-            if (
-                old.title == new.title
-                and old.satisfied is not None
-                and new.satisfied is not None
-            ):
-                pairs.setdefault(new.title, []).append((old.satisfied, new.satisfied))
+def changed_criteria(pairs: list[tuple[Sample, Sample]]) -> list[tuple[str, float, float, int]]:
+    """(title, share of satisfied verdicts before, after, prompts), the largest change first."""
+    shares: dict[str, list[tuple[float, float]]] = {}
+    for before, after in pairs:
+        for old, new in zip(before.verdicts, after.verdicts):
+            # Only what both answers were judged by can be compared.
+            if old.title == new.title and old.score is not None and new.score is not None:
+                shares.setdefault(new.title, []).append((old.satisfied, new.satisfied))
 
     changed = []
-    for title, values in pairs.items():
+    for title, values in shares.items():
+        # One prompt is no trend.
         if len(values) > 1:
-            before = statistics.fmean(old for old, _ in values)
-            after = statistics.fmean(new for _, new in values)
-            changed.append((title, before, after, len(values)))
+            share_before = statistics.fmean(old for old, _ in values)
+            share_after = statistics.fmean(new for _, new in values)
+            changed.append((title, share_before, share_after, len(values)))
     return sorted(changed, key=lambda row: -abs(row[2] - row[1]))
 
 
-def one_answer(folder: Path, first: list[Sample], last: list[Sample]) -> list[str]:
+def one_answer(folder: Path, pairs: list[tuple[Sample, Sample]]) -> list[str]:
     """The answer that gained most, before and after: an illustration, no evidence."""
-    answers_before = {sample.id: sample for sample in first}
-    best = None
-    best_gain = -math.inf
-    for after in last:
-        before = answers_before.get(after.id)
-        if before is None:
-            continue
-        gain = gain_of(before, after)
-        if best is None or gain > best_gain:
-            best = (before, after)
-            best_gain = -math.inf if math.isnan(gain) else gain
-    if best is None:
-        return []
-
-    before, after = best
+    before, after = by_gain(pairs)[0]
     question = read_prompts(folder, {after.id}).get(after.id, after.id)
     return [
         "",
         "one answer, before and after",
         f"  question: {question}",
-        f"  before  : {before.text.strip()}   [{number_text(before.reward, '.2f')}]",
-        f"  after   : {after.text.strip()}   [{number_text(after.reward, '.2f')}]",
+        f"  before  : {before.text.strip()}   [{score_text(before.reward, '.2f')}]",
+        f"  after   : {after.text.strip()}   [{score_text(after.reward, '.2f')}]",
     ]
 
 
@@ -1327,30 +1354,28 @@ def summarise(run_folder: Path) -> str:
     folder = Path(run_folder)
     metrics = read_metrics(folder)
     log = open_log(folder)
-    first, last = log.ends("heldout")
+    pairs = pair_answers(log)
 
     lines = ["", *score_sentences(metrics, log)]
     rewards = [row["reward"] for row in metrics if row["reward"] is not None]
+    # With fewer steps the two means would share some.
     if len(rewards) >= 10:
-        early = statistics.fmean(rewards[:5])
-        late = statistics.fmean(rewards[-5:])
-        lines.append(
-            f"training reward {early:.3f} -> {late:.3f}   (mean of the first and of the last five steps)"
-        )
+        scores = f"{statistics.fmean(rewards[:5]):.3f} -> {statistics.fmean(rewards[-5:]):.3f}"
+        lines.append(f"training reward {scores}   (mean of the first and of the last five steps)")
 
-    changed = changed_criteria(first, last)[:5]
+    changed = changed_criteria(pairs)[:5]
     if changed:
-        lines += [
-            "",
-            "criteria that changed most (share of held-out answers that are right in this respect):",
-        ]
-    for title, before, after, n in changed:
-        lines.append(f"  {title:<22} {before:4.0%} -> {after:4.0%}   ({n} prompts)")
-    lines += one_answer(folder, first, last)
+        share = "share of held-out answers that are right in this respect"
+        lines += ["", f"criteria that changed most ({share}):"]
+    for title, before, after, n_prompts in changed:
+        lines.append(f"  {title:<22} {before:4.0%} -> {after:4.0%}   ({n_prompts} prompts)")
+    if pairs:
+        lines += one_answer(folder, pairs)
+    # It is printed to a terminal, and holds what a model wrote.
     return printable("\n".join(lines))
 
 
-# ---------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------- command line
 
 
 class Parser(argparse.ArgumentParser):
@@ -1361,54 +1386,67 @@ class Parser(argparse.ArgumentParser):
         raise DataError(f"{message}; see --help")
 
 
+def run_tool(name: str, work, argv: list[str] | None, errors: tuple = (DataError, OSError)) -> int:
+    """Calls work(argv). Exit status 0, or 2 with one line on stderr for any of these errors."""
+    try:
+        work(argv)
+        # Here and not at exit, where a full disk could no longer be reported.
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has seen enough (`| head -1`). Python must not try to write the rest at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except errors as error:
+        line = " ".join(printable(str(error)).split())
+        print(f"{name}: {line}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def picture_path(folders: list[Path], out: str) -> Path:
-    """Where the picture goes. Raises DataError."""
+    """Where the picture goes; the page goes beside it. Raises DataError."""
     if not out:
         return folders[0] / "report.png" if len(folders) == 1 else Path("runs.png")
     path = Path(out)
     if path.suffix.lower() == ".png":
         return path
+    # A file of somebody else is no folder to write into.
     if path.is_file():
         raise DataError(f"--out {out}: a file that is no picture; name a .png file or a folder")
     return path / "report.png"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit status 0, or 2 with one line that says what is wrong, where, and what to do."""
+def report(argv: list[str] | None) -> None:
+    """What the command line asks for. Raises DataError."""
     parser = Parser(
         prog="report.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("run", nargs="+", help="the folder of a run; several are compared")
-    parser.add_argument(
-        "--out", default="", help="a .png file or a folder [RUN/report.png; runs.png]"
-    )
-    parser.add_argument(
-        "--rubrics", action="store_true", help="RLER: print the life of a prompt's rubrics"
-    )
+    parser.add_argument("--out", default="", help="a .png file or folder [RUN/report.png, runs.png]")
+    parser.add_argument("--rubrics", action="store_true", help="RLER: print a prompt's rubrics")
     parser.add_argument("--prompt", default="", help="its id [the prompt with most rubrics]")
-    try:
-        args = parser.parse_args(argv)
-        folders = [Path(name) for name in args.run]
-        if args.rubrics:
-            print_rubrics(folders[0], args.prompt)
-        else:
-            picture = picture_path(folders, args.out)
-            if len(folders) == 1:
-                write_run_report(folders[0], picture)
-            else:
-                write_comparison(folders, picture)
-            runs = "1 run" if len(folders) == 1 else f"{len(folders)} runs"
-            print(f"{runs}: {picture.with_suffix('.html')}, {picture}")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader has seen enough (`| head -1`). Nothing is wrong, and Python must not try to write on.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (DataError, OSError) as error:
-        print(f"report.py: {printable(str(error))}", file=sys.stderr)
-        return 2
-    return 0
+    args = parser.parse_args(argv)
+
+    # The same folder twice is one run.
+    folders = list(dict.fromkeys(Path(name) for name in args.run))
+    if args.rubrics:
+        print_rubrics(folders[0], args.prompt)
+        return
+    picture = picture_path(folders, args.out)
+    if len(folders) == 1:
+        write_run(folders[0], picture)
+        runs = "1 run"
+    else:
+        write_comparison(folders, picture)
+        runs = f"{len(folders)} runs"
+    print(printable(f"{runs}: {picture.with_suffix('.html')}, {picture}"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0, or 2 with one line that says what is wrong, where, and what to do."""
+    return run_tool("report.py", report, argv)
 
 
 if __name__ == "__main__":

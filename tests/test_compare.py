@@ -1,0 +1,232 @@
+"""tools/compare.py: what a model scores, and whether another one scores more."""
+
+import doctest
+import json
+import math
+import os
+import random
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from judge_server import JudgeServer
+
+import grpo
+import rar
+import train
+from judge import LexicalJudge
+from tools import compare
+
+SMALL = "--steps 2 --prompts_per_step 2 --group_size 3 --max_new_tokens 6 --eval_every 2 --save_every 1 --prompts 5".split()
+RUBRIC = [rar.Criterion("Mentions rest.", 5, "Rest", "Essential", "accuracy"), rar.Criterion("Mentions water.", 2, "Water", "Optional", "completeness")]
+
+
+def example(name, **more):
+    return rar.Example(name, [{"role": "user", "content": f"What helps against {name}?"}], RUBRIC, **more)
+
+
+def answer(text):
+    return grpo.Rollout([1], [2], [0.0], "stop", text)
+
+
+def lines(path):
+    return [json.loads(line) for line in Path(path).read_bytes().split(b"\n") if line]
+
+
+def save(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
+    return str(path)
+
+
+def row(name, score):
+    return {"id": name, "item": name[0], "score": score}
+
+
+# ------------------------------------------------------------------------------------------- differences
+
+
+def test_compare_pairs_prompts_and_its_interval_is_honest():
+    rng, covered = random.Random(0), 0
+    for _ in range(100):
+        before = [{"id": str(k), "item": str(k), "score": rng.gauss(0, 1)} for k in range(40)]
+        after = [{**row, "score": row["score"] + 0.1 + rng.gauss(0, 0.2)} for row in before]
+        difference = compare.compare(before, after)
+        low, high = difference["difference_ci"]
+        covered += low <= 0.1 <= high
+        assert difference["n"] == 40 and high - low < 0.3  # pairing takes out the spread between prompts, which is five times as wide
+    assert covered >= 85
+    with pytest.raises(rar.DataError, match="no scored prompt"):
+        compare.compare(before, [{"id": "x", "item": "x", "score": 1.0}])
+
+
+def test_runs_of_one_question_are_one_pair():
+    difference = compare.compare([row("a1", 0), row("a2", 0), row("b1", 0)], [row("a1", 1), row("a2", 0), row("b1", 0)])
+    assert difference["difference"] == 0.25 and difference["n"] == 2
+
+
+def test_what_was_not_scored_is_left_out():
+    difference = compare.compare([row("a", 0.5), row("b", math.nan), row("c", 0)], [row("a", 1), row("b", 1), row("c", math.nan)])
+    assert difference["difference"] == 0.5 and difference["n"] == 1
+
+
+def test_the_canary_stays_with_the_answers():
+    [marked] = compare.result_rows([rar.Group(example("a", canary="mark"), [answer("x")])])
+    [unmarked] = compare.result_rows([rar.Group(example("a"), [answer("x")])])
+    assert marked["canary"] == "mark" and "canary" not in unmarked
+
+
+def test_runs_of_a_question_share_an_item():
+    tags = ["question:metal"]
+    rows = compare.result_rows([rar.Group(example(f"metal-{k}", tags=tags), [answer("x")]) for k in (1, 2)])
+    assert [(r["id"], r["item"]) for r in rows] == [("metal-1", "metal"), ("metal-2", "metal")]
+
+
+def test_the_table_shows_each_figure_and_the_prompts_behind_it():
+    groups = [rar.Group(example("colds", tags=["theme:care"]), [answer("Rest, water.")]), rar.Group(example("coughs"), [answer("Rest.")])]
+    metrics = rar.evaluate(LexicalJudge(), groups)
+    table = compare.metrics_table(metrics).split("\n")
+    assert table[0].split() == f"score, unclipped 0.857 n 2 95 % interval {metrics['eval_ci'][0]:.3f} to {metrics['eval_ci'][1]:.3f}".split()
+    assert "axis completeness                    0.500  n 2" in table and "theme care                           1.000  n 1" in table
+
+
+def test_one_prompt_has_no_interval():
+    metrics = rar.evaluate(LexicalJudge(), [rar.Group(example("colds"), [answer("Rest, water.")])])
+    assert "one prompt: no interval" in compare.metrics_table(metrics)
+
+
+# ------------------------------------------------------------------------------------------- the command line
+
+
+def test_two_models_are_compared_from_the_command_line(tiny, few, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train.main(["--model", str(tiny), "--eval_data", few, *SMALL, "--lr", "0.05", "--out", str(out)]) == 0
+    capsys.readouterr()
+    flags = ["--eval_data", few, "--max_new_tokens", "6"]
+    assert compare.main([str(tiny), str(out), "--out", str(tmp_path / "answers"), *flags]) == 0
+    said = capsys.readouterr()
+    line = json.loads(said.out)
+    assert "minus" in said.err and "paired bootstrap" in said.err and line["n"] == 2
+    assert line["difference"] == pytest.approx(line["after"]["eval_score"] - line["before"]["eval_score"], abs=1e-5)
+    files = [line[part]["answers"] for part in ("before", "after")]
+    assert all(set(row) >= {"id", "item", "score", "verdicts", "text"} for file in files for row in lines(file))
+    assert all(Path(file).parent == tmp_path / "answers" for file in files)
+    assert compare.main([*files, *flags]) == 0  # saved answers do as well, without any model
+    assert json.loads(capsys.readouterr().out)["difference"] == pytest.approx(line["difference"], abs=1e-5)
+
+    # A run's own last evaluation, from its folder or its checkpoint; the answers stand beside the checkpoint.
+    logged = lines(out / "metrics.jsonl")[-1]["eval_score"]
+    for name in (out, out / "checkpoint"):
+        assert compare.main([str(name), *flags]) == 0
+        line = json.loads(capsys.readouterr().out)
+        assert line["eval_score"] == pytest.approx(logged, abs=1e-6) and line["n"] == 2 and line["judge"] == "offline"
+        assert Path(line["answers"]).parent == out
+
+
+def test_a_model_judges_both(tiny, few, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with JudgeServer() as server:
+        flags = ["--eval_data", few, "--max_new_tokens", "4", "--judge", server.url, "--judge_model", "m", "--out", str(tmp_path / "answers")]
+        assert compare.main([str(tiny), str(tiny), *flags]) == 0
+        assert server.bodies
+    line = json.loads(capsys.readouterr().out)
+    assert line["difference"] == 0 and line["before"]["judge"] == "m"
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_cannot_be_evaluated(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    save(tmp_path / "run" / "metrics.jsonl", [{"step": 0}])
+    assert compare.main([str(tmp_path / "run")]) == 2
+    assert "a run without a checkpoint yet; go on with --resume" in capsys.readouterr().err
+
+
+GOOD = '{"id": "a", "item": "a", "score": 0.5}\n'
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("", "no answers"),
+        ("{\n", "answers.jsonl:1"),
+        ("[1]\n", "answers.jsonl:1: not an answer of an evaluation"),
+        (GOOD + '{"id": "a"}\n', "answers.jsonl:2: not an answer of an evaluation"),
+        ('{"id": "a", "item": "a", "score": "high"}\n', "answers.jsonl:1: score must be a number"),
+        ('{"id": "a", "item": ["a"], "score": 1}\n', "answers.jsonl:1: item must be a text"),
+        ('{"id": "a", "item": "a", "score": null}\n', "share no scored prompt"),
+        ('{"id": "a", "item": "a", "score": NaN}\n', "share no scored prompt"),
+        ("[" * 100_000 + "\n", "answers.jsonl:1"),
+    ],
+)
+def test_broken_answers_cost_one_line_and_status_2(tmp_path, capsys, content, words):
+    path = tmp_path / "answers.jsonl"
+    path.write_text(content, encoding="utf8")
+    (tmp_path / "good.jsonl").write_text(GOOD, encoding="utf8")
+    assert compare.main([str(path), str(tmp_path / "good.jsonl")]) == 2
+    said, error = capsys.readouterr()
+    assert words in error and error.startswith("compare.py: ") and error.count("\n") == 1 and not said
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ([], "the following arguments are required: model"),
+        (["a", "b", "c"], "one model, or two"),
+        (["a", "--eval_dat", "x"], "unrecognized arguments"),
+        (["no/such/folder/here"], "no/such/folder/here: cannot be loaded as a model"),
+        (["TINY", "--eval_data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["TINY", "--max_new_tokens", "0"], "--max_new_tokens 0: give at least 1"),
+        (["TINY", "--max_new_tokens", "many"], "invalid int value"),
+        (["TINY", "--dtype", "float8"], "--dtype"),
+        (["TINY", "--judge", "http://127.0.0.1:9/v1"], "judge_model"),
+        (["nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["TINY", "--eval_data", "FEW", "--max_new_tokens", "2", "--out", "FEW/folder"], "cannot be written"),
+    ],
+)
+def test_bad_flags_cost_one_line_and_status_2(tiny, few, capsys, flags, words):
+    flags = [flag.replace("TINY", str(tiny)).replace("FEW", few) for flag in flags]
+    assert compare.main(flags) == 2
+    said, error = capsys.readouterr()
+    assert words in error and error.startswith("compare.py: ") and error.count("\n") == 1 and not said
+
+
+def start(*flags, **more):
+    return subprocess.run([sys.executable, ROOT / "tools" / "compare.py", *map(str, flags)], text=True, timeout=120, check=False, **more)
+
+
+def test_a_terminal_obeys_no_name(tmp_path, capsys):
+    name = str(tmp_path / "a\x1b]0;owned\x07.jsonl")
+    save(Path(name), [row("a", 0.5)])
+    assert compare.main([name, name]) == 0
+    said, error = capsys.readouterr()
+    assert "\x1b" not in error and "\\x1b]0;owned\\x07" in error
+    assert json.loads(said)["before"]["answers"] == name
+
+
+def test_a_reader_may_leave_early_and_a_disk_may_be_full(tmp_path):
+    name = save(tmp_path / "a.jsonl", [row("a", 0.5)])
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head -1` once it has its line
+    done = start(name, name, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert done.returncode == 0 and done.stderr.count("\n") == 1
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "w") as full:
+            done = start(name, name, stdout=full, stderr=subprocess.PIPE)
+        assert done.returncode == 2 and "compare.py: " in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_full_disk_leaves_no_half_written_answers(tiny, few, tmp_path):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # noqa: E731
+    flags = [tiny, "--eval_data", few, "--max_new_tokens", "2", "--out", tmp_path / "answers"]
+    done = start(*flags, capture_output=True, preexec_fn=limit)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith("make room or give --out") and done.stdout == ""
+    assert not list((tmp_path / "answers").iterdir())
+
+
+def test_docstring_examples_and_help():
+    failed, tried = doctest.testmod(compare)
+    assert failed == 0 and tried > 0
+    done = start("--help", capture_output=True)
+    assert done.returncode == 0 and "python tools/compare.py smollm2 RUN" in done.stdout
