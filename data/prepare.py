@@ -306,7 +306,14 @@ def convert_ours(row: dict, place: Place) -> list[dict]:
     # Its answers are one level down, and most of its rows have none.
     ideal = object_of(row.get("ideal_completions_data"))
     reference = first_value(row, "reference", "reference_answer") or ideal.get("ideal_completion")
-    items = list_of(first_value(row, "rubrics", "rubric"))
+
+    # A description explains the text beside it. Alone it is no criterion of this format, and the
+    # reader must not take it for one of RaR's.
+    rubric = []
+    for item in list_of(first_value(row, "rubrics", "rubric")):
+        if isinstance(item, dict) and "description" in item:
+            item = item | {"description": None}
+        rubric.append(item)
     return [
         {
             "id": id_of(row, place, "prompt_id", "id", "sample_id"),
@@ -314,7 +321,7 @@ def convert_ours(row: dict, place: Place) -> list[dict]:
             "reference": reference,
             "example_tags": tags_of(row, "topic", "domain"),
             "canary": row.get("canary"),
-            "rubric": [signed_item(item) for item in items],
+            "rubric": rubric,
             "binary_labels": row.get("binary_labels"),
         }
     ]

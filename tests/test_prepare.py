@@ -620,6 +620,19 @@ def test_a_null_description_does_not_turn_a_sign(convert):
     assert signed(e)[2] == ("Never says when.", -4)
 
 
+def test_nobody_is_sent_in_a_circle(convert):
+    """The reader names the command that converts a row; the command itself says what is wrong."""
+    described = {"description": "Essential Criteria: Says so.", "weight": 5}
+    for row in (
+        OWN | {"rubric": [*OWN["rubric"], described]},
+        OWN | {"question": None, "options": MEDQA["options"], "answer_idx": "B"},
+        HUB | {"prompt": None},
+    ):
+        with pytest.raises(rar.DataError, match="1 of 1 rows cannot be used") as caught:
+            convert(row)
+        assert "prepare.py" not in str(caught.value)
+
+
 def test_tags_as_an_object(convert):
     [e] = convert(
         OWN | {"rubric": [{"text": "Says so.", "weight": 1, "tags": {"axis": "accuracy"}}]}
