@@ -161,8 +161,11 @@ def clean(text: str) -> str:
     >>> clean("end<|im_end|> [/INST] 1 < 2")
     'end< |im_end|> [ /INST] 1 < 2'
     """
+    # Cut first: what follows would be slow on a text of megabytes.
     is_long = len(text) > LONGEST_TEXT
     text = text[:LONGEST_TEXT]
+
+    # JSON cannot carry half of a surrogate pair, and many servers end at a null byte.
     text = text.encode("utf8", "replace").decode("utf8")
     text = text.replace("\x00", "\ufffd")
     text = CONTROL_TOKEN.sub(r"\1 ", text)
@@ -181,9 +184,13 @@ def fenced(text: str) -> str:
     `````
     """
     text = clean(text)
+
+    # Three backticks at least, as everybody writes them.
     longest = 2
     for run in re.findall("`+", text):
         longest = max(longest, len(run))
+
+    # One more than the longest run inside: no line of the text can equal the fence.
     fence = "`" * (longest + 1)
     return f"{fence}\n{text}\n{fence}"
 
@@ -217,6 +224,8 @@ def render_material(question: Question) -> str:
 def chat(questions: list[Question]) -> list[dict]:
     """The messages of one call: a whole prompt, one statement, or several named S1, S2, ..."""
     first = questions[0]
+
+    # The caller's own prompt brings its own instructions.
     if first.prompt:
         return [{"role": "user", "content": first.prompt}]
 
@@ -229,6 +238,7 @@ def chat(questions: list[Question]) -> list[dict]:
             # On one line: a statement with a line break could bring a name of its own.
             words = " ".join(clean(question.statement).split())
             lines.append(f"S{number}: {words}")
+        # The names are the only link between statements and verdicts.
         text = fill(MANY, material=material, statements="\n".join(lines))
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
 
@@ -312,6 +322,9 @@ def find_objects(text: str, key: str | None) -> list[tuple[int, int, dict]]:
             # The rest as a text of its own: an error counts the lines before it, which would
             # make many tries in a long text slow.
             value, size = DECODER.raw_decode(text[start:])
+
+            # What was read counts, also where it leads to nothing: the objects inside of an
+            # object without the key are looked at again.
             budget -= size
             if key is None or key in value:
                 spans.append((start, start + size, value))
@@ -344,10 +357,13 @@ def objects(text: str, key: str | None = None) -> list[dict]:
     >>> objects('For example {"met": true}. My answer: {"met": fal', "met")
     []
     """
+    # The answer is at the end; what comes before may be pages of reasoning.
     text = repair(text[-LONGEST_ANSWER:])
     spans = find_objects(text, key)
     if not spans:
         return []
+
+    # A broken answer after a whole example must not leave the example as the verdict.
     if key is not None and text.rfind(f'"{key}"') > spans[-1][1]:
         return []
 
@@ -383,6 +399,7 @@ def to_score(value: object, scale: tuple[float, float]) -> float | None:
 
 def named_items(text: str) -> dict[str, dict]:
     """The entries of the last list of "verdicts" in a text, by name."""
+    # Of several lists the last counts, as of several objects.
     found = objects(text, "verdicts")
     items = found[-1]["verdicts"] if found else []
     if not isinstance(items, list):
@@ -402,6 +419,7 @@ def read_answer(text: str, questions: list[Question]) -> list[Verdict]:
 
     One question: the last object that holds its key. Several: by the exact names S1, S2, ...
     """
+    # A single statement has no name to repeat, so a model cannot get it wrong.
     if len(questions) == 1:
         found = objects(text, questions[0].key)
         by_name = {"S1": found[-1]} if found else {}
@@ -411,6 +429,8 @@ def read_answer(text: str, questions: list[Question]) -> list[Verdict]:
     verdicts = []
     for number, question in enumerate(questions, 1):
         item = by_name.get(f"S{number}", {})
+
+        # The score may be missing while the reason is there; both go into the sample.
         score = to_score(item.get(question.key), question.scale)
         reason = printable(clean(str(item.get("reason", ""))[:300]))
         verdicts.append(Verdict(score, reason))
@@ -442,15 +462,18 @@ class Reply(NamedTuple):
 
 
 FILTER_WORDS = re.compile(
-    r"content[_ ](?:filter|policy|management)|responsible ?ai|safety|moderation|flagged", re.IGNORECASE
+    r"content[_ ](?:filter|policy|management)|responsible ?ai|safety|moderation|flagged",
+    re.IGNORECASE,
 )
 LENGTH_WORDS = re.compile(
-    r"context[_ ](?:length|size|window)|maximum context|n_ctx|too (?:long|large)|too many tokens"
-    r"|(?:prompt|input|request) (?:is |tokens )?(?:too long|exceeds)|maximum (?:input|prompt) length",
+    r"context[_ ](?:length|size|window)|maximum context|n_ctx|too (?:long|large)"
+    r"|too many tokens|(?:prompt|input|request) (?:tokens )?exceeds"
+    r"|maximum (?:input|prompt) length",
     re.IGNORECASE,
 )
 QUOTA_WORDS = re.compile(
-    r"insufficient[_ ](?:quota|credit|balance|funds)|exceeded your current quota|credit balance", re.IGNORECASE
+    r"insufficient[_ ](?:quota|credit|balance|funds)|exceeded your current quota|credit balance",
+    re.IGNORECASE,
 )
 
 
@@ -466,11 +489,14 @@ def take_apart(status: int, headers: dict, body: bytes) -> Reply:
     >>> [take_apart(200, {}, body).kind for body in (b"<html>", b'{"choices": [null]}', b"5")]
     ['odd', 'odd', 'odd']
     """
+    # Bytes that are no text are no reason to lose the server's words.
     text = body.decode("utf8", "replace")
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         value = None
+
+    # A list or a number is no reply; from here on it is one without any field.
     value = value if isinstance(value, dict) else {}
 
     # Gateways pass on an error of the server behind them with a status of 200.
@@ -485,6 +511,7 @@ def take_apart(status: int, headers: dict, body: bytes) -> Reply:
 
 def server_words(text: str, error: object) -> str:
     """The server's own words on one line: its message, and its code where it has one."""
+    # The code often says more than the message: insufficient_quota, content_filter.
     if isinstance(error, dict):
         parts = []
         for key in ("message", "code", "type"):
@@ -494,16 +521,22 @@ def server_words(text: str, error: object) -> str:
         return printable(" ".join(parts))
     if isinstance(error, str):
         return printable(error)
+
+    # Pages of HTML: their beginning has the title.
     return printable(text[:5000])
 
 
 def error_status(error: object) -> int:
-    """The status that an error inside a reply stands for: its code, else that of a server in trouble."""
+    """The status that an error inside a reply stands for; 500 when it names none."""
     code = error.get("code") if isinstance(error, dict) else None
+
+    # Some gateways write the number as a text.
     if isinstance(code, str) and code.isdecimal() and len(code) == 3:
         code = int(code)
     if isinstance(code, int) and 400 <= code < 600:
         return code
+
+    # A name of its own ("overloaded") tells nothing about the question: ask again.
     return 500
 
 
@@ -512,9 +545,12 @@ def read_completion(value: dict, words: str) -> Reply:
     choices = value.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
     message = choice.get("message") if isinstance(choice, dict) else None
+
+    # Every step on the way may be null, a text or a number.
     if not isinstance(message, dict):
         return Reply("odd", words, 200)
 
+    # Fields that only inform may have any shape, too; they cost no verdict.
     finish = choice.get("finish_reason")
     finish = finish if isinstance(finish, str) else ""
     usage = value.get("usage")
@@ -542,11 +578,13 @@ def token_count(value: object) -> int:
 
 
 def content_text(content: object) -> str:
-    """The text of a message's content: a text, or a list of parts of which thoughts do not count."""
+    """The text of a message's content: a text, or a list of parts without the thoughts."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         return ""
+
+    # Some gateways cut one text into a list of texts.
     texts = []
     for part in content:
         if isinstance(part, str):
@@ -593,6 +631,8 @@ def retry_after(value: str) -> float | None:
         # A date may lie in a year that no clock has.
         with suppress(ValueError, TypeError, OverflowError, IndexError):
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+
+    # A time in the past, or none at all, is for our own pauses to decide.
     if seconds is None or not math.isfinite(seconds) or seconds < 0:
         return None
     return seconds
@@ -621,6 +661,8 @@ def without_password(url: str) -> str:
     # Without a scheme the whole is a host, which may have a password with "://" in it.
     if not separator or not scheme.isalnum():
         return url.rpartition("@")[2].partition("?")[0]
+
+    # The last @: a password may hold others.
     return scheme + separator + rest.rpartition("@")[2].partition("?")[0]
 
 
@@ -630,6 +672,8 @@ class Address:
     def __init__(self, url: str):
         """Raises JudgeError when it is no http or https URL."""
         url = url.strip()
+
+        # What may be shown comes first, so that every error below can name the server.
         self.shown = printable(without_password(url)).rstrip("/")
         credentials = url.partition("://")[2].rpartition("@")[0]
         user, _, self.password = credentials.partition(":")
@@ -643,6 +687,8 @@ class Address:
         except ValueError:
             parts = urllib.parse.urlsplit("")
             self.port = None
+
+        # What http.client would put into a request line unchecked.
         is_clean = plain.isascii() and plain.isprintable() and " " not in plain
         if parts.scheme not in ("http", "https") or not parts.hostname or not is_clean:
             example = "give one such as http://localhost:8000/v1"
@@ -656,6 +702,7 @@ class Address:
         self.query = f"?{parts.query}" if parts.query else ""
         self.basic = ""
         if credentials:
+            # Whoever escapes a sign in a password writes %40 for @.
             pair = f"{urllib.parse.unquote(user)}:{urllib.parse.unquote(self.password)}"
             self.basic = base64.b64encode(pair.encode("utf8")).decode()
 
@@ -663,6 +710,8 @@ class Address:
 def find_proxy(address: Address) -> Address | None:
     """The proxy that the environment names for an address (HTTPS_PROXY, NO_PROXY, ...)."""
     scheme = "https" if address.is_tls else "http"
+
+    # Asked once per connection: the look at the environment costs time.
     url = urllib.request.getproxies().get(scheme, "")
     if not url or urllib.request.proxy_bypass(address.host):
         return None
@@ -689,6 +738,8 @@ class Connection:
         proxy = find_proxy(address)
         nearest = proxy or address
         connect_timeout = self.timeout[0]
+
+        # The proxy may want a login of its own.
         login = {}
         if proxy and proxy.basic:
             login = {"Proxy-Authorization": f"Basic {proxy.basic}"}
@@ -708,6 +759,7 @@ class Connection:
             nearest.host, nearest.port, timeout=connect_timeout, context=context
         )
         if proxy:
+            # An https proxy passes on bytes that it cannot read.
             made.set_tunnel(address.host, address.port, login)
         return made
 
@@ -720,6 +772,7 @@ class Connection:
         """
         keep = False
         try:
+            # The time to connect has its own limit.
             self.connect()
             self.deadline = time.monotonic() + self.timeout[1]
             address = self.address
@@ -743,9 +796,11 @@ class Connection:
                 self.http.close()
 
     def connect(self) -> None:
-        """Opens the connection, anew when the server closed it or left bytes that nobody asked for."""
+        """Opens the connection; anew when the server closed it or left bytes nobody asked for."""
         if self.http.sock is not None and is_readable(self.http.sock):
             self.http.close()
+
+        # The deadline is for the whole reply, this time-out for the silence between two bytes.
         if self.http.sock is None:
             self.http.connect()
         self.http.sock.settimeout(self.timeout[1])
@@ -762,6 +817,8 @@ class Connection:
                 break
             chunks.append(chunk)
             size += len(chunk)
+
+            # A server that never ends must cost neither memory nor the run.
             if size > LARGEST_REPLY:
                 raise WireError(f"a reply of more than {LARGEST_REPLY} bytes")
             if time.monotonic() > self.deadline:
@@ -775,6 +832,7 @@ class Connection:
         """Ends whatever this connection waits for."""
         sock = self.http.sock
         if sock is not None:
+            # Closing it would not wake a read under way; this does.
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
 
@@ -804,8 +862,9 @@ class Limiter:
             return 0.0
         with self.lock:
             now = time.monotonic()
+            # Each request takes the next free moment and moves it on by what it costs.
             start = max(now, self.next_request, self.next_tokens)
-            # Only what is limited is noted: a limit of tokens that was corrected must count at once.
+            # Only what is limited is noted: a corrected number of tokens must count at once.
             if self.seconds_per_request:
                 self.next_request = start + self.seconds_per_request
             if self.seconds_per_token:
@@ -841,6 +900,8 @@ class Cache:
         once. Raises JudgeError when the file cannot be used.
         """
         self.lock = threading.Lock()
+
+        # One ending, whatever an old command line says.
         self.path = ":memory:" if path is None else str(Path(path).with_suffix(".sqlite"))
         try:
             if path is not None:
@@ -870,6 +931,7 @@ class Cache:
 
     def get(self, key: str) -> dict | None:
         """The answer stored under a key."""
+        # Microseconds, and nothing is read but this row.
         with self.lock:
             row = self.database.execute(
                 "SELECT answer FROM answers WHERE key = ?", (key,)
@@ -878,6 +940,7 @@ class Cache:
 
     def add(self, key: str, answer: dict, about: dict) -> None:
         """Stores an answer with what an audit wants to know: model, asked, text, tokens."""
+        # A model's answer may hold half of a surrogate pair, which SQLite refuses.
         row = (
             key,
             about.get("model", ""),
@@ -893,6 +956,7 @@ class Cache:
                 self.database.execute(
                     "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row
                 )
+        # A full disk ends the run in one line; the last checkpoint is there.
         except sqlite3.Error as error:
             raise JudgeError(f"the judge's cache {self.path}: {error}") from None
 
@@ -902,6 +966,8 @@ class Cache:
         is_done = self.database.execute("PRAGMA user_version").fetchone()[0]
         if is_done or not old.is_file():
             return
+
+        # One transaction: a kill leaves the old file as the only one, to be read again.
         taken = 0
         with open(old, "rb") as file:
             self.database.execute("BEGIN IMMEDIATE")
@@ -915,7 +981,8 @@ class Cache:
         print(f"judge: {taken} answers taken over from {old} into {self.path}", file=sys.stderr)
 
     def take_over_row(self, row: dict) -> None:
-        """Stores one answer of an earlier version. Raises what a row of another form makes it raise."""
+        """Stores one answer of an earlier version; a row of another form raises."""
+        # Two kinds of answers: an object that the model wrote, or verdicts.
         if "written" in row:
             answer = {"written": dict(row["written"])}
             asked = [row.get("prompt", "")]
@@ -925,6 +992,8 @@ class Cache:
                 verdicts.append([float(verdict["score"]), str(verdict["reason"])])
             answer = {"verdicts": verdicts}
             asked = row.get("statements", [])
+
+        # All else is for the reader of an audit and may be missing.
         usage = row.get("usage") or {}
         about = {"model": str(row.get("model", "")), "asked": asked}
         about["text"] = str(row.get("answer", ""))
@@ -935,6 +1004,8 @@ class Cache:
     def rows(self) -> Iterator[dict]:
         """All answers as plain values, for an export."""
         query = "SELECT key, model, asked, text, answer, prompt_tokens, completion_tokens, time"
+
+        # Read as it is written out: an export of millions of rows takes no memory.
         for row in self.database.execute(f"{query} FROM answers ORDER BY time"):
             key, model, asked, text, answer, prompt_tokens, completion_tokens, when = row
             usage = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
@@ -1027,6 +1098,8 @@ class LLMJudge:
         """
         self.address = Address(url)
         self.shown = self.address.shown
+
+        # Servers with one model take any name, others none but the right one.
         if not model:
             message = "--judge needs --judge_model: the name under which the server knows its model"
             raise JudgeError(message)
@@ -1042,6 +1115,8 @@ class LLMJudge:
         self.limiter = Limiter(rpm, tpm)
 
         self.secret = read_key()
+
+        # A key is for the model's server, a login in the URL for a gate before it.
         self.headers = {}
         if self.secret:
             self.headers["Authorization"] = f"Bearer {self.secret}"
@@ -1063,6 +1138,7 @@ class LLMJudge:
         self.rescues = 0
         self.last_problem = ""
 
+        # Connections outlive a batch: between two steps the server keeps them open.
         self.connections = []
         self.idle = deque()
         self.stopping = threading.Event()
@@ -1081,6 +1157,7 @@ class LLMJudge:
             """One call; workers write different keys."""
             verdict_of.update(zip(group, self.ask_together(group)))
 
+        # All calls of a step at once: with a few at a time the server would be idle.
         self.run(work, self.group(questions), show_progress)
         verdicts = [verdict_of[question] for question in questions]
         self.check_missing(verdicts)
@@ -1099,6 +1176,7 @@ class LLMJudge:
         with a reason if it cannot: the model is told the reason and asked once more. The last
         usable object of an answer counts. Equal prompts are asked once. Raises JudgeError.
         """
+        # Equal prompts share one call, but each has a reader's state of its own.
         indexes = {}
         for index, prompt in enumerate(prompts):
             indexes.setdefault(prompt, []).append(index)
@@ -1124,6 +1202,7 @@ class LLMJudge:
         The first `ask` does it when nobody did. Raises JudgeError, with the likely mend, when the
         judge cannot be used.
         """
+        # Still none: no reply at all came back. Better told now than after a first rollout.
         if not self.profile:
             patience = min(self.patience, PROBE_PATIENCE)
             self.run(self.find_out, [patience], show_progress=False)
@@ -1133,17 +1212,21 @@ class LLMJudge:
         return self.profile
 
     def take_stats(self) -> dict:
-        """Metrics since the last call: calls, cache hits, retries, missing by kind, tokens, times."""
+        """Metrics since the last time: calls, cache hits, retries, missing by kind, tokens."""
+        # Taken and emptied in one go, so that no call is counted twice or never.
         with self.lock:
             stats = self.stats
             times = sorted(self.latency)
             self.stats = Counter()
             self.latency = []
 
+        # These are there in every step, so that a plot has no holes.
         counters = ("calls", "cache_hits", "retries", "asked_again")
         metrics = {}
         for name in (*counters, "prompt_tokens", "completion_tokens"):
             metrics[f"judge_{name}"] = stats.pop(name, 0)
+
+        # What remains are the missing verdicts by kind.
         for name, number in stats.items():
             metrics[f"judge_{name}"] = number
         metrics["judge_p50_seconds"] = percentile(times, 0.5)
@@ -1156,6 +1239,8 @@ class LLMJudge:
         """The questions of each call: prompts alone, up to k statements about one response."""
         calls = []
         shared = {}
+
+        # fromkeys: each question once, in the order in which they came.
         for question in dict.fromkeys(questions):
             if question.prompt:
                 calls.append([question])
@@ -1164,6 +1249,7 @@ class LLMJudge:
                 shared.setdefault(about, []).append(question)
 
         for group in shared.values():
+            # k = 0: all statements about a response in one call.
             k = self.k or len(group)
             for start in range(0, len(group), k):
                 calls.append(group[start : start + k])
@@ -1178,6 +1264,7 @@ class LLMJudge:
         for kind, number in missing.items():
             self.count(f"missing_{kind}", number)
 
+        # A reward made of few verdicts is noise; better no step than a step on noise.
         if missing.total() > self.max_missing * len(verdicts):
             kinds = ", ".join(f"{number} {kind}" for kind, number in missing.most_common())
             last = f" (last: {self.last_problem})" if self.last_problem else ""
@@ -1191,6 +1278,9 @@ class LLMJudge:
         """work(call) for all calls, `workers` at a time; the first error ends the batch."""
         self.stopping = threading.Event()
         self.last_reply_at = time.monotonic()
+
+        # All workers take from one iterator: results handed from thread to thread, one for each
+        # call, would cost a tenth of the time.
         errors = []
         todo = iter(calls)
         taking = threading.Lock()
@@ -1224,6 +1314,8 @@ class LLMJudge:
             self.stopping.set()
             self.end(threads)
             bar.close()
+
+        # The first error is the cause; others are often its consequences.
         if errors:
             raise self.as_judge_error(errors[0])
 
@@ -1242,6 +1334,7 @@ class LLMJudge:
         """Ends the threads of a batch that was broken off, within a second."""
         until = time.monotonic() + 1
         while time.monotonic() < until:
+            # A thread may begin another request between our look and its own.
             alive = [thread for thread in threads if thread.is_alive()]
             if not alive:
                 return
@@ -1266,6 +1359,8 @@ class LLMJudge:
         first = questions[0]
         messages = chat(questions)
         key = self.cache_key(messages, self.max_tokens, first.key, first.scale)
+
+        # The cache is asked before the server is even known: a repeated run needs none.
         stored = self.cache.get(key)
         if stored is not None:
             self.count("cache_hits")
@@ -1281,6 +1376,7 @@ class LLMJudge:
             is_whole = all(verdict.score is not None for verdict in best)
             return ({"verdicts": best} if is_whole else None), ""
 
+        # All answers may be as long as one would be alone.
         call = Call(
             messages,
             max_tokens=self.max_tokens * len(questions),
@@ -1290,6 +1386,8 @@ class LLMJudge:
             response_format=None if first.prompt else answer_format(len(questions)),
         )
         kind = self.settle(call)
+
+        # A half usable answer keeps its usable half.
         verdicts = []
         for verdict in best:
             verdicts.append(verdict if verdict.score is not None else Verdict(None, kind))
@@ -1313,6 +1411,7 @@ class LLMJudge:
                 self.count("cache_hits")
                 return made, stored["written"]
 
+        # What `read` made is not always JSON, so the cache gets the object itself.
         results = []
 
         def read_last(text: str) -> tuple[dict | None, str]:
@@ -1326,6 +1425,7 @@ class LLMJudge:
                     problem = str(error)
             return None, problem
 
+        # Writers answer in their own form: no schema is asked for.
         kind = self.settle(Call(messages, max_tokens, key, [prompt], read_last))
         if kind:
             self.count(f"missing_{kind}")
@@ -1334,6 +1434,7 @@ class LLMJudge:
 
     def cache_key(self, messages: list[dict], max_tokens: int, *reading) -> str:
         """A hash of all that decides an answer and how it is read."""
+        # The server's address is not among them: a model that moved is the same model.
         settings = [self.model, self.temperature, max_tokens, messages, *reading]
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
@@ -1341,11 +1442,14 @@ class LLMJudge:
         """Asks, at most twice, until the answer is usable. Returns "" or the kind of failure."""
         if not self.is_ready():
             return "transport"
+
+        # Twice, not more: what two different requests do not bring, a third seldom does.
         body = self.first_body(call)
         floor = LEAST_TOKENS
         was_cut = False
         for attempt in (1, 2):
             reply = self.request(body, floor)
+            # The first request fitted, so it is the longer answer for which there is no room.
             if reply.kind == "too_long" and was_cut:
                 return "truncated"
             if reply.kind != "answer":
@@ -1357,6 +1461,7 @@ class LLMJudge:
                 self.store(call, value, reply)
                 return ""
 
+            # Not usable. Why decides what is changed for the second request.
             was_cut = reply.finish == "length"
             if attempt == 1:
                 self.count("asked_again")
@@ -1377,6 +1482,8 @@ class LLMJudge:
         """The first request of a call, within what the server can do."""
         body = {"model": self.model, "messages": call.messages}
         body[self.token_field] = self.fit(call.max_tokens, call.messages)
+
+        # Left out where the server only knows its own.
         if self.sends_temperature:
             body["temperature"] = self.temperature
         if call.response_format and self.structured:
@@ -1385,6 +1492,7 @@ class LLMJudge:
 
     def second_body(self, call: Call, body: dict, reply: Reply, problem: str) -> dict:
         """The second request, changed where the first went wrong; always as plain text."""
+        # A schema may be what went wrong, so the second request is without one.
         body = dict(body)
         body.pop("response_format", None)
         if reply.finish == "length":
@@ -1394,7 +1502,10 @@ class LLMJudge:
                 tokens = min(tokens, self.context - reply.prompt_tokens)
             body[self.token_field] = max(tokens, LEAST_TOKENS)
         elif problem:
-            again = f"Your answer cannot be used: {problem}. Give the whole JSON object again, corrected."
+            again = f"Your answer cannot be used: {problem}. "
+            again += "Give the whole JSON object again, corrected."
+
+            # The model sees its own answer and the reason, as a person would.
             answer = {"role": "assistant", "content": clean(reply.text)}
             body["messages"] = [*call.messages, answer, {"role": "user", "content": again}]
         elif self.sends_temperature:
@@ -1413,13 +1524,14 @@ class LLMJudge:
 
     # ---- one request: retries
 
-    def request(self, body: dict, floor: int = LEAST_TOKENS, patience: float | None = None) -> Reply:
+    def request(self, body: dict, floor: int, patience: float | None = None) -> Reply:
         """The reply to one request, asked again while the server is busy. Its kind is "answer",
         "refused", "too_long", "unparsable" or "transport"; "rejected" only while probing.
 
         floor: answers shorter than this are not asked for. Raises JudgeError on a refusal of the
         judge.
         """
+        # The probe has a shorter patience than a batch.
         patience = self.patience if patience is None else patience
         started = time.monotonic()
         wait = 0.1
@@ -1439,6 +1551,8 @@ class LLMJudge:
                     return reply
                 body[self.token_field] //= 2
                 continue
+
+            # A proxy's error page may be gone at the next try; a wrong address stays wrong.
             if reply.kind == "odd":
                 odd += 1
                 if odd == ODD_REPLIES:
@@ -1451,6 +1565,8 @@ class LLMJudge:
                 # What a server asks for is a floor for our own pause, and has a cap: one asks
                 # for nothing and gets a storm of requests, another asks for years.
                 pause = max(pause, min(reply.wait, LONGEST_WAIT, patience / 4))
+
+            # When nobody has been answered for so long the others have waited for us, too.
             waiting_since = min(started, self.last_reply_at)
             if time.monotonic() + pause - waiting_since > patience:
                 return reply._replace(kind="transport")
@@ -1460,12 +1576,14 @@ class LLMJudge:
 
     def send(self, body: dict) -> Reply:
         """One request and its reply, taken apart; "busy" when there is none."""
+        # Before the answer is there its tokens can only be guessed: prompt plus limit.
         estimate = body[self.token_field]
         estimate += sum(len(message["content"]) for message in body["messages"]) // 4
         pause = self.limiter.reserve(estimate)
         if pause and self.stopping.wait(pause):
             return Reply("busy", "stopped")
 
+        # Waiting for our own limit is no part of the server's time.
         began = time.monotonic()
         try:
             status, headers, content = self.exchange("POST", "/chat/completions", body)
@@ -1490,6 +1608,7 @@ class LLMJudge:
 
     def exchange(self, method: str, path: str, body: dict | None) -> tuple[int, dict, bytes]:
         """One exchange over an idle connection, or over a new one. Raises WireError."""
+        # Last in, first out: a few warm connections instead of many cold ones.
         try:
             connection = self.idle.pop()
         except IndexError:
@@ -1512,6 +1631,7 @@ class LLMJudge:
 
         Raises JudgeError when no request was ever answered, or none of the last twenty.
         """
+        # One question that is not taken among many that are: the question's fault.
         with self.lock:
             self.rejections += 1
             is_judge = self.rejections >= REJECTIONS or not self.answered
@@ -1542,10 +1662,12 @@ class LLMJudge:
 
     def mend(self, status: int, words: str) -> str:
         """What most likely helps, as the end of an error's line."""
+        # In the order in which the guesses are certain.
         if QUOTA_WORDS.search(words):
             return "; the account behind JUDGE_API_KEY has no credit left"
         if status in (401, 403):
             return "; is JUDGE_API_KEY right?" if self.secret else "; does it need JUDGE_API_KEY?"
+        # The server's own list is better advice than any guess.
         if self.models and self.model not in self.models:
             names = ", ".join(self.models[:10])
             return f"; the server has {names}: is --judge_model right?"
@@ -1561,6 +1683,8 @@ class LLMJudge:
         """Whether the server is known; the first worker finds out while the others wait."""
         if self.profile:
             return True
+
+        # One call is enough, and a wrong setting should fail once, not 64 times.
         with self.probing:
             # A server that nobody hears costs the batch its patience once, not every question.
             is_patient = time.monotonic() - self.last_reply_at <= self.patience
@@ -1574,6 +1698,8 @@ class LLMJudge:
         Leaves the profile empty when no reply comes for `patience` seconds. Raises JudgeError.
         """
         self.list_models()
+
+        # Each round gives up one thing that the server may not take, so it ends.
         is_read = False
         while True:
             call = Call(chat([PROBE]), self.max_tokens, "", [], None, answer_format(1))
@@ -1602,6 +1728,7 @@ class LLMJudge:
 
     def give_up_one(self, reply: Reply) -> bool:
         """Gives up one thing that the server may not take; False when nothing is left."""
+        # By the server's words where it has some.
         words = reply.text.lower()
         if reply.kind == "rejected":
             if "max_completion_tokens" in words and self.token_field == "max_tokens":
@@ -1610,6 +1737,8 @@ class LLMJudge:
             if "temperature" in words and self.sends_temperature:
                 self.sends_temperature = False
                 return True
+
+        # No words that we know: structured output is what servers lack most often.
         if not self.structured:
             return False
         self.structured = False
@@ -1621,6 +1750,8 @@ class LLMJudge:
         with suppress(WireError, ValueError, RecursionError):
             status, _, content = self.exchange("GET", "/models", None)
             value = json.loads(content) if status == 200 else None
+
+        # A list that is not there, or not a list of models, tells nothing.
         models = value.get("data") if isinstance(value, dict) else None
         if not isinstance(models, list):
             return
@@ -1629,6 +1760,7 @@ class LLMJudge:
                 continue
             name = printable(model["id"])
             self.models.append(name)
+            # Another model's context is of no use.
             if name != self.model:
                 continue
             for key in CONTEXT_KEYS:
@@ -1644,6 +1776,8 @@ class LLMJudge:
         else:
             parts.append("its own temperature")
         parts.append(f"context {self.context}" if self.context else "context not told")
+
+        # What looks wrong is said now, while somebody looks at the terminal.
         if reply.finish == "length":
             parts.append(f"but its first answer was cut off at {self.max_tokens} tokens")
         elif reply.kind != "answer":
@@ -1665,6 +1799,8 @@ class LLMJudge:
                 self.rescues += 1
             if self.rescues < RESCUES:
                 return
+
+            # Three in a row: one or two may be chance.
             self.structured = False
         print(f"judge {self.model}: asked in plain text from here on", file=sys.stderr)
 
@@ -1678,7 +1814,10 @@ class LLMJudge:
 
 def read_key() -> str:
     """The key in JUDGE_API_KEY, or "". Raises JudgeError, without a word of it, when it is none."""
+    # Copied keys come with line breaks around them.
     key = os.environ.get("JUDGE_API_KEY", "").strip()
+
+    # http.client would print a bad header in its error, the key with it.
     if not key.isascii() or not key.isprintable() or " " in key:
         message = "JUDGE_API_KEY holds a space, a line break or a letter that no key has"
         raise JudgeError(message + "; set it again, without quotes around it")
@@ -1712,12 +1851,15 @@ class Panel:
             self.write = judges[0].write
 
     def ask(self, questions: list[Question], show_progress: bool = False) -> list[Verdict]:
-        """Verdicts in the order of the questions; missing where all judges miss. Raises JudgeError."""
+        """Verdicts in the order of the questions; missing where all miss. Raises JudgeError."""
+        # One after the other: each of them is a concurrent batch already.
         answers = [judge.ask(questions, show_progress) for judge in self.judges]
         verdicts = []
         for given in zip(*answers):
             scores = [verdict.score for verdict in given if verdict.score is not None]
             reasons = [verdict.reason for verdict in given]
+
+            # A judge that gives no verdict has no vote.
             score = sum(scores) / len(scores) if scores else None
             verdicts.append(Verdict(score, " | ".join(reasons)))
 
@@ -1739,6 +1881,7 @@ class Panel:
         metrics = {}
         for judge in self.judges:
             for name, value in judge.take_stats().items():
+                # A time is None in a step without calls.
                 before = metrics.get(name)
                 if before is None or value is None:
                     metrics[name] = value if before is None else before
@@ -1808,6 +1951,8 @@ def content_words(text: str) -> list[str]:
         is_letter = len(word) == 1 and word.isascii() and not word.isdigit()
         if word in STOP or is_letter:
             continue
+
+        # The synonym first: stems are not in the table.
         words.append(ENDING.sub("", SYNONYMS.get(word, word)))
     return words
 
@@ -1820,6 +1965,7 @@ def sentences(text: str) -> list[str]:
     """
     found = []
     for line in text.split("\n"):
+        # A list number's dot ends no sentence.
         line = LIST_MARK.sub("", line)
         for sentence in SENTENCE_END.split(line):
             sentence = sentence.strip()
@@ -1874,8 +2020,10 @@ def repetition(response: str, question: str = "") -> float:
     >>> repetition("drink water and rest"), round(repetition("drink more water " * 4), 2)
     (0.0, 0.7)
     """
+    # Triples: pairs of words repeat in any text, and loops repeat much more.
     words = re.findall(r"\w+", response.lower())
     triples = list(zip(words, words[1:], words[2:]))
+    # Fewer than three words cannot repeat.
     if not triples:
         return 0.0
     return 1 - len(set(triples)) / len(triples)
@@ -1886,6 +2034,7 @@ def keyword_share(response: str, question: str) -> float:
 
     0 for fewer than eight words: a short answer may be a name.
     """
+    # All words, single letters too: this is about how a text is strung together.
     words = re.findall(r"[^\W_]+", response.lower())
     if len(words) < 8:
         return 0.0
@@ -1894,6 +2043,7 @@ def keyword_share(response: str, question: str) -> float:
 
 def copied_share(response: str, question: str) -> float:
     """Share of the content words that are the question's."""
+    # As stems: who only changes an ending has copied.
     words = content_words(response)
     asked = set(content_words(question))
     if not words:
@@ -1909,11 +2059,12 @@ HEDGE = re.compile(
 
 
 def hedged_share(response: str, question: str) -> float:
-    """Share of the sentences that hedge and add fewer than three content words to the question's."""
+    """Share of the sentences that hedge and add fewer than three content words."""
     asked = set(content_words(question))
     spoken = sentences(response)
     hedged = 0
     for sentence in spoken:
+        # A hedge that goes on to say something is honest caution, no fault.
         added = set(content_words(sentence)) - asked
         if HEDGE.search(sentence) and len(added) < 3:
             hedged += 1
@@ -1926,6 +2077,7 @@ def ends_complete(response: str) -> bool:
     >>> ends_complete("Rest and drink."), ends_complete("1. Rest.\\n2."), ends_complete("Rest and")
     (True, False, False)
     """
+    # Quotation marks and brackets may follow the final sign.
     last = response.rstrip().rpartition("\n")[2]
     is_ended = re.search(r"[.!?。！？…][\"'”’)\]*]*$", last)
     says_something = re.search(r"\w", LIST_MARK.sub("", last))
@@ -1934,11 +2086,13 @@ def ends_complete(response: str) -> bool:
 
 def addresses_reader(response: str) -> bool:
     """Says "you" or a form of it."""
+    # Whole words: "youth" is no address.
     return bool(re.search(r"\byou(r|rs|rself)?\b", response, re.IGNORECASE))
 
 
 EXAMPLE_WORDS = re.compile(
-    r"\b(for example|for instance|such as|e\.g\.|(an|one|another) example (is|of|would))", re.IGNORECASE
+    r"\b(for example|for instance|such as|e\.g\.|(an|one|another) example (is|of|would))",
+    re.IGNORECASE,
 )
 
 
@@ -1954,6 +2108,7 @@ def contains(response: str, words: tuple[str, ...]) -> bool:
 
 def mentions(response: str, words: tuple[str, ...]) -> bool:
     """Holds all content words of one of the texts, in any form that has the same stem."""
+    # As stems, so that "infections" mentions an infection.
     spoken = set(content_words(response))
     return any(set(content_words(word)) <= spoken for word in words)
 
@@ -1974,9 +2129,12 @@ def boxed_text(response: str) -> str | None:
     >>> boxed_text(r"\boxed{A} or \boxed{\text{(B)}}"), boxed_text("B")
     ('(B)', None)
     """
+    # One level of braces inside, as in \\text{...}.
     found = re.findall(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}", response)
     if not found:
         return None
+
+    # Dress such as \\text{...} or \\mathrm{...} is no part of the answer.
     return re.sub(r"\\\w+\s*\{([^}]*)\}", r"\1", found[-1]).strip(" .$")
 
 
@@ -2087,6 +2245,7 @@ mentions "infection", starts_with "Yes", ends_with ".", boxed "B" "Iron"
             words = tuple(json.loads(word) for word in ONE_QUOTED.findall(match[2]))
             return Check(match[1], words=words)
 
+    # A typing error must not become a criterion that nothing meets.
     known = ", ".join(CHECKS.values())
     raise ValueError(f"unknown check {printable(text)[:80]!r}; known are: {known}")
 
@@ -2126,7 +2285,7 @@ def check_verdict(check: str, response: str, question: str = "") -> Verdict:
     Verdict(score=1.0, reason='hedged 1')
     >>> verdicts(("ends_complete", "Rest and"), ("addresses_reader", "Rest your eyes."))
     [0.0, 1.0]
-    >>> verdicts(("gives_example", "Fruit, such as apples."), ('contains "fresh air"', "Fresh air!"))
+    >>> verdicts(("gives_example", "Such as apples."), ('contains "fresh air"', "Fresh air!"))
     [1.0, 1.0]
     >>> verdicts(('mentions "infection"', "All infections."), ('starts_with "Yes"', "yes, rest"))
     [1.0, 1.0]
@@ -2148,6 +2307,7 @@ def check_verdict(check: str, response: str, question: str = "") -> Verdict:
     if name == "ends_complete":
         reason = f"ends {response.rstrip()[-12:]!r}"
     if name == "boxed":
+        # The reason shows what was taken for the answer.
         inside = boxed_text(response)
         reason = "no boxed answer" if inside is None else f"boxed {inside[:40]!r}"
 
@@ -2183,17 +2343,21 @@ def lexical_verdict(statement: str, response: str, is_fault: bool = False) -> Ve
     Score 1.0 or 0.0, None for a statement without content words. PASSAGE and COVERED were chosen
     on 200 statements that physicians have labelled (K-QA).
 
-    >>> lexical_verdict("Advises drinking water during a fever.", "With a fever, drink enough water.")
+    >>> lexical_verdict("Advises drinking water during a fever.", "With a fever, drink water.")
     Verdict(score=1.0, reason='3/3 content words: drink, fever, water')
     >>> lexical_verdict("Does not recommend antibiotics.", "Take antibiotics.").score
     0.0
     """
     negation = NEGATION.match(statement)
+
+    # Judge what is forbidden, then turn the verdict round.
     inside = statement[negation.end() :] if negation else statement
     wanted = set(content_words(inside))
     if not wanted:
         return Verdict(None, "the criterion has no content words")
 
+    # Hits count once per sentence, and close together: words of a criterion that are
+    # scattered over a long answer do not state it.
     hits_per_sentence = []
     for sentence in sentences(response):
         hits_per_sentence.append(wanted & set(content_words(sentence)))
@@ -2230,6 +2394,7 @@ class LexicalJudge:
         verdicts = []
         with progress_bar(len(questions), "judge", show=show_progress) as bar:
             for question in questions:
+                # A grade cannot be found by comparing words, and no number would be honest.
                 if not question.statement:
                     message = "the offline judge compares words with a statement"
                     raise JudgeError(message + "; for a rating or a grade give a model: --judge")
@@ -2269,6 +2434,7 @@ def demo() -> int:
     for check in ("words <= 40", "sentences <= 2", "ends_complete", "addresses_reader"):
         show_verdict(check, check_verdict(check, response))
 
+    # What no stand-in can see, so that nobody takes it for a judge.
     stuffed = "fever water drink doctor days physician three"
     print(f"\nThe offline judge, fooled by stuffed words: {stuffed!r}\n")
     show_verdict(water, lexical_verdict(water, stuffed))
