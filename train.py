@@ -28,6 +28,7 @@ import math
 import os
 import platform
 import random
+import re
 import shutil
 import signal
 import socket
@@ -49,7 +50,14 @@ import arlrr
 import grpo
 import rar
 import rler
-from judge import JudgeError, LexicalJudge, LLMJudge, progress_bar
+from judge import (
+    JudgeError,
+    LexicalJudge,
+    LLMJudge,
+    Panel,
+    progress_bar,
+    without_password,
+)
 from tools.report import printable, summarise, write_report
 
 HERE = Path(__file__).resolve().parent
@@ -99,19 +107,28 @@ class Config:
         int, "the first so many training prompts; 0: all of --data, 20 built-in ones", NOT_NEGATIVE
     ] = 0
 
-    judge: Annotated[str, "offline (lexical), or the base URL of an OpenAI-like server"] = "offline"
+    judge: Annotated[
+        str, "offline (lexical), or the base URL of an OpenAI-like server; URL,URL: their mean"
+    ] = "offline"
     judge_model: Annotated[str, "the model's name there (key: environment, JUDGE_API_KEY)"] = ""
     judge_k: Annotated[int, "criteria per call to the judge; 0: all", NOT_NEGATIVE] = 1
     judge_max_missing: Annotated[float, "stop when a larger share is missing", SHARE] = 0.1
+    judge_rpm: Annotated[float, "requests per minute; 0: no limit", NOT_NEGATIVE] = 0.0
+    judge_tpm: Annotated[float, "tokens per minute; 0: no limit", NOT_NEGATIVE] = 0.0
+    eval_judge: Annotated[str, "a second judge, for held-out answers: it does not pay"] = ""
+    eval_judge_model: Annotated[str, "its model's name"] = ""
 
     steps: Annotated[int, "updates of the policy", COUNT] = 25
-    prompts_per_step: Annotated[int, "prompts per step", COUNT] = 4
+    prompts_per_step: Annotated[int, "prompts per step", Limits(1, 10**4)] = 4
     # A group of one has no other answer to be better than.
     group_size: Annotated[int, "rollouts per prompt (G)", Limits(2, 10**4)] = 8
     temperature: Annotated[
-        float, "of sampling and of scoring; a small model rambles at 1.0", Limits(0, 100, above=0)
+        float, "of sampling and of scoring; a small model rambles at 1.0", Limits(0.01, 100)
     ] = 0.7
     max_new_tokens: Annotated[int, "length limit of a completion", COUNT] = 64
+    template_kwargs: Annotated[
+        str, 'JSON for the chat template, such as {"enable_thinking": false}'
+    ] = ""
     sampler: Annotated[
         Literal["torch", "vllm"], "torch (any machine) or vllm (in this process, for a GPU)"
     ] = "torch"
@@ -171,9 +188,10 @@ class Config:
                 self.tis_cap = 2.0
 
 
-# What may differ from the run that is resumed: its length, how often it looks, and where a model as
-# judge is served. Anything else would make one log out of two experiments.
-RESUMABLE = {"steps", "eval_every", "save_every", "resume", "judge"}
+# What may differ from the run that is resumed: its length, how often it looks, where a model as
+# judge is served and how fast it is asked. Anything else would make one log out of two experiments.
+RESUMABLE = {"steps", "eval_every", "save_every", "resume", "judge_rpm", "judge_tpm"}
+JUDGES = ("judge", "eval_judge")
 
 
 class Parser(argparse.ArgumentParser):
@@ -193,6 +211,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse_config(argv: list[str]) -> tuple[Config, set[str]]:
     """The settings, and the names of those that were given. Raises UserError."""
+    # No abbreviations: --step would pass for --steps today and be ambiguous tomorrow.
     parser = Parser(
         prog="train.py",
         usage="python train.py [--flag value ...]",
@@ -201,6 +220,7 @@ def parse_config(argv: list[str]) -> tuple[Config, set[str]]:
         allow_abbrev=False,
     )
     for entry in fields(Config):
+        # The annotation holds the type, the help text and the limits.
         kind, about, *_ = get_args(entry.type)
         choices = get_args(kind) or None
         if choices:
@@ -219,7 +239,7 @@ def parse_config(argv: list[str]) -> tuple[Config, set[str]]:
             raise UserError(f"--{name}: empty; give a value, or leave the flag out")
         problem = setting_problem(name, value)
         if problem:
-            raise UserError(f"--{name} {value}: {problem}")
+            raise UserError(f"--{name} {shown(name, value)}: {problem}")
     return Config(**given), set(given)
 
 
@@ -233,6 +253,7 @@ def setting_problem(name: str, value) -> str:
             return ""
         return "give one of " + ", ".join(str(choice) for choice in choices)
     if kind is str:
+        # Names are printed and written into JSON; an escape sequence would be neither.
         if isinstance(value, str) and printable(value) == value:
             return ""
         return "give a text without control characters"
@@ -240,6 +261,8 @@ def setting_problem(name: str, value) -> str:
     # A whole number will do where a float is wanted, not the other way round.
     if type(value) is not kind and not (kind is float and type(value) is int):
         return f"give a number ({kind.__name__})"
+
+    # nan compares as false with every limit, so it is asked for first.
     if not math.isfinite(value):
         return "give a finite number"
     for limit in limits:
@@ -252,20 +275,70 @@ def setting_problem(name: str, value) -> str:
     return ""
 
 
-def make_judge(config: Config):
-    """The judge that the settings name. One of your own goes here: it needs `ask`, `take_stats`."""
-    if config.judge == "offline":
-        return LexicalJudge()
+def shown(name: str, value) -> str:
+    """A setting as it may be shown: without the password in a judge's URL, and not endless."""
+    if name in JUDGES and isinstance(value, str):
+        value = ",".join(without_password(url) for url in split_urls(value))
+    return printable(str(value))[:200]
 
-    # Its answers are cached beside the run's folder: runs that are compared share them.
+
+def split_urls(text: str) -> list[str]:
+    """The URLs (or "offline") of a judge; a comma inside a password separates nothing.
+
+    >>> split_urls("http://me:a,b@host/v1,offline")
+    ['http://me:a,b@host/v1', 'offline']
+    """
+    return re.split(r",(?=https?://|offline(?:,|$))", text)
+
+
+def make_judge(config: Config):
+    """The judge that pays. One of your own goes here: it needs `ask` and `take_stats`."""
+    return judge_at(config, config.judge, config.judge_model)
+
+
+def make_eval_judge(config: Config):
+    """The judge that only grades held-out answers; None without one."""
+    if not config.eval_judge:
+        return None
+    return judge_at(config, config.eval_judge, config.eval_judge_model)
+
+
+def judge_at(config: Config, urls: str, models: str):
+    """The judge at these URLs, with commas between several: a panel. Raises JudgeError."""
+    # One name for all of them, or one for each.
+    names = models.split(",")
+    addresses = split_urls(urls)
+    if len(names) == 1:
+        names = names * len(addresses)
+    if len(names) != len(addresses):
+        raise UserError(f"{len(addresses)} judges and {len(names)} names of models: give one each")
+
+    # Answers are cached beside the run's folder: runs that are compared share them.
     cache = Path(config.resume or config.out or "runs/run").parent / "judge_cache.sqlite"
-    return LLMJudge(
-        config.judge,
-        config.judge_model,
-        k=config.judge_k,
-        cache_path=str(cache),
-        max_missing=config.judge_max_missing,
-    )
+    options = {
+        "k": config.judge_k,
+        "cache_path": str(cache),
+        "max_missing": config.judge_max_missing,
+        "rpm": config.judge_rpm,
+        "tpm": config.judge_tpm,
+    }
+    judges = []
+    for address, name in zip(addresses, names):
+        if address == "offline":
+            judges.append(LexicalJudge())
+        else:
+            judges.append(LLMJudge(address, name, **options))
+    if len(judges) == 1:
+        return judges[0]
+    return Panel(judges)
+
+
+def probe(judge) -> str:
+    """A line about what the judge's server can do. Raises JudgeError when it cannot be used."""
+    # A judge of one's own need not have it.
+    if hasattr(judge, "probe"):
+        return judge.probe()
+    return ""
 
 
 def make_method(config: Config, judge) -> rar.RubricReward:
@@ -286,6 +359,7 @@ def make_method(config: Config, judge) -> rar.RubricReward:
 
 def read_data(config: Config) -> tuple[list[rar.Example], list[rar.Example]]:
     """Training and held-out examples. Raises DataError, UserError."""
+    # A file of one's own is never tested on the built-in prompts: they are about other things.
     train = rar.read_examples(config.data or HERE / "data" / "train.jsonl")
     if config.eval_data:
         return train, rar.read_examples(config.eval_data)
@@ -309,7 +383,12 @@ def fitting(
     # A prompt that is too long is left out and not cut: the rubric was written for all of it.
     short = []
     for example in examples:
-        if len(policy.encode(example)) + max_new_tokens <= policy.context:
+        try:
+            length = len(policy.encode(example))
+        except ValueError as error:
+            # The chat template refuses it: it takes no system message, or wants the roles in turn.
+            raise UserError(f"{split} prompt {example.id!r}: {error}") from None
+        if length + max_new_tokens <= policy.context:
             short.append(example)
 
     context = f"the model's context of {policy.context} tokens"
@@ -344,11 +423,13 @@ def next_batch(examples: list[rar.Example], config: Config, step: int) -> list[r
 class Policy:
     """Model, tokenizer, and what sampling needs to know of them. Every process holds all of it."""
 
-    def __init__(self, name: str, dtype: str = "auto"):
+    def __init__(self, name: str, dtype: str = "auto", template_kwargs: dict | None = None):
         """name: smollm2, a folder, or a hub id. Raises UserError when it cannot be loaded."""
+        self.template_kwargs = template_kwargs
         self.device = "cpu"
         if torch.cuda.is_available():
             self.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        # None lets the device decide.
         bfloat16 = {"auto": None, "bfloat16": True, "float32": False}[dtype]
         try:
             self.model, self.tokenizer = grpo.load_policy(name, self.device, bfloat16)
@@ -366,7 +447,7 @@ class Policy:
 
     def encode(self, example: rar.Example) -> list[int]:
         """Token ids of the example's prompt, ready for the assistant's turn."""
-        return grpo.encode(self.tokenizer, example.prompt)
+        return grpo.encode(self.tokenizer, example.prompt, self.template_kwargs)
 
     def start_engine(self, config: Config, examples: list[rar.Example]) -> None:
         """Starts vLLM next to the policy. Raises UserError when it is missing or does not fit."""
@@ -392,6 +473,7 @@ class Policy:
 
     def sync(self) -> None:
         """Copies the weights into the engine, if there is one."""
+        # Otherwise the next rollouts would come from the policy before the update.
         if self.engine:
             self.engine.sync(self.model)
 
@@ -429,10 +511,10 @@ class Policy:
                     uniform = uniform[rank::world]
                 sampled = grpo.sample(self.model, mine, *common, uniform, bar.update)
 
-        # A judge reads the text without special tokens; the loss sees the ids, end token included.
+        # A judge reads the answer, without thoughts and special tokens; the loss sees all ids.
         for group in sampled:
             for rollout in group:
-                rollout.text = self.tokenizer.decode(rollout.ids, skip_special_tokens=True)
+                grpo.set_text(self.tokenizer, rollout)
 
         # Prompt i was sampled by process i % world, as its group number i // world.
         by_rank = gather(sampled)
@@ -457,6 +539,7 @@ class Run:
     examples: list[rar.Example]
     heldout: list[rar.Example]
     validation: list[rar.Example]  # for the schedules of arlrr.py
+    eval_judge: object = None  # grades held-out answers besides the judge that pays
 
 
 def train_step(run: Run, step: int, is_trial: bool = False) -> tuple[dict, list[rar.Group]]:
@@ -576,12 +659,17 @@ def group_metrics(groups: list[rar.Group]) -> dict:
         for rollout in group.rollouts:
             scores.extend(verdict.score for verdict in rollout.verdicts)
 
+    # Thoughts are tokens as well: they are sampled, paid for and learned from.
     tokens = sum(len(r.ids) for r in rollouts)
     return {
         "reward": rar.nanmean([r.reward for r in rollouts]),
         "reward_std": rar.nanmean(spreads),
         "judge_missing": scores.count(None) / len(scores),
         "completion_tokens": tokens / len(rollouts),
+        "answer_characters": statistics.fmean(len(r.text) for r in rollouts),
+        "thought_characters": statistics.fmean(len(r.thoughts) for r in rollouts),
+        # Silent, or with thoughts that were never closed.
+        "unanswered": sum(not r.text.strip() for r in rollouts) / len(rollouts),
         "truncated": sum(r.finish == "length" for r in rollouts) / len(rollouts),
         # Within the groups. A high value: length is being paid for.
         "length_reward_corr": rar.nanmean(correlations),
@@ -621,15 +709,22 @@ def explained(run: Run, folder: "RunFolder", step: int):
             folder.save_checkpoint(run, step)
         advice = f"when that is put right: python train.py --resume {folder.path}"
         raise type(error)(f"step {step + 1}: {error}; {advice}") from None
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as error:
+        # A CPU's allocator has no error class of its own.
+        whose = ""
+        if isinstance(error, torch.OutOfMemoryError):
+            whose = "GPU's "
+        elif not isinstance(error, MemoryError) and "allocate" not in str(error):
+            raise
         # Perhaps in the middle of an update, so nothing is saved.
         advice = "--checkpointing 1, --vllm_sleep 1, fewer --prompts_per_step or --max_new_tokens"
-        why = f"step {step + 1}: the GPU's memory is full"
+        why = f"step {step + 1}: the {whose}memory is full"
         raise UserError(f"{why}; try {advice} in a new run") from None
 
 
 def show_step(bar, config: Config, log: dict, score: float) -> None:
     """One more step on the bar, or a line of text where there is no terminal to draw it on."""
+    # The three phases of the step: which one is worth making faster?
     seconds = [f"{log[f'seconds_{phase}']:.0f}" for phase in ("rollout", "judge", "train")]
     note = {
         "reward": f"{log['reward']:.3f}",
@@ -647,9 +742,12 @@ def show_step(bar, config: Config, log: dict, score: float) -> None:
 
 
 def evaluate(
-    policy: Policy, judge, examples: list[rar.Example], max_new_tokens: int
+    policy: Policy, judge, examples: list[rar.Example], max_new_tokens: int, other_judge=None
 ) -> tuple[dict, list[rar.Group]]:
-    """Greedy answers scored by rar.evaluate: (metrics, groups of one rollout), on all processes."""
+    """Greedy answers scored by rar.evaluate: (metrics, groups of one rollout), on all processes.
+
+    other_judge: grades them too; its score is eval_other_score.
+    """
     # As many prompts together as keep keys and values small, padding counted.
     parts = []
     longest = 0
@@ -666,17 +764,32 @@ def evaluate(
     groups = []
     for part in parts:
         groups += policy.rollouts(part, 1, max_new_tokens, 0.0, description="held-out")
-    return from_rank_zero(graded, judge, groups)
+    return from_rank_zero(graded, judge, groups, other_judge)
 
 
-def graded(judge, groups: list[rar.Group]) -> tuple[dict, list[rar.Group]]:
-    """(metrics, the groups with their verdicts)."""
-    return rar.evaluate(judge, groups, show_progress=True), groups
+def graded(judge, groups: list[rar.Group], other_judge) -> tuple[dict, list[rar.Group]]:
+    """(metrics, the groups with the verdicts of `judge`)."""
+    other = {}
+    if other_judge:
+        # First, because the verdicts that stay on the rollouts are the last ones.
+        metrics = rar.evaluate(other_judge, groups, show_progress=True)
+        for name in ("score", "ci", "n"):
+            other[f"eval_other_{name}"] = metrics[f"eval_{name}"]
+        for name, value in other_judge.take_stats().items():
+            other[f"eval_other_{name}"] = value
+
+    # A policy learns the taste of the judge that pays: where only that judge's score climbs, this
+    # difference does.
+    metrics = rar.evaluate(judge, groups, show_progress=True)
+    if other:
+        other["eval_judge_gap"] = metrics["eval_score"] - other["eval_other_score"]
+    return metrics | other, groups
 
 
 def evaluate_heldout(run: Run) -> tuple[dict, list[rar.Group]]:
     """`evaluate` on the run's held-out examples."""
-    return evaluate(run.policy, run.method.judge, run.heldout, run.config.max_new_tokens)
+    limit = run.config.max_new_tokens
+    return evaluate(run.policy, run.method.judge, run.heldout, limit, run.eval_judge)
 
 
 def first_score(run: Run, folder: "RunFolder", step: int) -> float:
@@ -723,6 +836,7 @@ def is_first() -> bool:
 
 def gather(value) -> list:
     """The values of all processes, in the order of their ranks."""
+    # A meeting point as well: nobody leaves before all have come.
     _, world = grpo.rank_and_world()
     values = [value] * world
     if world > 1:
@@ -793,6 +907,7 @@ def warn(text: str) -> None:
 
 def first_line(error: Exception) -> str:
     """The first line of what an error says; its kind where it says nothing."""
+    # Libraries explain themselves over many lines; the first one says what is wrong.
     lines = str(error).strip().splitlines()
     if not lines:
         return type(error).__name__
@@ -807,7 +922,7 @@ def writing(path: Path, advice: str):
     """Turns what cannot be written into one line. Raises UserError."""
     try:
         yield
-    except UserError:
+    except (UserError, rar.DataError):
         raise
     except Exception as error:  # noqa: BLE001  (each library has its own error for a full disk)
         why = getattr(error, "strerror", None) or first_line(error)
@@ -815,7 +930,8 @@ def writing(path: Path, advice: str):
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Writes a file aside and renames it: a kill leaves the old one or the new one."""
+    """Writes a whole file."""
+    # Aside and then renamed: a kill leaves the old one or the new one.
     aside = path.with_name(path.name + ".tmp")
     aside.write_bytes(content)
     os.replace(aside, path)
@@ -835,6 +951,7 @@ def finite(value):
     {'reward': None, 'scores': [0.333333, 2]}
     """
     if isinstance(value, float):
+        # Not 0: what is missing must not enter a mean.
         if not math.isfinite(value):
             return None
         return round(value, 6)
@@ -851,6 +968,7 @@ def parse_row(line: bytes) -> dict | None:
     >>> parse_row(b'{"step": 3}'), parse_row(b'{"step": 3, "rew'), parse_row(b'{"step": "3"}')
     ({'step': 3}, None, None)
     """
+    # Deep nesting ends in a RecursionError, half a character in a UnicodeDecodeError, a ValueError.
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -862,8 +980,10 @@ def parse_row(line: bytes) -> dict | None:
 
 def read_log(path: Path) -> list[dict]:
     """The rows of metrics.jsonl or samples.jsonl."""
+    # A run that was killed early may have no log yet.
     if not path.is_file():
         return []
+
     rows = []
     # Bytes, split at "\n" only: a text can hold other line ends, and a cut can fall inside one of
     # its characters.
@@ -907,6 +1027,7 @@ class RunFolder:
     def claim(self, config: Config) -> Path:
         """The folder, locked. Called before anything is loaded: a second run must not begin."""
         if config.resume:
+            # The run itself, also when it still runs: then it holds the lock.
             path = Path(config.resume)
             if not (path / "config.json").is_file():
                 raise UserError(f"--resume {path}: no run there; start one with --out {path}")
@@ -916,12 +1037,15 @@ class RunFolder:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         path = Path(config.out or f"runs/{config.method}-seed{config.seed}-{stamp}")
         with writing(path, "choose another --out"):
+            # A folder that was given may exist, as long as no run is in it; an invented name must
+            # be new, because the runs of a sweep start within the same second.
             if config.out:
                 self.is_new = not path.exists()
                 path.mkdir(parents=True, exist_ok=True)
             else:
                 path = make_unused(path)
                 self.is_new = True
+        # Looked for under the lock: otherwise two runs could both find nothing.
         self.take_lock(path)
         if (path / "config.json").exists() or (path / "metrics.jsonl").exists():
             self.release()
@@ -931,6 +1055,8 @@ class RunFolder:
 
     def take_lock(self, path: Path) -> None:
         """Locks RUN/lock until the process ends, however it ends. Raises UserError."""
+        # The system gives a lock back when its process ends, killed or not; a file that says
+        # "in use" would stay.
         name = path / "lock"
         with writing(name, "choose another --out"):
             lock = open(name, "a+", encoding="utf8")  # noqa: SIM115  (open as long as the run)
@@ -949,6 +1075,7 @@ class RunFolder:
             lock.close()
             self.take_lock(path)
             return
+        # For the message that a second run prints.
         with writing(name, "choose another --out"):
             lock.truncate(0)
             since = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -958,6 +1085,7 @@ class RunFolder:
 
     def release(self) -> None:
         """Gives the folder back."""
+        # Deleted while it is still locked, see take_lock.
         if self.lock:
             with suppress(OSError):
                 os.unlink(self.lock.name)
@@ -968,6 +1096,7 @@ class RunFolder:
         """Gives the folder back, and removes it if this run has made it and written nothing."""
         self.release()
         if self.is_new:
+            # rmdir refuses a folder that holds anything.
             with suppress(OSError):
                 self.path.rmdir()
 
@@ -975,16 +1104,22 @@ class RunFolder:
         """config.json, and prompts.jsonl: samples.jsonl names prompts by their ids only."""
         if not is_first():
             return
+        # config.json last: it makes the folder a run.
         prompts = []
         for example in run.examples + run.heldout:
             prompts.append({"id": example.id, "prompt": example.prompt, "tags": example.tags})
-        settings = json.dumps(asdict(run.config), indent=1, ensure_ascii=False) + "\n"
+        # A password is given again with --resume; it is in no file.
+        settings = asdict(run.config)
+        for name in JUDGES:
+            settings[name] = shown(name, settings[name])
+        text = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
         with writing(self.path, "choose another --out"):
             replace_file(self.path / "prompts.jsonl", json_lines(prompts))
-            replace_file(self.path / "config.json", settings.encode("utf8"))
+            replace_file(self.path / "config.json", text.encode("utf8"))
 
     def append(self, name: str, rows: list[dict]) -> None:
         """Adds lines to a log. Raises UserError."""
+        # In one write: a kill cuts the last line at most.
         if is_first():
             path = self.path / name
             with writing(path, self.advice), open(path, "ab") as file:
@@ -1006,6 +1141,7 @@ class RunFolder:
 
     def save_checkpoint(self, run: Run, step: int) -> None:
         """Writes checkpoint-STEP, then makes `checkpoint` name it. Raises UserError."""
+        # The last one is of this step already when a resumed run fails before its first update.
         target = self.path / f"checkpoint-{step}"
         if not is_first() or find_checkpoint(self.path) == target:
             return
@@ -1072,12 +1208,13 @@ def make_unused(wanted: Path) -> Path:
 
 def sample_row(step: int, split: str, example: rar.Example, rollout: grpo.Rollout) -> dict:
     """A row of samples.jsonl."""
+    # With the criterion: those of an evolving rubric are in no other file.
     verdicts = []
     for criterion, verdict in zip(rollout.criteria, rollout.verdicts, strict=True):
         title = criterion.title or criterion.text[:60]
         about = {"title": title, "weight": criterion.weight, "axis": criterion.axis}
         verdicts.append(about | {"score": verdict.score, "reason": verdict.reason})
-    return {
+    row = {
         "step": step,
         "split": split,
         "id": example.id,
@@ -1088,6 +1225,11 @@ def sample_row(step: int, split: str, example: rar.Example, rollout: grpo.Rollou
         "reward": rollout.reward,
         "advantage": rollout.advantage,
     }
+    if rollout.thoughts:
+        # Thoughts that are never closed have no answer after them.
+        row["thoughts"] = rollout.thoughts
+        row["thoughts_closed"] = bool(rollout.text)
+    return row
 
 
 def remove(path: Path) -> None:
@@ -1100,6 +1242,7 @@ def remove(path: Path) -> None:
 
 def point_to(link: Path, name: str) -> None:
     """Makes the link name a folder beside it, in one move."""
+    # A link cannot be written over, but a new one can be renamed over it.
     aside = link.with_name(link.name + ".link.tmp")
     remove(aside)
     aside.symlink_to(name)
@@ -1114,6 +1257,7 @@ def point_to(link: Path, name: str) -> None:
 
 def find_checkpoint(folder: Path) -> Path | None:
     """The last checkpoint: what `checkpoint` names, else the newest checkpoint-STEP, else None."""
+    # The folder itself, not the link: a save compares it with the name that it is going to write.
     link = folder / "checkpoint"
     if link.is_symlink() and link.exists():
         return folder / os.readlink(link)
@@ -1147,15 +1291,15 @@ def resumed_config(config: Config, given: set[str], folder: Path) -> Config:
         lacks = ", ".join(missing[:5])
         raise UserError(f"{path}: lacks {lacks}; edited, or of another version of train.py")
 
-    fixed = given - RESUMABLE
-    if "judge" in given and "offline" in (saved["judge"], config.judge):
-        # A server may have moved; but the offline judge and a model are two rewards.
-        fixed = fixed | {"judge"}
     changed = []
-    for name in sorted(fixed):
+    for name in sorted(given - RESUMABLE):
         value = getattr(config, name)
-        if saved[name] != value:
-            changed.append(f"--{name} {value} (the run has {saved[name]})")
+        if saved[name] == value:
+            continue
+        # A server may have moved; but the offline judge, a model and none are different judges.
+        if name in JUDGES and not {"", "offline"} & {saved[name], value}:
+            continue
+        changed.append(f"--{name} {shown(name, value)} (the run has {shown(name, saved[name])})")
     if changed:
         advice = "leave them out or start a new run"
         differences = ", ".join(changed)
@@ -1163,13 +1307,14 @@ def resumed_config(config: Config, given: set[str], folder: Path) -> Config:
             f"--resume {folder}: would mix two experiments: {differences}; {advice}"
         )
 
+    # Settings from a file are checked like flags: somebody may have edited it.
     settings = {name: saved[name] for name in names}
     for name in given:
         settings[name] = getattr(config, name)
     for name, value in settings.items():
         problem = setting_problem(name, value)
         if problem:
-            raise UserError(f"{path}: {name} {value!r:.100}: {problem}")
+            raise UserError(f"{path}: {name} {shown(name, value)}: {problem}")
     return Config(**settings)
 
 
@@ -1199,6 +1344,7 @@ def read_state(folder: Path, config: Config) -> dict | None:
     if type(step) is not int or step < 1:
         raise UserError(f"{path}: step {step!r:.100} is none; {advice}")
 
+    # Not an error: a newer library may be why the run is resumed.
     other = [name for name, value in versions().items() if made_with.get(name, value) != value]
     if other:
         names = ", ".join(other)
@@ -1243,6 +1389,7 @@ class Stop:
 
     def note(self, number: int, frame) -> None:
         """The handler. The second signal ends the step as well."""
+        # A handler that printed nothing would make people press again.
         if self.noted:
             raise KeyboardInterrupt
         self.noted = number
@@ -1250,6 +1397,7 @@ class Stop:
 
     def agree(self) -> None:
         """Makes all processes stop after the same step, when one of them was asked to."""
+        # One that stopped alone would leave the others waiting in the next step.
         self.signal = max(gather(int(self.noted)))
 
     def __exit__(self, *_):
@@ -1263,31 +1411,23 @@ def begin(config: Config, folder: Path, state: dict | None) -> Run:
     examples, heldout = read_data(config)
     if config.method in ("arlrr", "axis_mean", "gdpo"):
         arlrr.check_classes(examples, config.class_by)
-    method = make_method(config, make_judge(config))
+    template_kwargs = parse_template_kwargs(config.template_kwargs)
+    judge = make_judge(config)
+    eval_judge = make_eval_judge(config)
+    method = make_method(config, judge)
+    for asked in (judge, eval_judge):
+        line = from_rank_zero(probe, asked)
+        if line:
+            say(line)
+
+    # A resumed run's weights are those of its checkpoint.
     name = config.model
     if state:
         name = str(find_checkpoint(folder))
-    policy = Policy(name, config.dtype)
+    policy = Policy(name, config.dtype, template_kwargs)
     examples = fitting(examples, policy, config.max_new_tokens, "training")
     heldout = fitting(heldout, policy, config.max_new_tokens, "held-out")
-
-    # Held back for every schedule, so that all of them train on the same prompts.
-    validation = []
-    if config.method == "arlrr":
-        if len(examples) <= config.validation:
-            why = f"only {len(examples)} training prompts"
-            raise UserError(f"--validation {config.validation}: {why}; at least one must be left")
-        validation = examples[-config.validation :]
-        examples = examples[: -config.validation]
-
-    # Few prompts that come back often show learning in ten minutes; own data are used whole.
-    size = config.prompts
-    if size == 0:
-        size = len(examples) if config.data else 20
-    examples = [example for example in examples[:size] if method.can_learn_from(example)]
-    if not examples:
-        why = "can learn from none of the training prompts (reference_likert needs references)"
-        raise UserError(f"--method {config.method} {why}")
+    examples, validation = choose_prompts(examples, config, method)
 
     # Moments that forget in about 20 steps (0.95, not 0.999): a run has tens to hundreds of steps.
     # No weight decay: it would pull the policy away from its start, whatever the reward says.
@@ -1302,11 +1442,55 @@ def begin(config: Config, folder: Path, state: dict | None) -> Run:
         reference = grpo.freeze(policy.model)
     if config.sampler == "vllm":
         policy.start_engine(config, examples + heldout + validation)
-    return Run(config, policy, reference, optimizer, method, examples, heldout, validation)
+    return Run(
+        config, policy, reference, optimizer, method, examples, heldout, validation, eval_judge
+    )
+
+
+def choose_prompts(
+    examples: list[rar.Example], config: Config, method: rar.RubricReward
+) -> tuple[list[rar.Example], list[rar.Example]]:
+    """(prompts to train on, prompts held back for arlrr's schedules). Raises UserError."""
+    # Held back for every schedule, so that all of them train on the same prompts.
+    validation = []
+    if config.method == "arlrr":
+        if len(examples) <= config.validation:
+            why = f"only {len(examples)} training prompts"
+            raise UserError(f"--validation {config.validation}: {why}; at least one must be left")
+        validation = examples[-config.validation :]
+        examples = examples[: -config.validation]
+
+    # Few prompts that come back often show learning in ten minutes; own data are used in full.
+    size = config.prompts
+    if size == 0:
+        size = len(examples) if config.data else 20
+    chosen = [example for example in examples[:size] if method.can_learn_from(example)]
+
+    # Some rows have no reference to compare with, some no criterion of any class.
+    if not chosen:
+        why = "can learn from none of the training prompts (reference_likert needs references)"
+        raise UserError(f"--method {config.method} {why}")
+    return chosen, validation
+
+
+def parse_template_kwargs(text: str) -> dict | None:
+    """Arguments for the chat template. Raises UserError."""
+    # Only the template knows which ones it takes; it ignores the others.
+    if not text:
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        example = '{"enable_thinking": false}'
+        raise UserError(f"--template_kwargs {text[:80]}: not a JSON object such as {example}")
+    return value
 
 
 def announce(run: Run, folder: Path) -> None:
     """Says what is about to happen."""
+    # Before the first step, while it is cheap to press Ctrl-C.
     config = run.config
     prompts = f"{len(run.examples)} training and {len(run.heldout)} held-out prompts"
     shape = f"{config.prompts_per_step} x {config.group_size} rollouts"
@@ -1338,6 +1522,7 @@ def train(config: Config, given: set[str]) -> int:
         if config.resume:
             config = resumed_config(config, given, folder.path)
             state = read_state(folder.path, config)
+        # Nothing of ours draws from torch's own stream; a model with dropout would.
         torch.manual_seed(config.seed)
         run = begin(config, folder.path, state)
         step = 0
@@ -1350,11 +1535,13 @@ def train(config: Config, given: set[str]) -> int:
         announce(run, folder.path)
         return train_until_stopped(run, folder, step)
     finally:
+        # Also after an error while loading: a new folder with nothing in it goes again.
         folder.abandon()
 
 
 def train_until_stopped(run: Run, folder: RunFolder, step: int) -> int:
     """The loop and the words after it. Returns the exit status."""
+    # Opened after loading: until there is something to save, Ctrl-C may end the process at once.
     stop = Stop()
     was_finished = step >= run.config.steps
     try:
@@ -1374,7 +1561,8 @@ def train_until_stopped(run: Run, folder: RunFolder, step: int) -> int:
         say(summarise(folder.path))
     minutes = (time.monotonic() - folder.started) / 60
     files = "report.html, report.png, metrics.jsonl, samples.jsonl, prompts.jsonl, config.json"
-    say(f"\n{minutes:.1f} minutes. In {folder.path}/: {files}, checkpoint (loads with transformers)")
+    files += ", checkpoint (loads with transformers)"
+    say(f"\n{minutes:.1f} minutes. In {folder.path}/: {files}")
     return 0
 
 

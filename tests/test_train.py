@@ -178,7 +178,7 @@ def test_every_step_draws_anew_and_the_held_out_answers_are_greedy(tiny, few, tm
     asked = []
     original = grpo.sample
 
-    def noted(model, prompts, group_size, max_new_tokens, temperature, ends, uniform, on_token):
+    def noted(model, prompts, group_size, max_new_tokens, temperature, ends, uniform=None, on_token=None):
         asked.append((group_size, temperature, uniform))
         return original(model, prompts, group_size, max_new_tokens, temperature, ends, uniform, on_token)
 
