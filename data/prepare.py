@@ -164,9 +164,9 @@ def read_hub(name: str, config: str | None, split: str | None) -> Iterator[tuple
 
     # Ids keep the split but not the owner: a copy of the data set gives the same ids.
     wanted = [split] if split else list(splits)
-    for part in wanted:
-        label = ":".join([*arguments, part])
-        for number, row in enumerate(splits[part], 1):
+    for split_name in wanted:
+        label = ":".join([*arguments, split_name])
+        for number, row in enumerate(splits[split_name], 1):
             yield Place(label, label.partition("/")[2], number), row
 
 
@@ -397,12 +397,11 @@ def verified_item(item: object, place: Place) -> object:
     if not isinstance(converted, dict):
         return converted
 
-    # Its tags are no labels but an object that says who verifies: a model, or a function.
-    tags = item.get("tags")
-    verifier = {}
-    # Rows of others in the same layout have labels there, and they stay.
-    if isinstance(tags, dict) and "verifier" in tags:
-        verifier = tags
+    # Its tags are no labels but an object that says who verifies: a model, or a function. Rows of
+    # others in the same layout have labels there, and they stay; some have these entries beside.
+    verifier = item
+    if isinstance(item.get("tags"), dict) and "verifier" in item["tags"]:
+        verifier = item["tags"]
         converted["tags"] = None
 
     # A rule without its checker's name must not be judged as if it were a statement.
@@ -811,8 +810,8 @@ def refuse_no_question(example: Example, place: Place) -> None:
 
 def format_name(row: dict, place: Place) -> str:
     """The first format that the row's values match. Raises DataError."""
-    for name, known in FORMATS.items():
-        if known.matches(row):
+    for name, entry in FORMATS.items():
+        if entry.matches(row):
             return name
     # The columns tell a person at once which data set it is.
     columns = ", ".join(sorted(map(str, row))[:12])
@@ -888,7 +887,7 @@ def write_rows(source: str, file, report: Report, show_progress: bool) -> None:
     file_of_row = {}
     place_of_id = {}
     file_of_question = {}
-    several = set()
+    leaks = set()
 
     with judge.progress_bar(None, "rows", "row", show_progress) as bar:
         for place, raw in read_source(source):
@@ -899,7 +898,7 @@ def write_rows(source: str, file, report: Report, show_progress: bool) -> None:
             if mark in file_of_row:
                 report.repeats += 1
                 if file_of_row[mark] != place.file:
-                    several.add(mark)
+                    leaks.add(mark)
                 continue
             file_of_row[mark] = place.file
 
@@ -922,8 +921,8 @@ def write_rows(source: str, file, report: Report, show_progress: bool) -> None:
             # A question that is in two files is a leak where one of them is held out.
             question = rar.question_key(converted.examples[0])
             if file_of_question.setdefault(question, place.file) != place.file:
-                several.add(question)
-    report.in_several_files = len(several)
+                leaks.add(question)
+    report.in_several_files = len(leaks)
 
 
 def refuse_known_ids(converted: Converted, place: Place, place_of_id: dict[str, str]) -> None:

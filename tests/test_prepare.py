@@ -510,6 +510,11 @@ def test_a_rule_becomes_a_check_that_means_the_same(
         and judge.check_verdict(rule.check, unmet).score == 0.0
     )
     assert rule.tags == spoken.tags == [] and checker not in rule.text
+    # Some copies have the entries of the tags beside the criterion.
+    row = rule_row(checker, parameters)
+    for item in row["reward_model"]["rubrics"]:
+        item |= item.pop("tags")
+    assert convert(row)[0].rubric == e.rubric
 
 
 @pytest.mark.parametrize(
@@ -992,8 +997,12 @@ def test_rows_of_the_hub(tmp_path, hub):
 def test_damaged_files_are_one_line(tmp_path, capsys, name, content):
     (tmp_path / name).write_bytes(content)
     assert prepare.main([str(tmp_path / name), "--out", str(tmp_path / "out.jsonl")]) == 2
-    said = capsys.readouterr()
-    assert said.err.count("\n") == 1 and said.err.startswith("prepare.py: ") and not said.out
+    printed = capsys.readouterr()
+    assert (
+        printed.err.count("\n") == 1
+        and printed.err.startswith("prepare.py: ")
+        and not printed.out
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == [name]
 
 
@@ -1028,14 +1037,14 @@ def bad_and_good(path, bad, good):
 def test_a_few_bad_rows_are_skipped_counted_and_named(tmp_path, capsys):
     source = bad_and_good(tmp_path / "a.jsonl", 20, 1000)
     assert prepare.main([source, "--out", str(tmp_path / "out.jsonl")]) == 0
-    said = capsys.readouterr()
-    lines = said.err.strip().split("\n")
+    printed = capsys.readouterr()
+    lines = printed.err.strip().split("\n")
     assert len(lines) == 11 and lines[-1] == "skipped 10 more"
     assert (
         "a.jsonl:1001: not a line of JSON" in lines[0]
         and "a.jsonl:1002: criterion 1: weight 0" in lines[1]
     )
-    counts = json.loads(said.out)
+    counts = json.loads(printed.out)
     assert (counts["read"], counts["written"], counts["skipped"]) == (1020, 1000, 20)
     assert len(rar.read_examples(tmp_path / "out.jsonl")) == 1000
 
@@ -1045,10 +1054,10 @@ def test_too_many_bad_rows_are_an_error_before_anything_is_written(tmp_path, cap
     out = tmp_path / "out.jsonl"
     out.write_text("what was there")
     assert prepare.main([source, "--out", str(out), "--force"]) == 2
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     assert (
-        "21 of 1021 rows cannot be used, 20 because: criterion 1: weight 0" in said.err
-        and "--max_bad" in said.err
+        "21 of 1021 rows cannot be used, 20 because: criterion 1: weight 0" in printed.err
+        and "--max_bad" in printed.err
     )
     assert out.read_text() == "what was there" and sorted(
         path.name for path in tmp_path.iterdir()
@@ -1101,15 +1110,15 @@ def test_what_is_not_there(tmp_path, capsys):
         ("x", "no such file"),
     ):
         assert prepare.main([str(source), "--out", str(tmp_path / "out.jsonl")]) == 2
-        said = capsys.readouterr().err
-        assert words in said and said.count("\n") == 1
+        printed = capsys.readouterr().err
+        assert words in printed and printed.count("\n") == 1
 
 
 def test_a_terminal_is_not_commanded_by_a_row(tmp_path, capsys):
     source = write(tmp_path / "a.jsonl", {"\x1b]0;owned\x07\nmore": 1})
     assert prepare.main([str(source), "--out", str(tmp_path / "out.jsonl")]) == 2
-    said = capsys.readouterr().err
-    assert "\x1b" not in said and said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert "\x1b" not in printed and printed.count("\n") == 1
 
 
 # ----------------------------------------------------------------------------- what must survive
@@ -1455,9 +1464,11 @@ def survive(n, seed):
         try:
             result = prepare.convert_row(raw, prepare.Place("f.jsonl", "f.jsonl", number))
         except rar.DataError as error:
-            said = prepare.one_line(error)
+            printed = prepare.one_line(error)
             assert (
-                said.startswith(f"f.jsonl:{number}: ") and len(said) > 20 and "\n" not in said
+                printed.startswith(f"f.jsonl:{number}: ")
+                and len(printed) > 20
+                and "\n" not in printed
             )
             continue
         converted += 1
