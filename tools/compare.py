@@ -21,6 +21,8 @@ import re
 import sys
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import rar
@@ -267,7 +269,11 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status 0, or 2 with one line that says what is wrong, where, and what to do."""
     # A policy whose log-probs are nan cannot be sampled from; vLLM or a package may be missing.
     errors = (DataError, JudgeError, train.UserError, FloatingPointError, ImportError, OSError)
-    return run_tool("compare.py", evaluate_all, argv, errors)
+    status = run_tool("compare.py", evaluate_all, argv, errors)
+    # Under torchrun; else there is nothing to leave.
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return status
 
 
 if __name__ == "__main__":
