@@ -138,6 +138,10 @@ def test_half_is_counted_by_weight_and_what_nobody_judged_is_dropped():
     rubric += [Criterion("", 1, category="Optional"), Criterion("", 1, category="Optional")]
     heavy, light = group_rewards(rar.explicit_reward, rubric, [[1, None, None], [None, 1, 1]])
     assert heavy == 1.0 and math.isnan(light)
+    # Exactly half is enough.
+    even = [Criterion("", 2), Criterion("", 2)]
+    rewards = group_rewards(rar.points_reward, even, [[1, None], [0, 1]])
+    assert rewards == [1.0, 0.5]
     rewards = group_rewards(rar.explicit_reward, rubric, [[1, 1, None], [0, 1, None]])
     assert rewards == [1.0, pytest.approx(0.3 / 1.3)]
 
@@ -173,6 +177,8 @@ def test_silence_earns_the_least_of_its_group():
     # Unscored answers say nothing about what silence deserves.
     assert rar.silence_rule([talks, silent], [math.nan, 0.7])[1] == 0.0
     assert rar.silence_rule([good, silent], [0.5, math.nan])[1] == 0.0
+    # Its own sum counts neither way.
+    assert rar.silence_rule([good, silent], [0.5, -0.9])[1] == 0.0
 
 
 # ------------------------------------------------------------------------- the flat batch

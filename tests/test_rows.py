@@ -78,6 +78,12 @@ def test_points_beside_an_empty_weight(tmp_path):
     assert (example.rubric[0].text, example.rubric[0].weight) == ("Names rest.", 3.0)
 
 
+def test_our_own_text_wins_over_another_column(tmp_path):
+    item = {"criterion": "C-17", "text": "Names rest.", "points": 9, "weight": 2}
+    [criterion] = read_one(tmp_path / "a.jsonl", {**GOOD, "rubric": [item]}).rubric
+    assert (criterion.text, criterion.weight) == ("Names rest.", 2)
+
+
 @pytest.mark.parametrize("tags", [{"axis": "accuracy"}, [{"axis": "accuracy", "level": 3}]])
 def test_tags_as_an_object(tmp_path, tags):
     item = {"criterion": "Names rest.", "points": 3, "tags": tags}
