@@ -1,91 +1,132 @@
-"""The rubric writer against a real server that answers as a model would, well and badly."""
+"""Rubrics that a model writes, from a real server that answers as a model would, well and badly."""
 
 import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from conftest import ROOT
-from judge_server import JudgeServer
+from judge_server import JudgeServer, http
 
 import rar
 from judge import LLMJudge
+from tools import write_rubrics as tool
 
-QUESTIONS = [
-    {"id": "cold", "question": "What helps against a cold?", "reference": "Rest and drink plenty of fluids until the cold has passed, and see a doctor after ten days."},
-    {"id": "sky", "question": "Why is the sky blue?"},
-]
+COLD = {
+    "id": "cold",
+    "question": "What helps against a cold?",
+    "reference": "Rest and drink plenty of fluids until the cold has passed, "
+    "and see a doctor after ten days.",
+}
+SKY = {"id": "sky", "question": "Why is the sky blue?"}
+MINE = {"id": "mine", "question": "Why?", "rubric": [{"text": "States A.", "weight": 1}]}
 
 
 def item(k, **changes):
-    good = {"title": f"Point {k}", "description": f"States fact number {k} about the subject.", "category": "Important", "weight": 3, "axis": "accuracy"}
+    good = {
+        "title": f"Point {k}",
+        "description": f"States fact number {k} about the subject.",
+        "category": "Important",
+        "weight": 3,
+        "axis": "accuracy",
+    }
     return good | changes
 
 
 def rubric(*changed, n=7):
-    """n items, the first Essential, the last ones replaced by those given."""
-    items = [item(0, category="Essential", weight=5), *(item(k) for k in range(1, n))]
+    """n items, the first one Essential, the last ones replaced by those given."""
+    items = [item(0, category="Essential", weight=5)]
+    for k in range(1, n):
+        items.append(item(k))
     return [*items[: n - len(changed)], *changed]
 
 
-class Writer(JudgeServer):
-    """Says what `said` holds for the question, one after the other; then a good rubric."""
+def answer(items):
+    return json.dumps({"rubric": items})
 
-    said: dict = {}
+
+class Writer(JudgeServer):
+    """Gives the answers that `said` holds for a question, one after the other; then a good one."""
+
+    def __init__(self, said=None, **settings):
+        super().__init__(**settings)
+        self.said = said or {}
 
     def verdict(self, body):
         prompt = body["messages"][0]["content"]
-        waiting = next((texts for question, texts in self.said.items() if question in prompt), [])
-        return waiting.pop(0) if waiting else json.dumps({"rubric": rubric()})
+        for question, answers in self.said.items():
+            if question in prompt and answers:
+                return answers.pop(0)
+        return answer(rubric())
 
 
-def written(server, questions, out):
-    return rar.write_rubrics(LLMJudge(server.url, "m"), str(questions), str(out), rar.writer_prompt, rar.checked_rubric)
+def write(server, questions, out):
+    judge = LLMJudge(server.url, "m")
+    task = tool.writer_task("medicine")
+    return tool.write_rubrics(judge, task, str(questions), str(out), show_progress=False)
+
+
+def main(server, questions, out, *more):
+    flags = ["--judge", server.url, "--judge_model", "m", "--out", str(out), *more]
+    return tool.main([str(questions), *flags])
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def ids(path):
+    """The ids in a file of rubrics; rows are written in the order in which answers arrive."""
+    return sorted(example.id for example in rar.read_examples(path))
 
 
 @pytest.fixture
 def questions(tmp_path):
-    path = tmp_path / "questions.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
-    return path
+    return write_rows(tmp_path / "questions.jsonl", [COLD, SKY])
 
 
 def test_rubrics_are_written_in_the_format_that_is_read(questions, tmp_path, capsys):
     out = tmp_path / "rubrics.jsonl"
-    pitfall = item(9, description="Recommends antibiotics against a cold.", category="Pitfall", weight=-2)
-    with Writer() as server:
-        server.said = {"What helps": ["Here: " + json.dumps({"rubric": rubric(pitfall)})]}
-        assert rar.main(["--write", str(questions), "--judge", server.url, "--judge_model", "m", "--out", str(out)]) == 0
-        prompts = {b["messages"][0]["content"] for b in server.bodies}
+    fault = "Recommends antibiotics against a cold."
+    pitfall = item(9, description=fault, category="Pitfall", weight=-2)
+    with Writer({"What helps": ["Here: " + answer(rubric(pitfall))]}) as server:
+        assert main(server, questions, out) == 0
+        prompts = {body["messages"][0]["content"] for body in server.bodies}
     report = json.loads(capsys.readouterr().out)
-    assert report["written"] == 2 and report["dropped"] == [] and report["already_there"] == 0
-    examples = {e.id: e for e in rar.read_examples(out)}
-    assert examples["cold"].rubric[-1].weight == -2 and examples["cold"].reference == QUESTIONS[0]["reference"] and len(examples["sky"].rubric) == 7
-    with_reference, without = sorted(prompts, key=lambda p: "sky" in p)
-    assert "A reference answer" in with_reference and QUESTIONS[0]["reference"] in with_reference and "eference" not in without.partition("7 to 20")[0]
-    assert "Do not copy sentences of the reference answer." in with_reference and "Do not copy" not in without
+    assert report["written"] == 2
+    assert report["dropped"] == []
+    assert report["already_there"] == 0
+
+    examples = {example.id: example for example in rar.read_examples(out)}
+    assert examples["cold"].rubric[-1].weight == -2
+    assert examples["cold"].rubric[-1].text == fault
+    assert examples["cold"].reference == COLD["reference"]
+    assert len(examples["sky"].rubric) == 7
+
+    with_reference, without = sorted(prompts, key=lambda prompt: "sky" in prompt)
+    assert "A reference answer" in with_reference
+    assert COLD["reference"] in with_reference
+    assert "Do not copy sentences of the reference answer." in with_reference
+    assert "eference" not in without.partition("7 to 20")[0]
+    assert "Do not copy" not in without
 
 
-def test_what_others_wrote_into_the_file_is_kept(questions, tmp_path):
-    """A whole row without its newline stays; a cut one goes; rows of another kind, and names that mean another format, are refused."""
-    out = tmp_path / "rubrics.jsonl"
-    mine = {"id": "mine", "question": "Why?", "rubric": [{"text": "States A.", "weight": 1}]}
-    for text, kept in ((json.dumps(mine), ["mine", "cold", "sky"]), (json.dumps(mine) + '\n{"id": "co', ["mine", "cold", "sky"]), ('{"id": "co', ["cold", "sky"])):
-        out.write_text(text)
-        with Writer() as server:
-            assert written(server, questions, out)["written"] == 2
-        assert [e.id for e in rar.read_examples(out)] == kept
-    out.write_text('{"prompt_id": "x"}\n')
-    with Writer() as server:
-        with pytest.raises(rar.DataError, match=r"rubrics\.jsonl:1: not a row that was written here"):
-            written(server, questions, out)
-        with pytest.raises(rar.DataError, match="name a .jsonl file"):
-            written(server, questions, tmp_path / "rubrics.jsonl.gz")
-    assert out.read_text() == '{"prompt_id": "x"}\n'
-
-
-@pytest.mark.parametrize("text, away", [("Gives the reference range of serum potassium.", False), ("Names the frame of reference.", False),
-                                        ("Agrees with the reference.", True), ("Says what the reference answer says.", True)])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, away",
+    [
+        ("Gives the reference range of serum potassium.", False),
+        ("Names the frame of reference.", False),
+        ("Agrees with the reference.", True),
+        ("Says what the reference answer says.", True),
+    ],
+)
 def test_items_that_point_away(text, away):
-    assert bool(rar.POINTS_AWAY.search(text)) == away
+    assert bool(tool.POINTS_AWAY.search(text)) == away
 
 
 @pytest.mark.parametrize(
@@ -94,67 +135,444 @@ def test_items_that_point_away(text, away):
         (rubric()[:6], "7 to 20 items, not 6"),
         (rubric(n=21), "7 to 20 items, not 21"),
         (rubric({"title": "T", "description": "D."}), "must have exactly the keys"),
+        (rubric(item(1, title=3)), "must have exactly the keys"),
+        (rubric("text"), "must have exactly the keys"),
         (rubric(item(1, category="Vital")), "category 'Vital'"),
         (rubric(item(1, weight=-3)), "a Pitfall names a fault"),
         (rubric(item(1, weight=9)), "weight 9 does not go with Important"),
         (rubric(item(1, axis="style")), "axis 'style'"),
+        (rubric(item(1, title="One two three four five six seven")), "two to four words"),
         (rubric(item(1, description="Agrees with the reference answer.")), "cannot be checked alone"),
-        (rubric(item(1, description="Avoids antibiotics.", category="Pitfall", weight=-1)), "must name the mistake itself"),
-        (rubric(item(1, description="Warns against smoking.", category="Pitfall", weight=-1)), "must name the mistake itself"),
-        (rubric(item(1, description=QUESTIONS[0]["reference"])), "copies 12 words or more"),
+        (
+            rubric(item(1, description="Avoids antibiotics.", category="Pitfall", weight=-1)),
+            "must name the mistake itself",
+        ),
+        (
+            rubric(item(1, description="Does not say when.", category="Pitfall", weight=-1)),
+            "must name the mistake itself",
+        ),
+        (
+            rubric(item(1, description="Warns against smoking.", category="Pitfall", weight=-1)),
+            "must name the mistake itself",
+        ),
+        (rubric(item(1, description=COLD["reference"])), "copies 12 words or more"),
         (rubric(item(1), item(1)), "stands there twice"),
         ([item(k) for k in range(7)], "no Essential item"),
+        # What no float can hold, and what no file can hold.
+        (rubric(item(1, weight=10**400)), "weight"),
+        (rubric(item(1, description="States \ud800 that.")), "half of a surrogate pair"),
     ],
 )
-def test_a_broken_rubric_is_asked_for_once_more_then_dropped_and_reported(questions, tmp_path, broken, why):
+def test_a_broken_rubric_is_asked_for_once_more_then_dropped_and_reported(
+    questions, tmp_path, broken, why
+):
     out = tmp_path / "rubrics.jsonl"
-    with Writer() as server:
-        server.said = {"What helps": [json.dumps({"rubric": broken})] * 2}
-        report = written(server, questions, out)
-        corrections = [b["messages"][2]["content"] for b in server.bodies if len(b["messages"]) == 3]
-    assert report["dropped"] == ["cold"] and report["written"] == 1 and len(corrections) == 1 and why in corrections[0]
-    assert sum(report["refused"].values()) == 2 and [e.id for e in rar.read_examples(out)] == ["sky"]
-    with Writer() as server:  # the next run asks only for what is not there
-        report = written(server, questions, out)
-        assert report["written"] == 1 and report["already_there"] == 1 and len(server.bodies) == 1
-    assert [e.id for e in rar.read_examples(out)] == ["sky", "cold"]
+    with Writer({"What helps": [answer(broken)] * 2}) as server:
+        report = write(server, questions, out)
+        corrections = []
+        for body in server.bodies:
+            if len(body["messages"]) == 3:
+                corrections.append(body["messages"][2]["content"])
+    assert list(report.dropped) == ["cold"]
+    assert report.written == 1
+    assert len(corrections) == 1
+    assert why in corrections[0]
+    assert why in report.dropped["cold"]
+    assert sum(report.refused.values()) == 2
+    assert ids(out) == ["sky"]
 
-
-def test_a_line_cut_off_by_a_kill_is_written_again(questions, tmp_path):
-    out = tmp_path / "rubrics.jsonl"
+    # The next run asks only for what is not there.
     with Writer() as server:
-        written(server, questions, out)
-        whole = out.read_bytes()
-        for cut in (0, 10, whole.index(b"\n") + 1, whole.index(b"\n") + 30, len(whole) - 1):
-            out.write_bytes(whole[:cut])
-            written(server, questions, out)
-            assert out.read_bytes() == whole
+        report = write(server, questions, out)
+        assert report.written == 1
+        assert report.already_there == 1
+        assert len(server.bodies) == 1
+    assert ids(out) == ["cold", "sky"]
 
 
 def test_a_question_that_stands_twice_is_asked_once_and_written_twice(tmp_path):
-    path = tmp_path / "questions.jsonl"
-    path.write_text("".join(json.dumps(QUESTIONS[1] | {"id": name}) + "\n" for name in ("sky", "air")))
+    path = write_rows(tmp_path / "q.jsonl", [SKY, SKY | {"id": "air"}])
     with Writer() as server:
-        report = written(server, path, tmp_path / "out.jsonl")
-        assert report["written"] == 2 and report["dropped"] == [] and len(server.bodies) == 1
-    assert [e.id for e in rar.read_examples(tmp_path / "out.jsonl")] == ["sky", "air"]
-
-
-def test_what_cannot_work_is_one_line(questions, tmp_path, capsys):
-    assert rar.main(["--write", str(questions)]) == 2
-    assert "give --judge URL and --judge_model NAME" in capsys.readouterr().err
-    assert rar.main(["--write", str(tmp_path / "none.jsonl"), "--judge", "http://127.0.0.1:9", "--judge_model", "m", "--out", str(tmp_path / "o")]) == 2
-    error = capsys.readouterr().err
-    assert "none.jsonl" in error and error.count("\n") == 1
-    assert rar.main(["--write", str(questions), "--judge", "http://127.0.0.1:9", "--judge_model", "m", "--out", str(tmp_path / "o.json")]) == 2
-    assert "name a .jsonl file" in capsys.readouterr().err and not (tmp_path / "o.json").exists()
+        report = write(server, path, tmp_path / "out.jsonl")
+        assert report.written == 2
+        assert not report.dropped
+        assert len(server.bodies) == 1
+    assert ids(tmp_path / "out.jsonl") == ["air", "sky"]
 
 
 def test_more_than_a_batch_the_domain_and_the_canary(tmp_path):
-    path, out = tmp_path / "q.jsonl", tmp_path / "out.jsonl"
-    path.write_text("".join(json.dumps({"id": f"q{n}", "question": f"Why {n}?", "canary": "mark"}) + "\n" for n in range(40)))
+    n = tool.BATCH + 8
+    rows = [{"id": f"q{k}", "question": f"Why {k}?", "canary": "mark"} for k in range(n)]
+    path = write_rows(tmp_path / "q.jsonl", rows)
+    out = tmp_path / "out.jsonl"
     with Writer() as server:
-        assert rar.main(["--write", str(path), "--judge", server.url, "--judge_model", "m", "--domain", "science", "--out", str(out)]) == 0
+        assert main(server, path, out, "--domain", "science") == 0
         role = json.loads((ROOT / "data" / "rubric_domains.json").read_text())["science"]["role"]
-        assert len(server.bodies) == 40 and all(role in b["messages"][0]["content"] for b in server.bodies)
-    assert [(e.id, e.canary) for e in rar.read_examples(out)] == [(f"q{n}", "mark") for n in range(40)]
+        assert len(server.bodies) == n
+        assert all(role in body["messages"][0]["content"] for body in server.bodies)
+    assert ids(out) == sorted(row["id"] for row in rows)
+    assert {example.canary for example in rar.read_examples(out)} == {"mark"}
+
+
+# ---------------------------------------------------------------------------- the file it writes to
+
+
+def test_what_others_wrote_into_the_file_is_kept(questions, tmp_path):
+    """A whole row without its newline stays; half a row of ours goes."""
+    out = tmp_path / "rubrics.jsonl"
+    for text, expected in (
+        (json.dumps(MINE), ["cold", "mine", "sky"]),
+        (json.dumps(MINE) + '\n{"id": "co', ["cold", "mine", "sky"]),
+        ('{"id": "co', ["cold", "sky"]),
+        ('{"i', ["cold", "sky"]),
+    ):
+        out.write_text(text)
+        with Writer() as server:
+            assert write(server, questions, out).written == 2
+        assert ids(out) == expected
+
+
+@pytest.mark.parametrize(
+    "name, text, words",
+    [
+        ("x.jsonl", '{"prompt_id": "x"}\n', "x.jsonl:1: not a row that was written here"),
+        ("x.jsonl", "my notes, without a newline", "x.jsonl:1: not a row that was written here"),
+        ("x.jsonl", '{"id": "a", "question": "Why?"}\n', "x.jsonl:1: not a row"),
+        ("x.jsonl", '{"id": "a", "question": "Why?"}', "x.jsonl:1: not a row"),
+        ("x.jsonl", json.dumps(MINE) + "\nand a last line", "x.jsonl:2: not a row"),
+        ("x.jsonl", json.dumps(MINE) + '\n{"prompt": "cut', "x.jsonl:2: not a row"),
+        ("x.jsonl", "[" * 100_000, "x.jsonl:1: not a row"),
+        ("notes.md", "# Notes\nthe last line", "name a .jsonl file"),
+        ("x.jsonl.gz", "", "name a .jsonl file"),
+    ],
+)
+def test_a_file_of_somebody_elses_is_not_touched(questions, tmp_path, capsys, name, text, words):
+    out = tmp_path / name
+    out.write_text(text)
+    with Writer() as server:
+        assert main(server, questions, out) == 2
+        # Nothing is paid for, either.
+        assert not server.bodies
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert out.read_text() == text
+
+
+def test_the_questions_own_file_is_not_written_to(questions, capsys):
+    before = questions.read_bytes()
+    with Writer() as server:
+        assert main(server, questions, questions) == 2
+    assert "not a row that was written here" in capsys.readouterr().err
+    assert questions.read_bytes() == before
+
+
+def test_a_line_cut_off_by_a_kill_is_written_again(tmp_path):
+    path = write_rows(tmp_path / "q.jsonl", [COLD])
+    out = tmp_path / "rubrics.jsonl"
+    with Writer() as server:
+        write(server, path, out)
+        row = out.read_bytes()
+        whole = json.dumps(MINE).encode() + b"\n" + row
+        for n_left in range(0, len(row), 50):
+            out.write_bytes(whole[: len(whole) - len(row) + n_left])
+            write(server, path, out)
+            assert out.read_bytes() == whole
+
+
+def test_two_at_a_time_are_refused(questions, tmp_path, capsys):
+    out = tmp_path / "rubrics.jsonl"
+    first = tool.Output(out)
+    with open(out, "ab", buffering=0) as file:
+        first.start(file)
+        with Writer() as server:
+            assert main(server, questions, out) == 2
+            assert not server.bodies
+        assert "another process writes to it" in capsys.readouterr().err
+        first.append(MINE)
+    assert ids(out) == ["mine"]
+
+
+def test_what_grew_since_it_was_checked_is_not_cut(tmp_path):
+    out = tmp_path / "rubrics.jsonl"
+    out.write_text('{"id": "co')
+    output = tool.Output(out)
+    out.write_text('{"id": "cold", "rubric": []}\n')
+    with open(out, "ab", buffering=0) as file, pytest.raises(rar.DataError, match="another process"):
+        output.start(file)
+    assert out.read_text() == '{"id": "cold", "rubric": []}\n'
+
+
+def start_tool(server, questions, out, **options):
+    command = [sys.executable, ROOT / "tools" / "write_rubrics.py", questions, "--out", out]
+    command += ["--judge", server.url, "--judge_model", "m"]
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, **quiet, **options)
+
+
+def test_a_kill_in_the_middle_loses_at_most_the_calls_under_way(tmp_path):
+    rows = [{"id": f"q{k}", "question": f"Why number {k}?"} for k in range(60)]
+    path = write_rows(tmp_path / "q.jsonl", rows)
+    out = tmp_path / "out.jsonl"
+
+    class Uneven(Writer):
+        """Half of the questions are never answered: the batch cannot end before the kill."""
+
+        def verdict(self, body):
+            self.delay = 0.01
+            if any(f"number {k}?" in body["messages"][0]["content"] for k in range(0, 60, 2)):
+                self.delay = 60
+            return super().verdict(body)
+
+    with Uneven() as server:
+        process = start_tool(server, path, out)
+        until = time.monotonic() + 60
+        while time.monotonic() < until and not (out.exists() and out.read_bytes().count(b"\n") == 30):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+    # Every question that was answered is in the file, though none of the batch was at its end.
+    assert ids(out) == sorted(f"q{k}" for k in range(1, 60, 2))
+
+    with Writer() as server:
+        report = write(server, path, out)
+        assert report.already_there == 30
+        assert len(server.bodies) == 30
+    assert ids(out) == sorted(row["id"] for row in rows)
+
+
+def test_a_full_disk_leaves_whole_rows(tmp_path):
+    rows = [{"id": f"q{k}", "question": f"Why number {k}?"} for k in range(20)]
+    path = write_rows(tmp_path / "q.jsonl", rows)
+    out = tmp_path / "out.jsonl"
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+
+    with Writer() as server:
+        process = start_tool(server, path, out, preexec_fn=limit)
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == 2
+        assert error.count(b"\n") == 1
+        assert 0 < len(ids(out)) < 20
+        # Once there is room, the same command goes on.
+        report = write(server, path, out)
+    assert report.written + report.already_there == 20
+
+
+def test_a_judge_that_fails_in_between_loses_nothing_that_was_paid(tmp_path, capsys):
+    rows = [{"id": f"q{k}", "question": f"Why number {k}?"} for k in range(12)]
+    path = write_rows(tmp_path / "q.jsonl", rows)
+    out = tmp_path / "out.jsonl"
+
+    class Closing(Writer):
+        """The account runs dry after six answers."""
+
+        async def answer(self, head, body):
+            if len(self.bodies) > 6:
+                self.status = 402
+            return await super().answer(head, body)
+
+    with Closing() as server:
+        judge = LLMJudge(server.url, "m", workers=1)
+        with pytest.raises(tool.JudgeError):
+            tool.write_rubrics(judge, tool.writer_task("medicine"), str(path), str(out), False)
+    assert len(ids(out)) == 6
+
+
+# ---------------------------------------------------------------------------- answers
+
+
+def test_an_answer_that_is_cut_off_is_asked_for_again_with_fewer_items(questions, tmp_path):
+    class Short(Writer):
+        """A server whose answers end at its limit, unless few items are asked for."""
+
+        async def answer(self, head, body):
+            prompt = body["messages"][0]["content"]
+            if "What helps" in prompt and "cut off" not in prompt:
+                self.script = ["cut"]
+            return await super().answer(head, body)
+
+    with Short() as server:
+        report = write(server, questions, tmp_path / "out.jsonl")
+        prompts = [body["messages"][0]["content"] for body in server.bodies]
+    assert report.written == 2
+    assert not report.dropped
+    assert not report.refused
+    # Cold: at the usual length, at four times, then shorter. Sky: once.
+    assert sum("What helps" in prompt for prompt in prompts) == 3
+    assert sum("exactly 7 items" in prompt for prompt in prompts) == 1
+    assert len(prompts) == 4
+
+
+def test_what_is_cut_off_at_last_is_dropped_and_named(questions, tmp_path):
+    with Writer(always="cut") as server:
+        report = write(server, questions, tmp_path / "out.jsonl")
+    assert report.written == 0
+    assert report.dropped == dict.fromkeys(["cold", "sky"], "no usable answer (truncated)")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [{"type": "text", "text": answer(rubric())}],
+        [{"text": 3}],
+        [[["x"]]],
+        {"a": 1},
+        7,
+        True,
+        None,
+        '{"rubric": [' + "9" * 5000 + "]}",
+        "[" * 50_000,
+        '{"rubric": {"a": "b"}}',
+        '{"rubric": [null, 1]}',
+    ],
+)
+def test_answers_of_any_shape_spoil_at_most_their_own_row(questions, tmp_path, content):
+    out = tmp_path / "out.jsonl"
+
+    class Odd(Writer):
+        async def answer(self, head, body):
+            if "What helps" in body["messages"][0]["content"]:
+                return http(200, {"choices": [{"message": {"content": content}}]})
+            return await super().answer(head, body)
+
+    with Odd() as server:
+        report = write(server, questions, out)
+    assert "sky" in ids(out)
+    assert report.written + len(report.dropped) == 2
+    assert set(report.dropped) <= {"cold"}
+
+
+# ---------------------------------------------------------------------------- questions
+
+
+def test_a_row_that_cannot_be_used_is_dropped_and_named(tmp_path, capsys):
+    bad = [
+        {"id": "half", "question": "Why \ud800?"},
+        {"id": "list", "prompt": [{"role": "user", "content": ["a", "list"]}]},
+        {"id": "none"},
+        {"id": "tags", "question": "Why?", "example_tags": [3]},
+        "text",
+        {"id": "cold", "question": "The same id?"},
+        {"id": "rar", "question": "Why?", "reference_answer": "Because."},
+        {"id": "esc\u001b[2J", "question": "\ud801"},
+    ]
+    path = write_rows(tmp_path / "q.jsonl", [COLD, SKY, *bad])
+    out = tmp_path / "out.jsonl"
+    with Writer() as server:
+        assert main(server, path, out) == 0
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert report["written"] == 2
+    assert report["dropped"] == [f"{path}:{number}" for number in range(3, 11)]
+    for number in range(3, 11):
+        assert f"dropped {path}:{number}: " in captured.err
+    for words in ("surrogate", "'content' as text", "no prompt", "stands there twice", "prepare.py"):
+        assert words in captured.err
+    assert captured.err.count("\n") == len(bad)
+    assert "\x1b" not in captured.err + captured.out
+    assert ids(out) == ["cold", "sky"]
+
+
+def test_many_dropped_rows_are_named_up_to_ten(tmp_path, capsys):
+    path = write_rows(tmp_path / "q.jsonl", [COLD] + [{"id": f"q{k}"} for k in range(15)])
+    with Writer() as server:
+        assert main(server, path, tmp_path / "out.jsonl") == 0
+    error = capsys.readouterr().err
+    assert error.count("\n") == 11
+    assert error.endswith("dropped: 5 more\n")
+
+
+# ---------------------------------------------------------------------------- what cannot work
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["q.jsonl", "--out", "o.jsonl"], "give --judge URL and --judge_model NAME"),
+        (["q.jsonl", "--out", "o.jsonl", "--judge", "http://127.0.0.1:9/v1"], "--judge_model NAME"),
+        (["--out", "o.jsonl"], "QUESTIONS"),
+        (["q.jsonl"], "--out"),
+        (["", "--out", "o.jsonl"], "an empty value"),
+        (["q.jsonl", "--out", ""], "--out: an empty value"),
+        (["q.jsonl", "--out", "o.jsonl", "--judge", ""], "--judge: an empty value"),
+        (["q.jsonl", "--out", "o.jsonl", "--judge_model", " "], "--judge_model: an empty value"),
+        (["q.jsonl", "--out", "o.jsonl", "--search", ""], "--search: an empty value"),
+        (["q.jsonl", "--out", "o.jsonl", "--domain", ""], "invalid choice: ''"),
+        (["q.jsonl", "--out", "o.jsonl", "--domian", "science"], "unrecognized"),
+    ],
+)
+def test_flags_that_cannot_work_are_one_line(tmp_path, capsys, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "q.jsonl", [COLD])
+    assert tool.main(flags) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "o.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (None, "no such file"),
+        ("", "no question that can be used"),
+        ("not json\n", "q.jsonl:1"),
+        ('{"id": "x"}\n', "no question that can be used: no prompt"),
+    ],
+)
+def test_questions_that_are_none_are_one_line(tmp_path, capsys, text, words):
+    path = tmp_path / "q.jsonl"
+    if text is not None:
+        path.write_text(text)
+    with Writer() as server:
+        assert main(server, path, tmp_path / "o.jsonl") == 2
+        assert not server.bodies
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "o.jsonl").exists()
+
+
+def test_no_rubric_at_all_is_a_failure(questions, tmp_path, capsys):
+    with Writer({"What helps": ["no"] * 2, "sky": ["no"] * 2}) as server:
+        assert main(server, questions, tmp_path / "o.jsonl") == 2
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["dropped"] == ["cold", "sky"]
+    assert "has a rubric now" in captured.err
+
+
+def test_a_judge_that_is_not_there_is_one_line(questions, tmp_path):
+    judge = LLMJudge("http://127.0.0.1:9/v1", "m", patience=0.5)
+    task = tool.writer_task("medicine")
+    with pytest.raises(tool.JudgeError, match="^[^\n]*$"):
+        tool.write_rubrics(judge, task, str(questions), str(tmp_path / "o.jsonl"), False)
+
+
+@pytest.mark.parametrize("key", ["sk-very-secret", "sk-very-secret\n", " sk-very-secret\r\n"])
+def test_a_secret_is_never_printed(questions, tmp_path, capsys, monkeypatch, key):
+    """Not the key, whatever the server repeats, and no password of the judge's URL."""
+    monkeypatch.setenv("JUDGE_API_KEY", key)
+    out = tmp_path / "o.jsonl"
+    with Writer(key="another") as server:
+        assert main(server, questions, out) == 2
+    with Writer(key="sk-very-secret") as server:
+        assert main(server, questions, out) == 0
+    url = "http://user:pass-word@127.0.0.1:9/v1"
+    monkeypatch.setattr(tool, "LLMJudge", lambda *a, **k: LLMJudge(*a, **k, patience=0.2))
+    more = write_rows(tmp_path / "more.jsonl", [{"question": "Why?"}])
+    assert tool.main([str(more), "--out", str(out), "--judge", url, "--judge_model", "m"]) == 2
+    captured = capsys.readouterr()
+    for secret in ("very-secret", "pass-word"):
+        assert secret not in captured.err + captured.out
+        assert secret not in out.read_text()
+
+
+def test_help_has_a_worked_example():
+    command = [sys.executable, ROOT / "tools" / "write_rubrics.py", "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True, cwd=os.sep).stdout
+    assert "python tools/write_rubrics.py QUESTIONS.jsonl --out FILE.jsonl" in text
+    assert "--search data/corpus.jsonl" in text
