@@ -589,9 +589,10 @@ def content_text(content: object) -> str:
     for part in content:
         if isinstance(part, str):
             texts.append(part)
-        elif isinstance(part, dict) and isinstance(part.get("text"), str):
+        elif isinstance(part, dict):
             # Parts of other types are thoughts, pictures or calls of tools.
-            if part.get("type", "text") in ("text", "output_text"):
+            is_text = part.get("type", "text") in ("text", "output_text")
+            if is_text and isinstance(part.get("text"), str):
                 texts.append(part["text"])
     return "".join(texts)
 
@@ -640,7 +641,7 @@ def retry_after(value: str) -> float | None:
 
 # ------------------------------------------------------------------ the wire
 
-LARGEST_REPLY = 10_000_000  # bytes; the longest answers of a judge have a few thousand
+LARGEST_REPLY = 4_000_000  # bytes; the usual answer of a judge has a thousand
 
 
 class WireError(Exception):
@@ -676,7 +677,8 @@ class Address:
         # What may be shown comes first, so that every error below can name the server.
         self.shown = printable(without_password(url)).rstrip("/")
         credentials = url.partition("://")[2].rpartition("@")[0]
-        user, _, self.password = credentials.partition(":")
+        user, _, password = credentials.partition(":")
+        self.secrets = []
 
         # Only the part without credentials is parsed: a password may hold any character.
         scheme, _, rest = url.partition("://")
@@ -703,8 +705,10 @@ class Address:
         self.basic = ""
         if credentials:
             # Whoever escapes a sign in a password writes %40 for @.
-            pair = f"{urllib.parse.unquote(user)}:{urllib.parse.unquote(self.password)}"
+            decoded = urllib.parse.unquote(password)
+            pair = f"{urllib.parse.unquote(user)}:{decoded}"
             self.basic = base64.b64encode(pair.encode("utf8")).decode()
+            self.secrets = [password, decoded, self.basic]
 
 
 def find_proxy(address: Address) -> Address | None:
@@ -717,7 +721,11 @@ def find_proxy(address: Address) -> Address | None:
         return None
     if "://" not in url:
         url = "http://" + url
-    return Address(url)
+    try:
+        return Address(url)
+    except JudgeError:
+        shown = printable(without_password(url))
+        raise JudgeError(f"the environment's proxy {shown} is no http proxy") from None
 
 
 class Connection:
@@ -1043,7 +1051,9 @@ LEAST_TOKENS = 64  # of an answer that is still worth asking for
 REJECTIONS = 20  # in a row, without an answer between them: then the judge is at fault
 ODD_REPLIES = 3  # in a row to one question
 RESCUES = 3  # answers in a row that only plain text gave: then structured output is not used
+SHORTEST_KEY = 8  # characters of a key that is looked for in answers
 LONGEST_WAIT = 30  # seconds between two tries, also where the server asks for more
+CONTEXT_WORDS = re.compile(r"context (?:length|size)\D{0,30}(\d{3,8})", re.IGNORECASE)
 # Where servers tell a model's context length in their list of models.
 CONTEXT_KEYS = ("max_model_len", "loaded_context_length", "context_length", "context_window")
 
@@ -1159,7 +1169,10 @@ class LLMJudge:
 
         # All calls of a step at once: with a few at a time the server would be idle.
         self.run(work, self.group(questions), show_progress)
-        verdicts = [verdict_of[question] for question in questions]
+
+        # A batch that was stopped from outside leaves questions that nobody asked.
+        silence = Verdict(None, "transport")
+        verdicts = [verdict_of.get(question, silence) for question in questions]
         self.check_missing(verdicts)
         return verdicts
 
@@ -1278,6 +1291,7 @@ class LLMJudge:
         """work(call) for all calls, `workers` at a time; the first error ends the batch."""
         self.stopping = threading.Event()
         self.last_reply_at = time.monotonic()
+        self.last_problem = ""
 
         # All workers take from one iterator: results handed from thread to thread, one for each
         # call, would cost a tenth of the time.
@@ -1457,7 +1471,8 @@ class LLMJudge:
 
             value, problem = call.read(reply.text)
             if value is not None:
-                self.learn_from(call, attempt, was_cut)
+                if call.response_format and not was_cut:
+                    self.learn_from(is_plain="response_format" not in body)
                 self.store(call, value, reply)
                 return ""
 
@@ -1519,7 +1534,7 @@ class LLMJudge:
             return tokens
         # Four characters per token in English, fewer elsewhere; where three are too many the
         # server says so and `request` asks for less.
-        prompt_tokens = sum(len(message["content"]) for message in messages) // 3
+        prompt_tokens = estimate_tokens(messages, 3)
         return max(LEAST_TOKENS, min(tokens, self.context - prompt_tokens))
 
     # ---- one request: retries
@@ -1533,10 +1548,16 @@ class LLMJudge:
         """
         # The probe has a shorter patience than a batch.
         patience = self.patience if patience is None else patience
-        started = time.monotonic()
+        started = None
         wait = 0.1
         odd = 0
         while True:
+            # To wait for our own limits is no sign of a fault, and costs no patience.
+            if not self.wait_for_turn(body):
+                return Reply("transport", "stopped")
+            if started is None:
+                started = time.monotonic()
+
             reply = self.send(body)
             if reply.kind in ("answer", "refused"):
                 return reply
@@ -1544,8 +1565,13 @@ class LLMJudge:
             if reply.kind == "denied":
                 raise self.denied(reply)
             if reply.kind == "rejected":
+                # The schema may be what is not taken, although the probe's was.
+                if self.profile and "response_format" in body:
+                    del body["response_format"]
+                    continue
                 return self.weigh(reply)
             if reply.kind == "too_long":
+                self.learn_context(reply.text)
                 # Prompt and answer share the context, so a shorter answer may still fit.
                 if body[self.token_field] // 2 <= floor:
                     return reply
@@ -1576,35 +1602,19 @@ class LLMJudge:
 
     def send(self, body: dict) -> Reply:
         """One request and its reply, taken apart; "busy" when there is none."""
-        # Before the answer is there its tokens can only be guessed: prompt plus limit.
-        estimate = body[self.token_field]
-        estimate += sum(len(message["content"]) for message in body["messages"]) // 4
-        pause = self.limiter.reserve(estimate)
-        if pause and self.stopping.wait(pause):
-            return Reply("busy", "stopped")
-
-        # Waiting for our own limit is no part of the server's time.
         began = time.monotonic()
         try:
             status, headers, content = self.exchange("POST", "/chat/completions", body)
         except WireError as error:
             return Reply("busy", self.hide(str(error)))
         reply = take_apart(status, headers, content)
-        if reply.kind == "answer":
-            now = time.monotonic()
-            self.limiter.correct(reply.prompt_tokens + reply.completion_tokens - estimate)
-            with self.lock:
-                self.last_reply_at = now
-                self.answered += 1
-                self.rejections = 0
-                # What the probe costs is not the batch's.
-                if not self.profile:
-                    return reply
-                self.latency.append(now - began)
-                self.stats["calls"] += 1
-                self.stats["prompt_tokens"] += reply.prompt_tokens
-                self.stats["completion_tokens"] += reply.completion_tokens
+        self.account(reply, body, time.monotonic() - began)
         return reply
+
+    def wait_for_turn(self, body: dict) -> bool:
+        """Waits until the limits per minute let this request start; False when the batch ends."""
+        pause = self.limiter.reserve(estimate_tokens(body["messages"], 4) + body[self.token_field])
+        return not (pause and self.stopping.wait(pause))
 
     def exchange(self, method: str, path: str, body: dict | None) -> tuple[int, dict, bytes]:
         """One exchange over an idle connection, or over a new one. Raises WireError."""
@@ -1619,8 +1629,10 @@ class LLMJudge:
             status, headers, content = connection.exchange(method, path, self.headers, data)
         finally:
             self.idle.append(connection)
-        # A server may repeat our header in an error, or even in an answer.
-        if self.secret:
+
+        # A server may repeat our header in an error, or even in an answer. A short key is a
+        # stand-in where none is needed, and may be a part of any word.
+        if len(self.secret) >= SHORTEST_KEY:
             content = content.replace(self.secret.encode(), b"***")
         return status, headers, content
 
@@ -1655,7 +1667,7 @@ class LLMJudge:
 
     def hide(self, text: str) -> str:
         """The text without key, password and login."""
-        for secret in (self.secret, self.address.password, self.address.basic):
+        for secret in (self.secret, *self.address.secrets):
             if secret:
                 text = text.replace(secret, "***")
         return text
@@ -1700,31 +1712,35 @@ class LLMJudge:
         self.list_models()
 
         # Each round gives up one thing that the server may not take, so it ends.
-        is_read = False
+        was_silent = False
         while True:
-            call = Call(chat([PROBE]), self.max_tokens, "", [], None, answer_format(1))
             # Some servers fail whenever they are asked for structured output, so it is not
             # waited for as long as for an answer in plain text.
             limit = min(FORMAT_PATIENCE, patience) if self.structured else patience
-            reply = self.request(self.first_body(call), LEAST_TOKENS, limit)
-
-            if reply.kind == "answer":
-                is_read = read_answer(reply.text, [PROBE])[0].score is not None
-                if is_read or reply.finish == "length":
-                    break
+            reply = self.ask_probe(limit)
             # This refusal is of the probe's question: the judge may take others.
-            if reply.kind in ("refused", "too_long"):
+            if is_readable_probe(reply) or reply.kind in ("refused", "too_long"):
                 break
+            was_silent = was_silent or reply.kind == "transport"
             if not self.give_up_one(reply):
                 break
 
-        # Silence says nothing about structured output.
         if reply.kind == "transport":
             self.structured = True
             return
         if reply.kind in ("rejected", "unparsable"):
             raise self.denied(reply)
-        self.profile = self.describe_server(reply, is_read)
+
+        # A server that was still starting up is asked once more for structured output.
+        if was_silent:
+            self.structured = True
+            self.structured = is_readable_probe(self.ask_probe(min(FORMAT_PATIENCE, patience)))
+        self.profile = self.describe_server(reply)
+
+    def ask_probe(self, patience: float) -> Reply:
+        """The reply to the probe's question, asked as questions are asked now."""
+        call = Call(chat([PROBE]), self.max_tokens, "", [], None, answer_format(1))
+        return self.request(self.first_body(call), LEAST_TOKENS, patience)
 
     def give_up_one(self, reply: Reply) -> bool:
         """Gives up one thing that the server may not take; False when nothing is left."""
@@ -1753,6 +1769,7 @@ class LLMJudge:
 
         # A list that is not there, or not a list of models, tells nothing.
         models = value.get("data") if isinstance(value, dict) else None
+        self.models = []
         if not isinstance(models, list):
             return
         for model in models:
@@ -1767,7 +1784,7 @@ class LLMJudge:
                 if token_count(model.get(key)):
                     self.context = self.context or token_count(model[key])
 
-    def describe_server(self, reply: Reply, is_read: bool) -> str:
+    def describe_server(self, reply: Reply) -> str:
         """What was found out, as one line for the log."""
         parts = ["structured output" if self.structured else "plain text"]
         parts.append(self.token_field)
@@ -1782,34 +1799,69 @@ class LLMJudge:
             parts.append(f"but its first answer was cut off at {self.max_tokens} tokens")
         elif reply.kind != "answer":
             parts.append(f"but it answers the first question with {self.describe(reply)}")
-        elif not is_read:
+        elif not is_readable_probe(reply):
             words = self.hide(printable(reply.text))[:80]
             parts.append(f"but its first answer holds no verdict: {words!r}")
         return f"judge {self.model} at {self.shown}: {', '.join(parts)}"
 
-    def learn_from(self, call: Call, attempt: int, was_cut: bool) -> None:
+    def learn_from(self, is_plain: bool) -> None:
         """Stops asking for structured output where only plain text gives answers."""
-        if not self.structured or not call.response_format or was_cut:
+        if not self.structured:
             return
         with self.lock:
-            # The second request is in plain text.
-            if attempt == 1:
-                self.rescues = 0
-            else:
+            if is_plain:
                 self.rescues += 1
-            if self.rescues < RESCUES:
+            else:
+                self.rescues = 0
+            if self.rescues < RESCUES or not self.structured:
                 return
 
             # Three in a row: one or two may be chance.
             self.structured = False
         print(f"judge {self.model}: asked in plain text from here on", file=sys.stderr)
 
+    def learn_context(self, words: str) -> None:
+        """Notes the context's length where a server tells it in a refusal."""
+        match = CONTEXT_WORDS.search(words)
+        if match and not self.context:
+            self.context = int(match[1])
+
     # ---- accounting
+
+    def account(self, reply: Reply, body: dict, seconds: float) -> None:
+        """Notes what a reply costs, and that the server lives."""
+        with self.lock:
+            # A refusal of one question is a sign of life, too.
+            if reply.kind not in ("busy", "odd"):
+                self.last_reply_at = time.monotonic()
+            if reply.kind == "answer":
+                self.answered += 1
+                self.rejections = 0
+
+            # What the probe costs is not the batch's.
+            if reply.status == 200 and reply.kind != "odd" and self.profile:
+                self.latency.append(seconds)
+                self.stats["calls"] += 1
+                self.stats["prompt_tokens"] += reply.prompt_tokens
+                self.stats["completion_tokens"] += reply.completion_tokens
+
+        # The limit of tokens was charged a guess; a server that counts tells better.
+        if reply.prompt_tokens:
+            guess = estimate_tokens(body["messages"], 4) + body[self.token_field]
+            self.limiter.correct(reply.prompt_tokens + reply.completion_tokens - guess)
 
     def count(self, name: str, number: int = 1) -> None:
         """Adds to one of the step's counters; many workers call it."""
         with self.lock:
             self.stats[name] += number
+
+
+def is_readable_probe(reply: Reply) -> bool:
+    """Whether the probe's question was answered; an answer cut off counts, for it is the limit of
+    tokens that cut it."""
+    if reply.kind != "answer":
+        return False
+    return reply.finish == "length" or read_answer(reply.text, [PROBE])[0].score is not None
 
 
 def read_key() -> str:
@@ -1822,6 +1874,11 @@ def read_key() -> str:
         message = "JUDGE_API_KEY holds a space, a line break or a letter that no key has"
         raise JudgeError(message + "; set it again, without quotes around it")
     return key
+
+
+def estimate_tokens(messages: list[dict], characters_per_token: int) -> int:
+    """A guess at the tokens of some messages."""
+    return sum(len(message["content"]) for message in messages) // characters_per_token
 
 
 def percentile(ordered: list[float], share: float) -> float | None:

@@ -14,7 +14,16 @@ import time
 
 import pytest
 from conftest import ROOT
-from judge_server import ASKED_AGAIN, FAULTS, JudgeServer, completion, http, is_probe, raw, truth
+from judge_server import (
+    ASKED_AGAIN,
+    FAULTS,
+    JudgeServer,
+    completion,
+    http,
+    is_probe,
+    raw,
+    truth,
+)
 
 import judge
 import rar
@@ -62,7 +71,7 @@ def right(asked, verdicts):
 class Writer(JudgeServer):
     """Says what is in `lines`, one after the other."""
 
-    lines: list = []
+    lines = ()
 
     def verdict(self, body):
         return self.lines.pop(0)
@@ -476,9 +485,10 @@ def test_the_probe_is_one_call_and_tells_what_it_found():
 
 
 def test_a_model_that_is_not_there_brings_the_names_of_those_that_are():
-    with JudgeServer(status=404, models=[{"id": "llama"}, {"id": "qwen"}]) as server:
-        with pytest.raises(JudgeError, match="404.*llama, qwen"):
-            client(server).probe()
+    models = [{"id": "llama"}, {"id": "qwen"}]
+    error = pytest.raises(JudgeError, match="404.*llama, qwen")
+    with JudgeServer(status=404, models=models) as server, error:
+        client(server).probe()
 
 
 def test_a_url_without_v1_is_told_soon():
@@ -557,6 +567,45 @@ def test_structured_output_that_is_empty_from_the_beginning_costs_the_probe_only
         assert len(server.probes) == 2
 
 
+def test_a_server_that_is_still_starting_up_is_asked_for_structured_output_all_the_same():
+    class Starts(JudgeServer):
+        async def answer(self, head, body):
+            if time.monotonic() < self.up_at:
+                return http(503, {"error": {"message": "loading the model"}})
+            return await super().answer(head, body)
+
+    with Starts() as server:
+        server.up_at = time.monotonic() + 3
+        asking = client(server)
+        assert "structured output" in asking.probe()
+        assert right(questions(2), asking.ask(questions(2))) == (True, 0)
+        assert all("response_format" in body for body in server.bodies)
+
+
+def test_a_schema_that_is_not_taken_for_several_statements_is_left_out():
+    """Although the probe's, for one statement, was taken."""
+
+    class NoArrays(JudgeServer):
+        async def answer(self, head, body):
+            if '"array"' in json.dumps(body.get("response_format")):
+                return http(400, {"error": {"message": "this schema is too deep for us"}})
+            return await super().answer(head, body)
+
+    with NoArrays() as server:
+        asked = questions(64)
+        asking = client(server, k=0, workers=1)
+        assert right(asked, asking.ask(asked)) == (True, 0)
+        assert len(server.bodies) == 8 + 3
+        assert not asking.structured
+
+
+@pytest.mark.parametrize("key", ["EMPTY", "x", "true", "e"])
+def test_a_stand_in_for_a_key_spoils_no_answer(monkeypatch, key):
+    monkeypatch.setenv("JUDGE_API_KEY", key)
+    with JudgeServer() as server:
+        assert right(questions(9), client(server).ask(questions(9))) == (True, 0)
+
+
 # ------------------------------------------------------------------ refusals of one question
 
 
@@ -585,7 +634,7 @@ def test_a_judge_that_rejects_everything_from_some_point_on_ends_the_run():
     with Sours() as server:
         with pytest.raises(JudgeError, match="this deployment was deleted"):
             client(server, workers=1, max_missing=1.0).ask(questions(200))
-        assert len(server.bodies) < 40
+        assert len(server.bodies) < 60
 
 
 def test_a_key_that_expires_ends_the_run():
@@ -640,9 +689,16 @@ def test_a_call_asks_for_no_more_tokens_than_the_context_has(tells):
     Server.tells = tells
     with Server() as server:
         asked = [Question("Q", "r" * 800, f"Statement number {i}.") for i in range(20)]
-        verdicts = client(server, k=0).ask(asked)  # 20 times 512 tokens
+        asking = client(server, k=0)
+        verdicts = asking.ask(asked)  # 20 times 512 tokens
         assert right(asked, verdicts) == (True, 0)
         assert len(server.bodies) <= (1 if tells else 3)
+
+        # What a refusal tells is learned: no further call is refused.
+        before = len(server.bodies)
+        more = [Question("Q", "s" * 800, f"Statement number {i}.") for i in range(20)]
+        assert right(more, asking.ask(more)) == (True, 0)
+        assert len(server.bodies) == before + 1
 
 
 def test_an_answer_that_was_cut_off_is_asked_for_again_within_the_context():
@@ -875,7 +931,7 @@ def test_ratings_are_checked_against_their_scale():
     for text, score in (('{"rating": 10}', 1.0), ('{"rating": 1}', 0.0), ('{"rating": 5.5}', 0.5)):
         assert read_answer(text, ask)[0].score == score
     for bad in ("0", "11", '"7"', "true", "NaN", "1e999", "Infinity", "-Infinity", "9" * 5000):
-        assert read_answer('{"rating": %s}' % bad, ask)[0].score is None
+        assert read_answer('{"rating": ' + bad + "}", ask)[0].score is None
 
 
 def test_several_verdicts_are_matched_by_exact_name_and_missing_on_their_own():
@@ -1169,7 +1225,7 @@ def test_what_a_cache_cost(tmp_path, capsys):
     shown = json.loads(capsys.readouterr().out)
     wanted_row = {"model": "model", "calls": 10, "prompt_tokens": 100, "completion_tokens": 50}
     assert shown == wanted_row
-    exported = [json.loads(line) for line in open(out)]
+    exported = rows_of(out)
     assert len(exported) == 10
     assert exported[0]["verdicts"][0][1] == "by its hash"
     assert agreement.main(["--cache", str(tmp_path / "none.sqlite")]) == 2
@@ -1242,6 +1298,12 @@ def test_no_more_requests_per_minute_than_allowed():
         assert right(questions(10), asking.ask(questions(10))) == (True, 0)
         # One every 0.1 seconds; the first may have to wait for the probe's turn to be over.
         assert 0.85 < time.monotonic() - started < 2
+
+
+def test_waiting_for_our_own_limits_costs_no_patience():
+    with JudgeServer(script=["ok"] * 7 + ["error"]) as server:
+        asking = client(server, rpm=300, workers=8, patience=0.5)
+        assert right(questions(8), asking.ask(questions(8))) == (True, 0)
 
 
 def test_no_more_tokens_per_minute_than_allowed():
@@ -1336,7 +1398,8 @@ def train_with(server, tiny, out, *more):
 
 def rows_of(path):
     """The rows of a JSONL file."""
-    return [json.loads(line) for line in open(path) if line.strip()]
+    with open(path, encoding="utf8") as file:
+        return [json.loads(line) for line in file if line.strip()]
 
 
 def test_training_through_a_failing_server(tiny, tmp_path, monkeypatch):
