@@ -43,7 +43,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
@@ -190,30 +195,40 @@ def own_differences(model, tokenizer, attention: str) -> dict[str, float]:
     """Largest difference of a log-prob from the model's own forward, of each path."""
     text = "A prompt of some words, over and over again, that the model has to go on with. " * 400
     ids = tokenizer.encode(text)
-    long = min(check_length(model), len(ids))
-    prompts = [ids[:long], ids[3:8]]
-    model.set_attn_implementation(attention)
-    groups = sample(model, prompts, 2, 8, 1.0, set(), uniform_numbers(2, 2, 8, seed=0))
+    prompts = [ids[: check_length(model)], ids[3:8]]
 
+    # The two paths: the sampler's log-probs, and the trainer's on its completions.
+    model.set_attn_implementation(attention)
+    groups = sample(model, prompts, 2, 6, 1.0, set(), uniform_numbers(2, 2, 6, seed=0))
     with torch.no_grad():
         trained, _ = completion_logprobs(model, groups, 1.0)
-        model.set_attn_implementation("eager")
-        sampled = []
-        own = []
-        for group in groups:
-            for rollout in group:
-                sampled.extend(rollout.logp)
-                sequence = torch.tensor([rollout.prompt_ids + rollout.ids], device=model.device)
-                logits = model(sequence, use_cache=False).logits[0, len(rollout.prompt_ids) - 1 : -1]
-                log_p = logits.float().log_softmax(-1)
-                own.append(log_p.gather(1, sequence[0, len(rollout.prompt_ids) :, None])[:, 0])
+
+    # And the model itself, with the attention that its authors wrote: one plain sequence at a time.
+    model.set_attn_implementation("eager")
+    sampled = []
+    own = []
+    for group in groups:
+        for rollout in group:
+            sampled.extend(rollout.logp)
+            own.append(own_logprobs(model, rollout))
     model.set_attn_implementation(attention)
+
     own = torch.cat(own)
     sampled = own.new_tensor(sampled)
     return {
         "sampling": largest_difference(sampled, own),
         "training": largest_difference(trained, own),
     }
+
+
+@torch.no_grad()
+def own_logprobs(model, rollout: Rollout) -> torch.Tensor:
+    """Log-probs of a completion's tokens by the model's own forward. -> [T]"""
+    sequence = torch.tensor([rollout.prompt_ids + rollout.ids], device=model.device)
+    start = len(rollout.prompt_ids)
+    logits = model(sequence, use_cache=False).logits[0, start - 1 : -1]  # [T, V]
+    log_p = logits.float().log_softmax(-1)
+    return log_p.gather(1, sequence[0, start:, None])[:, 0]
 
 
 def largest_difference(left: torch.Tensor, right: torch.Tensor) -> float:
@@ -236,17 +251,80 @@ def check_length(model) -> int:
     return longest
 
 
-def encode(tokenizer, messages: list[dict]) -> list[int]:
+# ---------------------------------------------------------------------------------- text
+
+
+def encode(tokenizer, messages: list[dict], template_kwargs: dict | None = None) -> list[int]:
     """Token ids of a chat prompt, ready for the assistant's turn.
 
-    A model without a chat template gets plain text.
+    template_kwargs: arguments for the model's chat template, such as {"enable_thinking": False}.
+    A model without a template gets plain text. Raises ValueError with one line when the prompt is
+    none, or when the template does not take it.
     """
-    if tokenizer.chat_template:
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        return list(ids)
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
+        raise ValueError("the last message must be the user's or a tool's: the policy answers it")
 
-    turns = [f"{message['role']}: {message['content']}" for message in messages]
-    return tokenizer.encode("\n\n".join([*turns, "assistant:"]))
+    if not tokenizer.chat_template:
+        turns = [f"{message['role']}: {message['content']}" for message in messages]
+        return tokenizer.encode("\n\n".join([*turns, "assistant:"]))
+
+    text = render(tokenizer, messages, template_kwargs, for_answer=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def render(tokenizer, messages: list[dict], template_kwargs=None, for_answer=False) -> str:
+    """The chat template's text of these messages. Raises ValueError with one line.
+
+    for_answer: the text ends where the assistant's answer begins.
+    """
+    versions = [(messages, "")]
+    folded = fold_system(messages)
+    if folded:
+        versions.append((folded, "takes no system message: it is put before the user's words"))
+    # Templates of models that also see images want each content as a list of parts.
+    for version, remark in list(versions):
+        versions.append((as_parts(version), remark))
+
+    options = {"tokenize": False, "add_generation_prompt": for_answer}
+    if template_kwargs:
+        options |= template_kwargs
+    name = tokenizer.name_or_path or "this model"
+    problems = []
+    for version, remark in versions:
+        try:
+            text = tokenizer.apply_chat_template(version, **options)
+            check_complete(text, messages)
+        except Exception as error:  # noqa: BLE001  (a template raises whatever it likes)
+            problems.append(" ".join(str(error).split()))
+            continue
+        if remark:
+            note(f"the chat template of {name} {remark}")
+        return text
+
+    # The first version is the one that the user knows.
+    raise ValueError(f"the chat template of {name} does not take the prompt: {problems[0]}")
+
+
+def fold_system(messages: list[dict]) -> list[dict] | None:
+    """The messages with the system message put before the user's; None where there is none."""
+    roles = [message["role"] for message in messages]
+    if roles[:2] != ["system", "user"]:
+        return None
+    content = f"{messages[0]['content']}\n\n{messages[1]['content']}"
+    return [{"role": "user", "content": content}, *messages[2:]]
+
+
+def as_parts(messages: list[dict]) -> list[dict]:
+    """The messages with each content as a list of one part."""
+    return [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
+
+
+def check_complete(text: str, messages: list[dict]) -> None:
+    """Raises ValueError when the template has left out a message."""
+    for message in messages:
+        # Earlier answers may lose their thoughts, and tools' results may be quoted.
+        if message["role"] in ("system", "user") and message["content"].strip() not in text:
+            raise ValueError(f"it leaves out the {message['role']} message")
 
 
 def end_tokens(model, tokenizer) -> set[int]:
@@ -255,7 +333,65 @@ def end_tokens(model, tokenizer) -> set[int]:
     # Chat models often have two; a missing one lets completions run on.
     if not isinstance(ends, list):
         ends = [ends]
-    return {*ends, tokenizer.eos_token_id} - {None}
+    return {*ends, tokenizer.eos_token_id, turn_end(tokenizer)} - {None}
+
+
+def turn_end(tokenizer) -> int | None:
+    """The token that the chat template puts after an assistant's answer, if it puts one."""
+    if not tokenizer.chat_template:
+        return None
+    answer = "An answer."
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
+    try:
+        text = render(tokenizer, messages)
+    except ValueError:
+        return None
+
+    # Tokens of their own only: the first letters of plain text end no turn.
+    before, _, after = text.rpartition(answer)
+    own = [token for token in tokenizer.get_added_vocab() if after.lstrip().startswith(token)]
+    if before and own:
+        return tokenizer.get_added_vocab()[max(own, key=len)]
+    if before and after.strip():
+        start = after.strip()[:20]
+        note(f"the chat template ends a turn by {start!r}, no token: completions may run on")
+    return None
+
+
+def split_thoughts(text: str, is_open: bool = False) -> tuple[str, str]:
+    """What a completion thinks, and what it answers. is_open: its prompt has opened the thoughts.
+
+    Everything up to the last </think> is thoughts. Thoughts that are never closed have no answer.
+
+    >>> split_thoughts("<think>Two and two.</think>\\n\\nFour.")
+    ('Two and two.', 'Four.')
+    >>> split_thoughts("Four.")
+    ('', 'Four.')
+    >>> split_thoughts("<think>Two and")
+    ('Two and', '')
+    """
+    thoughts, end, answer = text.rpartition("</think>")
+    if end:
+        return thoughts.strip().removeprefix("<think>").strip(), answer.strip()
+    if is_open or text.lstrip().startswith("<think>"):
+        return text.strip().removeprefix("<think>").strip(), ""
+    return "", text
+
+
+def set_text(tokenizer, rollout: Rollout) -> None:
+    """Sets the rollout's thoughts and text. A judge reads the text; the loss sees all ids."""
+    # Some templates open the thoughts in the prompt.
+    prompt_end = tokenizer.decode(rollout.prompt_ids[-8:])
+    is_open = "<think>" in prompt_end.rpartition("</think>")[2]
+
+    # Both without special tokens; but in some vocabularies the thoughts' marks are among them.
+    marked = tokenizer.decode(rollout.ids)
+    text = tokenizer.decode(rollout.ids, skip_special_tokens=True)
+    if "think>" in marked and "think>" not in text:
+        text = marked
+        for token in set(tokenizer.all_special_tokens) - {"<think>", "</think>"}:
+            text = text.replace(token, "")
+    rollout.thoughts, rollout.text = split_thoughts(text, is_open)
 
 
 # ---------------------------------------------------------------------------------- sampling
@@ -406,6 +542,16 @@ class HiddenStates:
             raise AttributeError(name)
 
 
+def layers_of(model):
+    """The part of a model that makes hidden states of ids; its own forward puts the head on top."""
+    if model.base_model is not model:
+        return model.base_model
+    for child in model.children():
+        if isinstance(child, PreTrainedModel):
+            return child
+    raise ValueError("its layers and its head are one")
+
+
 def head_logits(model, hidden: torch.Tensor) -> torch.Tensor:
     """The logits of these hidden states, by the model's own forward. hidden [N, H] -> [N, V]
 
@@ -417,7 +563,7 @@ def head_logits(model, hidden: torch.Tensor) -> torch.Tensor:
     def forward(*args, **kwargs):
         return HiddenStates(hidden)
 
-    layers = model.base_model
+    layers = layers_of(model)
     layers.forward = forward
     try:
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
@@ -489,6 +635,7 @@ def sample(
     if not prompts:
         return []
     device = model.device
+    layers = layers_of(model)
     if uniform is not None:
         uniform = uniform.flatten(0, 1).to(device)  # [B, T]
 
@@ -498,7 +645,7 @@ def sample(
     capacity = ids.shape[1] + max_new_tokens
     cache = Cache(layer_class_to_replicate=partial(FixedLayer, capacity))
     with precision(model):
-        hidden = model.base_model(ids, past_key_values=cache, use_cache=True)[0]  # [P, L, H]
+        hidden = layers(ids, past_key_values=cache, use_cache=True)[0]  # [P, L, H]
     hidden = hidden[torch.arange(len(prompts), device=device), last[:, 0]]  # [P, H]
 
     rollouts = []
@@ -542,7 +689,7 @@ def sample(
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         positions = positions + 1
         with precision(model):
-            hidden = model.base_model(
+            hidden = layers(
                 token[:, None],
                 attention_mask=mask,
                 position_ids=positions,
@@ -733,7 +880,7 @@ def completion_logprobs(
     # The mask is a plain one for rows of this length; `row_mask` makes it that of their segments.
     mask = torch.ones_like(ids)
     with precision(model), packed_rows(positions, segments):
-        hidden = model.base_model(
+        hidden = layers_of(model)(
             ids,
             attention_mask=mask,
             position_ids=positions,
