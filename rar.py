@@ -324,11 +324,11 @@ def flat_tags(tags: object, where: str) -> list[str]:
             for key in reversed(tag):
                 waiting.append((f"{prefix}{key}:", tag[key]))
         else:
-            # A bare number is no tag, but {"level": 3} is.
-            text = prefix + as_text(tag, where, "a tag", allow_number=prefix != "")
-            # The same few tags occur in every row; interned, each is held once. A nan says nothing.
+            # A bare number is no tag, but {"level": 3} is. A nan says nothing.
+            text = as_text(tag, where, "a tag", allow_number=prefix != "")
             if text:
-                result.append(sys.intern(as_text(text, where, "a tag")))
+                # The same few tags occur in every row; interned, each is held once.
+                result.append(sys.intern(as_text(prefix + text, where, "a tag")))
     return result
 
 

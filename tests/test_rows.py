@@ -84,6 +84,15 @@ def test_our_own_text_wins_over_another_column(tmp_path):
     assert (criterion.text, criterion.weight) == ("Names rest.", 2)
 
 
+def test_what_a_row_says_itself_wins_over_what_is_derived(tmp_path):
+    row = with_criterion(axis="completeness", tags=["axis:accuracy"])
+    row |= {"prompt_id": "p", "topic": "life", "example_tags": ["theme:care"]}
+    row |= {"ideal_completions_data": {"ideal_completion": "Sleep."}}
+    example = read_one(tmp_path / "a.jsonl", row)
+    assert example.rubric[0].axis == "completeness" and example.reference == "Rest."
+    assert example.tags == ["theme:care"] and example.id == "p"
+
+
 @pytest.mark.parametrize("tags", [{"axis": "accuracy"}, [{"axis": "accuracy", "level": 3}]])
 def test_tags_as_an_object(tmp_path, tags):
     item = {"criterion": "Names rest.", "points": 3, "tags": tags}
@@ -93,8 +102,10 @@ def test_tags_as_an_object(tmp_path, tags):
 
 def test_an_empty_cell_of_a_table_is_no_text(tmp_path):
     """nan is how some writers of tables spell it."""
-    row = with_criterion(axis=float("nan"), title=float("nan")) | {"reference": float("nan")}
+    nan = float("nan")
+    row = with_criterion(axis=nan, title=nan, tags=[nan, {"axis": nan}]) | {"reference": nan}
     example = read_one(tmp_path / "a.jsonl", row)
+    assert example.rubric[0].tags == []
     assert example.reference == "" and example.rubric[0].axis == example.rubric[0].title == ""
 
 
@@ -181,7 +192,9 @@ def test_a_pair_of_surrogates_is_a_character(tmp_path):
 
 
 def test_a_broken_archive_is_one_line(tmp_path):
-    whole = gzip.compress((json.dumps(GOOD) + "\n").encode() * 400)
+    rng = random.Random(0)
+    lines = [json.dumps({**GOOD, "id": str(rng.random())}) + "\n" for _ in range(4000)]
+    whole = gzip.compress("".join(lines).encode())
     path = tmp_path / "a.jsonl.gz"
     middle = len(whole) // 2
     flipped = bytes(byte ^ 255 for byte in whole[middle : middle + 9])
@@ -189,7 +202,9 @@ def test_a_broken_archive_is_one_line(tmp_path):
     for content in (whole[:-9], whole[:middle], damaged, whole[:-4] + b"\0\0\0\0", b"PK not gzip"):
         path.write_bytes(content)
         message = refusal(path)
-        assert "cannot be read" in message or "already stands" in message
+        assert "cannot be read" in message or "not a line of JSON" in message
+    path.write_bytes(whole[:-9])
+    assert "cannot be read" in refusal(path)
     path.write_bytes(b"")
     assert "no rows" in refusal(path)
 
