@@ -53,8 +53,10 @@ DATA = Path(__file__).resolve().parent / "data"
 # ------------------------------------------------------------------------- what a rubric is
 
 # The axes by which HealthBench sorts its criteria.
-AXES = ("accuracy", "completeness", "context_awareness")
-AXES += ("communication_quality", "instruction_following")
+AXES = (
+    "accuracy", "completeness", "context_awareness",
+    "communication_quality", "instruction_following",
+)  # fmt: skip
 
 # Section 4.4 of the paper's second version; the first one has 0.8 for a pitfall.
 CATEGORY_WEIGHTS = {"essential": 1.0, "important": 0.7, "optional": 0.3, "pitfall": 0.9}
@@ -228,11 +230,11 @@ def read_examples(path: str | Path) -> list[Example]:
 
         # Rubrics that evolve, and answers that are compared, are kept by id.
         if example.id in place_of_id:
-            message = f"id {shorten(example.id)} already stands in {place_of_id[example.id]}"
+            message = f"id {shorten(example.id)} is already in {place_of_id[example.id]}"
             raise DataError(f"{where}: {message}; give each row its own")
         place_of_id[example.id] = where
 
-        # What stands in two files is counted as it goes by, without a second reading.
+        # Repeated questions are counted on the way, without a second reading.
         examples.append(example)
         files_of_question[question_key(example)].add(where.rpartition(":")[0])
 
@@ -242,7 +244,7 @@ def read_examples(path: str | Path) -> list[Example]:
     # A question in two files is a leak where one of them is held out.
     repeated = sum(len(files) > 1 for files in files_of_question.values())
     if repeated:
-        message = f"{repeated} questions stand in more than one file"
+        message = f"{repeated} questions are in more than one file"
         print(f"{path}: {message}; never train on held-out ones", file=sys.stderr)
     return examples
 
@@ -386,7 +388,7 @@ def parse_prompt(row: dict, where: str) -> list[dict]:
     if isinstance(prompt, str) and prompt.strip():
         prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list):
-        # GPQA spells its question with a capital, and so is not read by mistake.
+        # Other formats have their question in other columns.
         refuse_foreign(row, where)
         message = "no prompt; give 'question' (text) or 'prompt' (chat messages)"
         raise DataError(f"{where}: {message}")
@@ -450,7 +452,7 @@ def refuse(where: str, what: str) -> None:
 
 def refuse_foreign(row: dict, where: str) -> None:
     """Raises DataError where the row's values show a format that data/prepare.py converts."""
-    # MedQA spells its columns the first way, GPQA the last.
+    # MedQA has the first two of these columns, GPQA the last.
     if first_value(row, "answer_idx", "options", "Correct Answer") is not None:
         refuse(where, "a multiple-choice question")
     # RubricHub, verl, ResearchRubrics, chats of open-instruct.
@@ -507,7 +509,7 @@ def parse_category(category: object, weight: float, text: str, where: str) -> st
         known = "Essential, Important, Optional, Pitfall"
         raise DataError(f"{where}: category {shorten(category)}; use one of {known}")
 
-    # A pitfall that forbids its fault ("Avoids X", in RaR's data) is good when met.
+    # A pitfall that forbids its fault ("Avoids X", in RaR's data) is good when met: decision 1.
     if kind == "pitfall" and weight > 0 and names_avoidance(text.strip()):
         return category
 
@@ -528,69 +530,6 @@ def parse_criterion_check(check: object, where: str) -> str:
         except ValueError as error:
             raise DataError(f"{where}: {error}") from None
     return check
-
-
-# Who a criterion is about; most leave it out. Not any noun: "The patient should ..." is content.
-SUBJECT = r"""^(?:(?: it | (?:the|an?|this)\ (?:\w+\ )??
-    (?: \w+ion | response | answer | reply | text | output | method | approach | proof | argument
-      | student | author | model | assistant ) )\ )?"""
-# A duty: what a good response does or does not do. Not "should be penalized if ...".
-DUTY = re.compile(
-    SUBJECT
-    + r"""(?:should|must|needs?\ to|has\ to|ought\ to|is\ (?:expected|required)\ to)\b
-    (?!\ (?:be|lose|receive)\ (?:penali[sz]ed|marked|downgraded|considered|points|no|fewer)\b)""",
-    re.VERBOSE | re.IGNORECASE,
-)
-# The fault is forbidden, prevented or warned against.
-AVOIDS = re.compile(
-    SUBJECT
-    + r"""(?:avoid(?:s|ing)?|refrain(?:s|ing)?\ from|never|do\ not|don't|is\ free\ (?:of|from)
-    |prevent(?:s|ing)?|ensur(?:es?|ing)|makes?\ sure|guards?\ against|steers?\ clear\ of
-    |(?:warn|caution)s?\ against|takes?\ care|is\ careful)\b""",
-    re.VERBOSE | re.IGNORECASE,
-)
-# "Does not" and a word that names a fault. "Does not mention X" is not among these: it names an
-# omission, and "does not suggest X" is good or bad as X is.
-FAULT_DENIED = re.compile(
-    SUBJECT
-    + r"""(?:does\ not|doesn't)\ (?:
-      (?:incorrect|wrong|false|mistaken|erroneous|improper|inappropriate|inaccurate|unnecessari
-        |unjustifi(?:ed|ab)|premature|inadvertent|accidental|needless|excessive|mere|simp|sole
-        |unreasonab|on)ly\b
-    | (?:just|overly|unduly)\b
-    | mis\w+ | over\w+ | understate | underestimate | confuse | conflate | mix\ up | neglect
-    | ignore | omit | fail\b | forget | skip | disregard | dismiss | downplay | minimi[sz]e
-    | exaggerate | fabricate | invent | hallucinate | contradict | leave\ out | gloss\ over
-    | rush | jump\ to | deviate | digress | stray | trivialize | obscure | distort | violate
-    | rely\ (?:only|solely|exclusively) | introduce\ (?:\w+\ )?(?:error|mistake|confusion)
-    | (?:include|contain|provide|present|introduce|use|make|give|add|offer|state|draw|reach)
-      \ (?:any\ |an?\ )?(?:irrelevant|unnecessary|extraneous|incorrect|inaccurate|misleading
-        |unrelated|unsupported|unfounded|erroneous|false|wrong)\b
-    )""",
-    re.VERBOSE | re.IGNORECASE,
-)
-
-
-def names_avoidance(text: str) -> bool:
-    """Whether a pitfall of unknown polarity is worded as what a good response does.
-
-    For data whose pitfalls are all stored with the same sign (data/prepare.py).
-
-    >>> names_avoidance("The response should avoid rounding early.")
-    True
-    >>> names_avoidance("Does not confuse the two masses.")
-    True
-    >>> names_avoidance("Rounds early.")
-    False
-    >>> names_avoidance("Does not mention rounding.")
-    False
-    """
-    # All three look at the beginning only: a fault may well be described by "should" or "never"
-    # later in its sentence.
-    for wording in (DUTY, AVOIDS, FAULT_DENIED):
-        if wording.match(text):
-            return True
-    return False
 
 
 # ------------------------------------------------------------------------- rewards
@@ -1161,6 +1100,71 @@ def evaluate(judge, groups: list[Group], show_progress: bool = True) -> dict:
     for name in sorted(parts):
         metrics[f"eval_n/{name}"] = len(drop_nan(parts[name]))
     return metrics
+
+
+# ------------------------------------------------------------------------- polarity by wording
+
+# Who a criterion is about; most leave it out. Not any noun: "The patient should ..." is content.
+SUBJECT = r"""^(?:(?: it | (?:the|an?|this)\ (?:\w+\ )??
+    (?: \w+ion | response | answer | reply | text | output | method | approach | proof | argument
+      | student | author | model | assistant ) )\ )?"""
+# A duty: what a good response does or does not do. Not "should be penalized if ...".
+DUTY = re.compile(
+    SUBJECT
+    + r"""(?:should|must|needs?\ to|has\ to|ought\ to|is\ (?:expected|required)\ to)\b
+    (?!\ (?:be|lose|receive)\ (?:penali[sz]ed|marked|downgraded|considered|points|no|fewer)\b)""",
+    re.VERBOSE | re.IGNORECASE,
+)
+# The fault is forbidden, prevented or warned against.
+AVOIDS = re.compile(
+    SUBJECT
+    + r"""(?:avoid(?:s|ing)?|refrain(?:s|ing)?\ from|never|do\ not|don't|is\ free\ (?:of|from)
+    |prevent(?:s|ing)?|ensur(?:es?|ing)|makes?\ sure|guards?\ against|steers?\ clear\ of
+    |(?:warn|caution)s?\ against|takes?\ care|is\ careful)\b""",
+    re.VERBOSE | re.IGNORECASE,
+)
+# "Does not" and a word that names a fault. "Does not mention X" is not among these: it names an
+# omission, and "does not suggest X" is good or bad as X is.
+FAULT_DENIED = re.compile(
+    SUBJECT
+    + r"""(?:does\ not|doesn't)\ (?:
+      (?:incorrect|wrong|false|mistaken|erroneous|improper|inappropriate|inaccurate|unnecessari
+        |unjustifi(?:ed|ab)|premature|inadvertent|accidental|needless|excessive|mere|simp|sole
+        |unreasonab|on)ly\b
+    | (?:just|overly|unduly)\b
+    | mis\w+ | over\w+ | understate | underestimate | confuse | conflate | mix\ up | neglect
+    | ignore | omit | fail\b | forget | skip | disregard | dismiss | downplay | minimi[sz]e
+    | exaggerate | fabricate | invent | hallucinate | contradict | leave\ out | gloss\ over
+    | rush | jump\ to | deviate | digress | stray | trivialize | obscure | distort | violate
+    | rely\ (?:only|solely|exclusively) | introduce\ (?:\w+\ )?(?:error|mistake|confusion)
+    | (?:include|contain|provide|present|introduce|use|make|give|add|offer|state|draw|reach)
+      \ (?:any\ |an?\ )?(?:irrelevant|unnecessary|extraneous|incorrect|inaccurate|misleading
+        |unrelated|unsupported|unfounded|erroneous|false|wrong)\b
+    )""",
+    re.VERBOSE | re.IGNORECASE,
+)
+
+
+def names_avoidance(text: str) -> bool:
+    """Whether a pitfall of unknown polarity is worded as what a good response does.
+
+    For data whose pitfalls are all stored with the same sign (data/prepare.py).
+
+    >>> names_avoidance("The response should avoid rounding early.")
+    True
+    >>> names_avoidance("Does not confuse the two masses.")
+    True
+    >>> names_avoidance("Rounds early.")
+    False
+    >>> names_avoidance("Does not mention rounding.")
+    False
+    """
+    # All three look at the beginning only: a fault may well be described by "should" or "never"
+    # later in its sentence.
+    for wording in (DUTY, AVOIDS, FAULT_DENIED):
+        if wording.match(text):
+            return True
+    return False
 
 
 # ------------------------------------------------------------------------- a worked example

@@ -418,7 +418,7 @@ def test_empty_missing_and_duplicate(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         rar.read_examples(tmp_path / "none.jsonl")
     twice = write(tmp_path / "twice.jsonl", GOOD, GOOD)
-    message = "twice.jsonl:2: id 'a' already stands in .*twice.jsonl:1;"
+    message = "twice.jsonl:2: id 'a' is already in .*twice.jsonl:1;"
     with pytest.raises(DataError, match=message):
         rar.read_examples(twice)
     binary = tmp_path / "binary.jsonl"
@@ -500,9 +500,9 @@ def test_a_question_in_two_files_is_reported(tmp_path, capsys):
     write(tmp_path / "train.jsonl", GOOD)
     write(tmp_path / "test.jsonl", other)
     assert len(rar.read_examples(tmp_path)) == 2
-    assert "1 questions stand in more than one file" in capsys.readouterr().err
+    assert "1 questions are in more than one file" in capsys.readouterr().err
     rar.read_examples(write(tmp_path / "same.jsonl", GOOD, other))
-    assert "stand in more" not in capsys.readouterr().err  # within one file it is no leak
+    assert "in more than one" not in capsys.readouterr().err  # within one file it is no leak
 
 
 def test_labels_of_physicians_are_no_prompts(tmp_path):
