@@ -9,7 +9,9 @@
         eval_dataset=Dataset.from_list(trl_rows(heldout)),
     )
 
-    # verl: a file my_reward.py with these lines, and custom_reward_function.path=my_reward.py
+    # verl: a file my_reward.py with these lines, and custom_reward_function.path=my_reward.py.
+    # It asks in small batches, so that a share of missing verdicts says little: allow all.
+    judge = LLMJudge(url, model, max_missing=1.0)
     compute_score = as_verl_reward(method, examples, heldout)
 
 What a trainer hands over decides which methods it can run:
@@ -19,7 +21,8 @@ What a trainer hands over decides which methods it can run:
     as_verl_reward          one rollout at a time    the designs of rar.py, and axis_mean
                             (verl's reward loop)
 
-An alternating method takes turns by cyclic or random there: nothing can be tried out.
+An alternating method takes turns by cyclic or random there: nothing can be tried out. Of a
+dialogue with tools verl hands over all text in one: use it for single turns.
 
 Examples and `heldout` are told apart by their ids. Rows of held-out examples are scored as
 train.py scores them, by their own rubric and HealthBench's points; no class has its turn there,
@@ -46,6 +49,7 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from grpo import split_thoughts
 from rar import (
     DataError,
     Example,
@@ -65,52 +69,72 @@ def answer_text(completion: object) -> str | None:
     """The text that a judge is shown; None where there is nothing to judge.
 
     completion: a text, a list of parts, or a chat, whose last message by the assistant counts:
-    what a tool returned is not the policy's answer. Raises DataError for anything else.
+    what a tool returned is not the policy's answer. Thoughts are no answer either. Raises
+    DataError for anything else.
 
-    >>> answer_text([{"type": "text", "text": "Rest. "}, {"type": "text", "text": "Drink."}])
-    'Rest. Drink.'
+    >>> answer_text("<think>Rest, or fluids?</think>Rest.")
+    'Rest.'
     >>> call = {"role": "assistant", "content": "Let me look it up."}
     >>> answer_text([call, {"role": "tool", "content": "Rest."}])
     'Let me look it up.'
     """
-    if completion is None or isinstance(completion, str):
-        return completion
+    if completion is None:
+        return None
+    content = completion
+    if is_chat(completion):
+        message = last_assistant_message(completion)
+        # A dialogue in which the assistant has not spoken yet is not judged as silence.
+        if message is None:
+            return None
+        content = message.get("content")
+
+    # As in train.py: whoever is paid for right words in the thoughts need not answer.
+    _, answer = split_thoughts(content_text(content))
+    return answer
+
+
+def is_chat(completion: object) -> bool:
+    """Whether it is a list of messages. A list of parts has no roles."""
     if not isinstance(completion, list):
-        kind = type(completion).__name__
-        raise DataError(f"a completion is a {kind}; give a text, a list of parts, or a chat")
+        return False
+    return any(isinstance(entry, dict) and "role" in entry for entry in completion)
 
-    is_chat = any(isinstance(entry, dict) and "role" in entry for entry in completion)
-    if not is_chat:
-        return parts_text(completion)
 
+def last_assistant_message(chat: list) -> dict | None:
+    """None where the assistant says nothing."""
     # From the end: in a dialogue with tools the last message may be a tool's.
-    for message in reversed(completion):
-        if message.get("role") == "assistant":
-            return content_text(message.get("content"))
+    for message in reversed(chat):
+        if isinstance(message, dict) and message.get("role") == "assistant":
+            return message
     return None
 
 
 def content_text(content: object) -> str:
-    """The text of a message's content: a text, a list of parts, or nothing."""
+    """The text of a content: a text, a list of parts, or nothing. Raises DataError."""
     # A message that only calls a tool has no content. It says nothing: it is judged as silence.
     if content is None:
         return ""
     if isinstance(content, str):
         return content
+
     if isinstance(content, list):
-        return parts_text(content)
-    raise DataError(f"a message's content is a {type(content).__name__}; it must be a text")
+        return "".join(part_text(part) for part in content)
+    kind = type(content).__name__
+    raise DataError(f"a completion is a {kind}; give a text, a list of parts, or a chat")
 
 
-def parts_text(parts: list) -> str:
-    """The text parts, joined. Parts of other kinds (thoughts, images) are not the answer."""
-    texts = []
-    for part in parts:
-        if isinstance(part, str):
-            texts.append(part)
-        elif isinstance(part, dict) and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-    return "".join(texts)
+def part_text(part: object) -> str:
+    """The text of one part; "" for parts of other kinds (thoughts, images). Raises DataError."""
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict):
+        kind = type(part).__name__
+        raise DataError(f"a part of a completion is a {kind}; give a text or an object")
+
+    # A thinking part may have a "text" as well: its type says what it is.
+    if part.get("type", "text") in ("text", "output_text") and isinstance(part.get("text"), str):
+        return part["text"]
+    return ""
 
 
 # ---------------------------------------------------------------------- one step of a method
@@ -139,6 +163,8 @@ class Scorer:
         self.examples = {example.id: example for example in examples}
         self.heldout = {example.id: example for example in heldout}
         self.by_prompt = by_prompt
+
+        # Calls so far, for a trainer that does not say how many updates it has done.
         self.steps_done = 0
 
         # The id alone says what a row is for, so no id may say both.
@@ -183,12 +209,14 @@ class Scorer:
             # A completion that is not there is no silence: nothing is known about it.
             if text is None:
                 continue
+            # A prompt may stand in the batch twice: its rollouts are compared with each other.
             groups = heldout if name in self.heldout else training
             key = name if self.by_prompt else number
             if key not in groups:
                 groups[key] = Group(example, [])
             groups[key].rollouts.append(rollout)
 
+        # A batch of held-out rows only is an evaluation: for the method nothing happens.
         if training:
             self.score(list(training.values()), step)
         if heldout:
@@ -251,11 +279,13 @@ def as_trl_reward(method: RubricReward, examples: list[Example], heldout: list[E
         if id is None:
             raise DataError('the data set has no column "id"; make it with tools/adapters.py')
 
-        # With several updates per batch the calls are fewer than the updates.
+        # A resumed trainer begins where it was, and with several updates per batch the calls are
+        # fewer than the updates. TRL's own count is right in both cases.
         step = None
         if trainer_state is not None:
             step = trainer_state.global_step
 
+        # None is TRL's word for "not scored": it stays out of the group's mean.
         texts = [answer_text(completion) for completion in completions]
         rewards = []
         for reward in scorer.rewards(id, texts, step):
@@ -328,6 +358,7 @@ def as_verl_reward(method: RubricReward, examples: list[Example], heldout: list[
     The rows need the example's id in extra_info, see `verl_rows`. Raises DataError for a method
     that needs whole steps, which no such call can see.
     """
+    # One that does something before a step has steps, and state that follows them.
     if type(method).before_step is not RubricReward.before_step:
         raise DataError(
             f"{type(method).__name__} needs whole steps, and verl's reward loop hands over one "
@@ -352,13 +383,16 @@ def as_verl_reward(method: RubricReward, examples: list[Example], heldout: list[
         scorer.example(call.name)
         waiting.append(call)
 
+        # Calls that are made at the same moment get the chance to wait together.
+        await asyncio.sleep(0)
+
         # The call that gets the lock takes all that wait by then to the judge, in one flat
         # batch. One by one, each would wait for the verdicts on the one before.
-        await asyncio.sleep(0)
         async with lock:
             if not call.is_taken:
                 batch = list(waiting)
                 waiting.clear()
+                # In a thread of its own: meanwhile the loop collects the next ones.
                 await asyncio.to_thread(score_calls, scorer, means, batch)
 
         # The call that took this one along has raised what went wrong, and verl ends with that.
@@ -401,8 +435,10 @@ def as_verl_batch_reward(
         **_,
     ) -> list[float]:
         """verl's convention: lists with one entry per rollout; returns the rewards."""
+        # The manager hands over all rollouts of a step, so the groups are whole.
         ids = [row_id(extra_info) for extra_info in extra_infos]
         texts = [answer_text(text) for text in solution_strs]
+
         # The mean of this batch only: the policy was another one in the batches before.
         return PromptMeans().fill(ids, scorer.rewards(ids, texts))
 
@@ -411,6 +447,7 @@ def as_verl_batch_reward(
 
 def verl_rows(examples: list[Example], split: str = "train") -> list[dict]:
     """Rows of a data set for verl, as its data preprocessing scripts write them."""
+    # verl wants a ground truth in every row; the reward here is found by the id alone.
     rows = []
     for index, example in enumerate(examples):
         rows.append({
@@ -439,6 +476,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         examples = read_examples(args.data)
+
+        # "x" never writes over a file that is there: it may be somebody's data.
         if args.trainer == "trl":
             rows = trl_rows(examples)
         else:
