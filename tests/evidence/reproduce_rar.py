@@ -82,11 +82,16 @@ def rewards_by_rule(
     rubric: list[Criterion], full: list[list[float]], holes: list[list[float | None]]
 ) -> dict[str, list[float]]:
     """Rewards [G] of a group by each rule for what is missing in `holes`."""
-    complete = [k for k in range(len(rubric)) if all(row[k] is not None for row in holes)]
-    kept_rubric = [rubric[k] for k in complete]
+    # The criteria of which no verdict failed in the whole group.
+    complete = []
+    for k, column in enumerate(zip(*holes)):
+        if None not in column:
+            complete.append(k)
+    complete_rubric = [rubric[k] for k in complete]
+
     dropped = []
     for row in holes:
-        dropped.append(left_out(kept_rubric, [row[k] for k in complete]))
+        dropped.append(left_out(complete_rubric, [row[k] for k in complete]))
     return {
         "complete": [points_reward(rubric, row) for row in full],
         "counted as 0": [points_reward(rubric, zero_filled(row)) for row in holes],
@@ -102,6 +107,7 @@ def simulate_missing(rate: float, groups: int = 1000, seed: int = 0) -> dict[str
     rng = random.Random(seed)
     rewards = defaultdict(list)
     for _ in range(groups):
+        # Every rule sees the same groups and the same failures.
         rubric, full = simulated_group(rng)
         holes = []
         for row in full:
@@ -109,6 +115,7 @@ def simulate_missing(rate: float, groups: int = 1000, seed: int = 0) -> dict[str
         for rule, values in rewards_by_rule(rubric, full, holes).items():
             rewards[rule].append(values)
 
+    # The advantages are what the policy learns from, so they are compared and not the rewards.
     learned = {}
     for rule, values in rewards.items():
         learned[rule] = advantages(torch.tensor(values), "std").flatten().tolist()
@@ -145,6 +152,7 @@ def simulate_noise(rate: float, groups: int = 400, seed: int = 0) -> dict[str, f
         for row in truth:
             seen.append([1 - score if rng.random() < rate else score for score in row])
 
+        # What is true, and what each reward makes of what the judge says.
         true_rewards = [explicit_reward(rubric, row) for row in truth]
         explicit = [explicit_reward(rubric, row) for row in seen]
         likert = []
@@ -157,6 +165,7 @@ def simulate_noise(rate: float, groups: int = 400, seed: int = 0) -> dict[str, f
             "Likert-like": [to_ten(reward) for reward in likert],
         }
 
+        # Only pairs of which one is truly better can be ordered wrong.
         for a in range(len(truth)):
             for b in range(len(truth)):
                 if true_rewards[a] <= true_rewards[b] + 1e-9:
