@@ -517,6 +517,16 @@ def test_prompts_of_one_question_share_its_id():
     assert one.question_id == "m" and cold(name="n").question_id == "n"
 
 
+def test_options_in_another_order_are_the_same_question():
+    one = cold(name="m#1")
+    other = cold(name="m#2")
+    one.prompt = [{"role": "user", "content": "Which metal?\n\n(A) Iron\n(B) Lead"}]
+    other.prompt = [{"role": "user", "content": "which metal?\n\n(A) Lead\n(B) Iron"}]
+    assert rar.question_key(one) != rar.question_key(other)  # of two questions it is no order
+    one.tags = other.tags = ["question:m"]
+    assert rar.question_key(one) == rar.question_key(other)
+
+
 def test_bootstrap_covers_and_is_repeatable():
     rng = random.Random(1)
     hits = 0
