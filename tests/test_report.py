@@ -402,7 +402,9 @@ def test_runs_of_an_older_version_are_drawn(tmp_path):
 
 
 def test_the_judges_password_is_not_on_the_page(tmp_path):
-    path = heldout_run(tmp_path / "run", {"cold": ("worse", 0.2)}, {"cold": ("better", 0.7)}, judge="http://me:pa/ss@w@host/v1?key=hush")
+    path = heldout_run(tmp_path / "run", {"cold": ("worse", 0.2)}, {"cold": ("better", 0.7)})
+    config = report.read_config(path) | {"judge": "http://me:pa/ss@w@host/v1?key=hush"}  # as older versions saved it
+    (path / "config.json").write_text(json.dumps(config))
     report.write_report(path)
     text = (path / "report.html").read_text(encoding="utf8")
     assert "http://***@host/v1" in text and "pa/ss" not in text and "hush" not in text

@@ -5,7 +5,7 @@
 Prompts differ far more among themselves than two checkpoints do, so the interval is that of the
 paired differences. Answers are greedy: the same weights score the same every time.
 
-    python tools/compare.py smollm2                                # the default model, built-in prompts
+    python tools/compare.py smollm2                                # default model, built-in prompts
     python tools/compare.py smollm2 RUN --eval_data FILE.jsonl     # before and after a run, paired
     python tools/compare.py RUN --judge http://localhost:8000/v1 --judge_model NAME
     python tools/compare.py eval-a.jsonl eval-b.jsonl              # answers of earlier evaluations
@@ -39,7 +39,7 @@ from tools.report import (
     write_file,
 )
 
-# ---------------------------------------------------------------------------------- saved answers
+# ----------------------------------------------------------------------------- saved answers
 
 
 def result_rows(groups: list) -> list[dict]:
@@ -48,6 +48,7 @@ def result_rows(groups: list) -> list[dict]:
     item: what several runs of one multiple-choice question share; of other examples the id.
     """
     rows = []
+    # Greedy: one rollout per prompt.
     for example, [rollout] in groups:
         row = {
             "id": example.id,
@@ -56,7 +57,7 @@ def result_rows(groups: list) -> list[dict]:
             "verdicts": [verdict.score for verdict in rollout.verdicts],
             "text": rollout.text,
         }
-        # The mark by which a benchmark asks to stay out of training data goes wherever its rows go.
+        # The mark by which a benchmark asks to stay out of training data goes where its rows go.
         if example.canary:
             row["canary"] = example.canary
         rows.append(row)
@@ -67,18 +68,16 @@ def read_answers(path: str) -> list[dict]:
     """The rows that an earlier evaluation saved. Raises DataError."""
     rows = []
     for where, row in rar.read_rows(path):
+        # Prompts are .jsonl as well, and easily named in the place of answers.
         if not isinstance(row, dict) or not {"id", "item", "score"} <= row.keys():
-            raise DataError(
-                f"{where}: not an answer of an evaluation; give a file that compare.py named"
-            )
+            advice = "give a file that compare.py named"
+            raise DataError(f"{where}: not an answer of an evaluation; {advice}")
+
+        # JSON has no nan: what was not scored was saved as null.
         score = read_number(row, "score", where)
-        rows.append(
-            {
-                "id": read_text(row, "id", where),
-                "item": read_text(row, "item", where),
-                "score": math.nan if score is None else score,
-            }
-        )
+        answer = {"id": read_text(row, "id", where), "item": read_text(row, "item", where)}
+        answer["score"] = math.nan if score is None else score
+        rows.append(answer)
     if not rows:
         raise DataError(f"{path}: no answers; give a file that compare.py named")
     return rows
@@ -90,20 +89,21 @@ def compare(before: list[dict], after: list[dict]) -> dict:
     What either could not score is left out. Raises DataError.
 
     >>> def rows(*scores):
-    ...     return [{"id": str(k), "item": str(k), "score": score} for k, score in enumerate(scores)]
+    ...     return [{"id": k, "item": k, "score": score} for k, score in enumerate(scores)]
     >>> compare(rows(0.0, 0.5, 0.5, 0.25), rows(0.5, 0.5, 1.0, math.nan))
     {'difference': 0.3333333333333333, 'difference_ci': (0.0, 0.5), 'n': 3}
     """
+    # By id: the second evaluation may have had a longer context, and so more prompts.
     scores_before = {row["id"]: row["score"] for row in before}
     gains: dict[str, list[float]] = {}
     for row in after:
+        # nan wherever one of the two is missing, which must not count as 0.
         gain = row["score"] - scores_before.get(row["id"], math.nan)
         if not math.isnan(gain):
             gains.setdefault(row["item"], []).append(gain)
     if not gains:
-        raise DataError(
-            "the two evaluations share no scored prompt; evaluate both on the same --eval_data"
-        )
+        advice = "evaluate both on the same --eval_data"
+        raise DataError(f"the two evaluations share no scored prompt; {advice}")
 
     # A question that is asked several times counts once: its runs are not independent.
     differences = [rar.nanmean(values) for values in gains.values()]
@@ -114,16 +114,18 @@ def compare(before: list[dict], after: list[dict]) -> dict:
     }
 
 
-# ---------------------------------------------------------------------------------- one evaluation
+# ----------------------------------------------------------------------------- one evaluation
 
 
 def metrics_table(metrics: dict) -> str:
     """The metrics of `rar.evaluate` for a person: figure, prompts behind it."""
+    # Multiple choice has one criterion, right or wrong.
     low, high = metrics["eval_ci"]
     name = "accuracy" if "eval_unboxed" in metrics else "score, unclipped"
     head = f"{name:<34}{metrics['eval_score']:>8.3f}"
     lines = [f"{head}  n {metrics['eval_n']}   {interval_text(low, high)}"]
     for key, value in metrics.items():
+        # These are in the first line; numbers of prompts stand beside their figures.
         if key in ("eval_score", "eval_ci") or key.startswith("eval_n"):
             continue
         line = f"{key.removeprefix('eval_').replace('/', ' '):<34}{value:>8.3f}"
@@ -135,16 +137,22 @@ def metrics_table(metrics: dict) -> str:
 def checkpoint_folder(name: str) -> Path:
     """The folder of a run's checkpoint, or the name as it is. Raises DataError."""
     folder = Path(name)
-    if (folder / "checkpoint").is_dir():
-        return folder / "checkpoint"
-    if (folder / "metrics.jsonl").exists():
+    # Only runs have a log; all else is for the loader to find out.
+    if not (folder / "metrics.jsonl").exists():
+        return folder
+    checkpoint = train.find_checkpoint(folder)
+    if checkpoint is None:
         raise DataError(f"{name}: a run without a checkpoint yet; go on with --resume {name}")
-    return folder
+    return checkpoint
 
 
 def answers_path(config: train.Config, name: str, folder: Path) -> Path:
     """Where the answers go: beside the checkpoint, or into runs/, unless --out says otherwise."""
-    out = Path(config.out or (folder.parent if folder.is_dir() else "runs"))
+    out = Path(config.out)
+    if not config.out:
+        out = folder.parent if folder.is_dir() else Path("runs")
+
+    # The end of a path tells runs apart; all of it would be too long for a file's name.
     words = re.findall(r"[\w.]+", name)[-3:]
     data = Path(config.eval_data or "heldout").stem
     return out / "-".join(["eval", *words, f"{data}.jsonl"])
@@ -173,6 +181,7 @@ def evaluate_one(config: train.Config, name: str, judge) -> tuple[dict, list[dic
     """(metrics, one row per answer) of a model, or of answers that were saved."""
     if is_answers(name):
         return {"answers": name}, read_answers(name)
+
     # Data before the model: a bad row should cost no half minute.
     folder = checkpoint_folder(name)
     _, examples = train.read_data(config)
@@ -180,12 +189,14 @@ def evaluate_one(config: train.Config, name: str, judge) -> tuple[dict, list[dic
     examples = train.fitting(examples, policy, config.max_new_tokens, "held-out")
     metrics, groups = train.evaluate(policy, judge, examples, config.max_new_tokens)
 
+    # Saved before anything is said of them: a model as judge is paid for.
     answers = result_rows(groups)
     path = answers_path(config, name, folder)
     if train.is_first():
         write_file(path, train.json_lines(answers))
     data = config.eval_data or "data/heldout.jsonl"
     say(f"{name} on {data}\n{metrics_table(metrics)}\nanswers: {path}")
+    # A score without them cannot be compared with another one.
     settings = {
         "model": name,
         "n": len(examples),
@@ -202,6 +213,7 @@ def evaluate_one(config: train.Config, name: str, judge) -> tuple[dict, list[dic
 def read_config(args: argparse.Namespace) -> train.Config:
     """The settings of an evaluation, checked like those of a run. Raises DataError."""
     settings = {name: value for name, value in vars(args).items() if name != "model"}
+    # train.py's rules, one by one: an evaluation has no others.
     for name, value in settings.items():
         # An empty text is a flag that was not given.
         if value == "":
@@ -212,15 +224,16 @@ def read_config(args: argparse.Namespace) -> train.Config:
     return train.Config(**settings)
 
 
-def evaluate_all(argv: list[str] | None) -> None:
-    """Evaluates one model, or two and their difference. Raises DataError, UserError, JudgeError."""
-    defaults = train.Config()
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line. Raises DataError."""
     parser = Parser(
         prog="compare.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    # The trainer's defaults: a run's own evaluations are then repeated to the digit.
+    defaults = train.Config()
     add = parser.add_argument
     add("model", nargs="+", help="one model, run or file of answers, or two")
     add("--eval_data", default="", help="held-out prompts [data/heldout.jsonl]")
@@ -232,31 +245,44 @@ def evaluate_all(argv: list[str] | None) -> None:
     args = parser.parse_args(argv)
     if len(args.model) > 2:
         raise DataError(f"{' '.join(args.model)}: give one model, or two")
+    return args
 
-    config = read_config(args)
 
-    # A wrong second name, or a folder that cannot be, should not cost an evaluation.
-    for name in args.model:
+def check_names(names: list[str], out: str) -> None:
+    """Whether answers can be read, runs have checkpoints, and --out can be. Raises DataError."""
+    # A wrong second name should not cost the evaluation of the first.
+    for name in names:
         if is_answers(name):
             read_answers(name)
         else:
             checkpoint_folder(name)
-    if config.out:
-        make_folder(Path(config.out))
+    if out:
+        make_folder(Path(out))
+
+
+def evaluate_all(argv: list[str] | None) -> None:
+    """Evaluates one model, or two and their difference. Raises DataError, UserError, JudgeError."""
+    args = parse_arguments(argv)
+    config = read_config(args)
+    check_names(args.model, args.out)
+    train.reuse_memory()
+    train.join_processes()
 
     # Both are judged by one judge, whose cache serves both.
-    train.join_processes()
     judge = train.make_judge(config)
     evaluations = [evaluate_one(config, name, judge) for name in args.model]
     line = evaluations[0][0]
     if len(evaluations) == 2:
         line = compare_evaluations(args.model, evaluations)
+
+    # Under torchrun all processes have the same line.
     if train.is_first():
         print(json.dumps(train.finite(line)))
 
 
 def compare_evaluations(names: list[str], evaluations: list[tuple[dict, list[dict]]]) -> dict:
     """The line of a comparison; in words on stderr. Raises DataError."""
+    # Of the answers, not of the two scores: only they can be paired.
     before, after = evaluations
     difference = compare(before[1], after[1])
     interval = interval_text(*difference["difference_ci"], "+")

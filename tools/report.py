@@ -76,6 +76,7 @@ def printable(text: str) -> str:
     """
 
     def spell(match: re.Match) -> str:
+        # As Python writes it in a string, so that a reader can look it up.
         return match[0].encode("unicode_escape").decode("ascii")
 
     return UNPRINTABLE.sub(spell, text)
@@ -88,6 +89,7 @@ def markup(text: str) -> str:
     '&lt;script&gt;'
     """
     # A model that loops until its limit would make a page of megabytes.
+    # Escaped last: what printable writes is text as well.
     shown = html.escape(printable(text[:MAX_CHARACTERS]))
     rest = len(text) - MAX_CHARACTERS
     return f"{shown} … ({rest} more characters in samples.jsonl)" if rest > 0 else shown
@@ -110,6 +112,7 @@ def score_text(value: float | None, form: str = ".3f") -> str:
     >>> score_text(0.5, "+.2f"), score_text(None)
     ('+0.50', 'not scored')
     """
+    # None in a log, nan in a mean of nothing.
     if value is None or math.isnan(value):
         return "not scored"
     return format(value, form)
@@ -125,6 +128,7 @@ def setting_text(value: object) -> str:
     if "://" in text:
         # Up to the last "@": a password may hold "/" and "@" itself.
         text = re.sub(r"//.*@", "//***@", text, flags=re.DOTALL)
+        # Some services take their key in the query.
         text = re.sub(r"\?.*", "?***", text, flags=re.DOTALL)
     return text
 
@@ -135,6 +139,7 @@ def setting_text(value: object) -> str:
 def whole_lines(path: Path, offset: int = 0, number: int = 0):
     """Yields (where, bytes) of every line after `offset`, before which there are `number` lines."""
     # As bytes: read as text, a line would also end at U+2028 inside an answer.
+    # One line at a time: a long run's log is gigabytes.
     with open(path, "rb") as file:
         file.seek(offset)
         for line in file:
@@ -159,6 +164,7 @@ def parse_object(line: bytes, where: str) -> dict:
 def read_text(row: dict, key: str, where: str) -> str:
     """A text of a row, "" where there is none. Raises DataError."""
     value = row.get(key)
+    # Logs of older versions lack some keys.
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -182,6 +188,7 @@ def read_number(row: dict, key: str, where: str) -> float | None:
 def read_step(row: dict, where: str) -> int:
     """The step of a row. Raises DataError."""
     step = row.get("step")
+    # Beyond the limit no axis could be drawn; True would be taken for step 1.
     if type(step) is not int or not 0 <= step <= MAX_STEP:
         raise DataError(f"{where}: no step (a whole number from 0); is this the log of a run?")
     return step
@@ -205,6 +212,7 @@ def read_metrics(folder: Path) -> list[dict]:
     for where, line in whole_lines(path):
         row = parse_object(line, where)
         metrics: dict = {"step": read_step(row, where), "eval_ci": read_interval(row, where)}
+        # Steps without an evaluation have no held-out score, step 0 has nothing else.
         for key in (*PANELS, "reward_std", "eval_other_score"):
             metrics[key] = read_number(row, key, where)
         rows.append(metrics)
@@ -273,6 +281,7 @@ class Judged(NamedTuple):
     @property
     def satisfied(self) -> float | None:
         """The verdict turned so that 1 is right in this respect; None where it is missing."""
+        # The one rule of polarity is in rar.py; it looks at the weight's sign alone.
         return None if self.score is None else satisfied(self, self.score)
 
 
@@ -295,6 +304,7 @@ def read_sample(line: bytes, where: str) -> Sample:
     row = parse_object(line, where)
     if row.get("split") not in ("train", "heldout"):
         raise DataError(f"{where}: split must be train or heldout; is this the log of a run?")
+    # Without verdicts a row is one of another tool's: eval-*.jsonl has bare numbers there.
     listed = row.get("verdicts")
     if not isinstance(listed, list):
         raise DataError(f"{where}: verdicts must be a list; is this the log of a run?")
@@ -338,6 +348,7 @@ class PassRates:
 
     def add(self, label: str, step: int, prompt: str, value: float) -> None:
         """Counts one verdict."""
+        # Where every prompt has criteria of its own, there is no end to new titles.
         if label not in self.cells and len(self.cells) >= MAX_LABELS:
             return
         column = step - step % self.width
@@ -359,6 +370,7 @@ class PassRates:
         """Twice as many steps per column."""
         self.width *= 2
         self.columns = {column - column % self.width for column in self.columns}
+        # Sums and counts add up, so nothing is lost but the resolution.
         for label, row in self.cells.items():
             merged: dict[int, list] = {}
             for column, (total, n) in row.items():
@@ -383,6 +395,7 @@ class PassRates:
     def gain(self, label: str) -> float:
         """Pass rate in the row's last column minus that in its first one."""
         row = self.cells.get(label)
+        # Judged in held-out answers only: it was neither learnt nor lost in training.
         if not row:
             return 0.0
         return self.rate(label, max(row)) - self.rate(label, min(row))
@@ -404,7 +417,7 @@ class SampleLog:
         self.turn_to(path)
 
     def turn_to(self, path: Path) -> None:
-        """Reads another file next. The pass rates stay: they are over the seeds of an experiment."""
+        """Reads another file next. The pass rates stay: they are over seeds of an experiment."""
         self.path = path
         self.offset = 0
         self.number = 0
@@ -413,6 +426,7 @@ class SampleLog:
 
     def read_on(self) -> "SampleLog":
         """Reads the lines after those that were read before. Raises DataError."""
+        # Before the first evaluation there is no file yet.
         if not self.path.is_file():
             return self
 
@@ -424,6 +438,7 @@ class SampleLog:
         if not is_same_file:
             self.begin(self.path)
 
+        # Counted line by line, so that a broken one leaves the state of the line before.
         for where, line in whole_lines(self.path, self.offset, self.number):
             self.count(read_sample(line, where))
             self.offset += len(line)
@@ -469,10 +484,11 @@ def open_log(folder: Path) -> SampleLog:
 
 
 def pair_answers(log: SampleLog) -> list[tuple[Sample, Sample]]:
-    """The first and the last held-out answer to each prompt; [] before there are two evaluations."""
+    """First and last held-out answer to each prompt; [] before there are two evaluations."""
     ends = log.ends("heldout")
     if len(ends) < 2:
         return []
+    # By id and not by place: a log may lack rows.
     answers_before = {sample.id: sample for sample in ends[0]}
     pairs = []
     for after in ends[1]:
@@ -484,6 +500,7 @@ def pair_answers(log: SampleLog) -> list[tuple[Sample, Sample]]:
 def gain_of(pair: tuple[Sample, Sample]) -> float:
     """Reward of the last answer minus that of the first; nan where either was not scored."""
     before, after = pair
+    # Missing is never 0: it would look like a large gain or loss.
     if before.reward is None or after.reward is None:
         return math.nan
     return after.reward - before.reward
@@ -539,6 +556,7 @@ def new_figure(width: float, height: float):
     # No pyplot: runs happen on machines without a screen.
     from matplotlib.figure import Figure
 
+    # Constrained: long criteria and step numbers find their room by themselves.
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     return figure
@@ -553,6 +571,7 @@ class Experiment:
 
     def rows_at(self, key: str) -> dict[int, list[dict]]:
         """Step -> the rows that have this metric, one per seed; steps in order."""
+        # A seed that has not come as far as the others is left out of later steps.
         rows_at: dict[int, list[dict]] = {}
         for rows in self.seeds:
             for row in rows:
@@ -567,6 +586,7 @@ def band(rows: list[dict], key: str) -> tuple[float, float]:
     Of several seeds mean and standard deviation. Of a single one the reward's std within groups,
     and the 95 % interval of the held-out score.
     """
+    # Population std: the seeds at hand, not an estimate for others.
     values = [row[key] for row in rows]
     mean = statistics.fmean(values)
     width = statistics.pstdev(values)
@@ -582,6 +602,7 @@ def draw_curve(axes, experiment: Experiment, key: str, colour: str, style: str =
     """Dots: the mean over seeds at a step. Line: its mean over five steps. Band: see `band`."""
     rows_at = experiment.rows_at(key)
     steps = list(rows_at)
+    # The band shows the spread, so a dot is the mean.
     means = []
     for rows in rows_at.values():
         means.append(statistics.fmean(row[key] for row in rows))
@@ -596,6 +617,7 @@ def draw_curve(axes, experiment: Experiment, key: str, colour: str, style: str =
     # Thousands of dots would hide the line and swell the page.
     if len(steps) <= 200:
         axes.plot(steps, means, ".", color=colour, alpha=0.45, markersize=5)
+    # A seed alone has a band as well, of another meaning: see `band`.
     edges = [band(rows, key) for rows in rows_at.values()]
     lower = [edge[0] for edge in edges]
     upper = [edge[1] for edge in edges]
@@ -611,6 +633,7 @@ def draw_panel(axes, experiments: list[Experiment], key: str) -> None:
     """One metric over the steps, one line per experiment."""
     for place, experiment in enumerate(experiments):
         draw_curve(axes, experiment, key, COLOURS[place % len(COLOURS)])
+    # There is no step 2.5.
     axes.set_xlabel("step")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.2)
@@ -621,6 +644,7 @@ def draw_panel(axes, experiments: list[Experiment], key: str) -> None:
     if key != "eval_score" or not has_metric(experiments, "eval_other_score"):
         return
     if len(experiments) > 1:
+        # The colour says which experiment, the dashes which judge.
         for place, experiment in enumerate(experiments):
             colour = COLOURS[place % len(COLOURS)]
             draw_curve(axes, experiment, "eval_other_score", colour, "--")
@@ -654,10 +678,13 @@ def draw_rates(axes, rates: PassRates, labels: list[str]) -> None:
     table = []
     for label in labels:
         table.append([rates.rate(label, column) for column in columns])
+    # pcolormesh and not imshow: cells stay shapes in the page, where a picture would be blocked.
+    # What is nan it leaves out, and the grey shows through.
     axes.set_facecolor(GREY)
     axes.pcolormesh(
         table, cmap=colour_scale(), vmin=0, vmax=1, edgecolors="white", linewidth=0.6
     )
+    # The first row on top, as in a table.
     axes.invert_yaxis()
     if len(columns) <= 6:
         write_rates(axes, table)
@@ -691,6 +718,7 @@ def write_rates(axes, table: list[list[float]]) -> None:
 def choose_labels(log: SampleLog) -> tuple[dict[str, PassRates], list[str]]:
     """(pass rates by split, rows of the heat maps): criteria that prompts share, else axes."""
     # A criterion of one prompt is judged too rarely to show a trend.
+    # Training decides which, and only where it has none do held-out answers.
     rates = log.titles
     labels = rates["train"].shared_labels() or rates["heldout"].shared_labels()
     if not labels:
@@ -733,6 +761,7 @@ def draw_picture(experiments: list[Experiment], log: SampleLog | None, title: st
         if key == "reward" and len(experiments) > 1:
             axes.legend(fontsize=9, frameon=False)
 
+    # In memory: what cannot be drawn must not touch the picture that is there.
     target = io.BytesIO()
     figure.savefig(target, format="png", dpi=110)
     return target.getvalue()
@@ -740,6 +769,7 @@ def draw_picture(experiments: list[Experiment], log: SampleLog | None, title: st
 
 def as_svg(figure, description: str) -> str:
     """The figure as markup that can stand inside a page."""
+    # Its metadata would name the tool's address and the time of day.
     no_metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
     target = io.StringIO()
     figure.savefig(target, format="svg", metadata=no_metadata, facecolor="none")
@@ -812,17 +842,19 @@ PAGE = """<!doctype html>
 
 def page(title: str, parts: list[str]) -> bytes:
     """The parts, which are markup already, as one HTML file."""
+    # Only the frame is a template; texts never are, so braces in them stay braces.
     body = "\n".join(parts)
     return PAGE.format(policy=POLICY, title=markup(title), style=STYLE, body=body).encode("utf8")
 
 
 def fold(name: str, figures: str, inside: list[str], is_open: bool = False) -> str:
     """Something to open. name and figures are texts, inside is markup."""
+    # <details> opens and closes without a script.
     attribute = " open" if is_open else ""
     head = f'<span class="name">{markup(name)}</span>'
     head += f' <span class="figures">{markup(figures)}</span>'
-    body = "\n".join(inside)
-    return f'<details{attribute}><summary>{head}</summary><div class="inside">{body}</div></details>'
+    body = f'<div class="inside">{"".join(inside)}</div>'
+    return f"<details{attribute}><summary>{head}</summary>{body}</details>"
 
 
 def grid(figures: list[tuple[str, str]]) -> str:
@@ -849,6 +881,7 @@ def heat_section(log: SampleLog, title: str) -> list[str]:
     rates, labels = choose_labels(log)
     figures = []
     for split, name in HEAT_MAPS.items():
+        # Before the first step there are held-out answers only.
         if labels and rates[split].columns:
             figure = new_figure(5.4, 1.1 + 0.29 * len(labels))
             draw_rates(figure.subplots(), rates[split], labels)
@@ -897,6 +930,7 @@ def verdict_table(columns: dict[str, list[Judged]]) -> str:
     """One row per criterion, one column per answer; all answers have the same criteria."""
     heads = [f"<th>{markup(name)}</th>" for name in columns]
     rows = [f"<tr><th>criterion</th>{''.join(heads)}</tr>"]
+    # The weight stands below the title: a column of its own is too much for a phone.
     for verdicts in zip(*columns.values()):
         weight = f'<span class="reason">weight {verdicts[0].weight:+.4g}</span>'
         cells = [f"<td>{markup(verdicts[0].title)}{weight}</td>"]
@@ -933,6 +967,7 @@ def pair_section(log: SampleLog, prompts: dict[str, str]) -> list[str]:
     pairs = by_gain(pair_answers(log))
     if not pairs:
         return []
+    # All first answers are of one step, and so are all last ones.
     first_step = pairs[0][0].step
     last_step = pairs[0][1].step
     note = f"Greedy answers at step {first_step} and step {last_step}, the largest gain first."
@@ -980,6 +1015,7 @@ def rollout_section(samples: list[Sample], prompts: dict[str, str]) -> list[str]
     if len(groups) > MAX_PROMPTS:
         parts.append(f'<p class="soft">{note_left_out(len(groups))}</p>')
 
+    # First the prompt: an answer cannot be read without its question.
     for name, group in list(groups.items())[:MAX_PROMPTS]:
         inside = [prompt_block(prompts, name)]
         for sample in group:
@@ -1002,6 +1038,7 @@ def group_figures(group: list[Sample]) -> str:
 
 def settings_section(config: dict) -> list[str]:
     """All settings, as the run saved them."""
+    # Closed by default: who wants to repeat the run needs them all, others none.
     rows = []
     for key, value in config.items():
         rows.append(f"<tr><td>{markup(key)}</td><td>{markup(setting_text(value))}</td></tr>")
@@ -1050,6 +1087,7 @@ def write_run(folder: Path, picture: Path) -> None:
     for samples in steps:
         parts += rollout_section(samples, prompts)
     parts += settings_section(config)
+    # Both are complete before either is written.
     write_file(picture, png)
     write_file(picture.with_suffix(".html"), page(title, parts))
 
@@ -1083,6 +1121,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 def line_names(configs: dict[Path, dict]) -> dict[Path, str]:
     """A name per run: the settings in which the runs differ. Seeds of an experiment share one."""
+    # In the order of config.json; runs of another version may have other settings.
     keys: dict[str, None] = {}
     for config in configs.values():
         keys.update(dict.fromkeys(config))
@@ -1117,6 +1156,7 @@ def write_comparison(folders: list[Path], picture: Path) -> None:
         log.turn_to(path)
         log.read_on()
 
+    # How many seeds a line stands for decides how much it says.
     experiments = []
     for name, rows in seeds.items():
         plural = "seed" if len(rows) == 1 else "seeds"
@@ -1138,6 +1178,7 @@ def comparison_table(experiments: list[Experiment]) -> str:
     heads = ["held-out score", "first", "last", "std over seeds"]
     rows = ["".join(f"<th>{head}</th>" for head in heads)]
     for place, experiment in enumerate(experiments):
+        # A run that was stopped counts with its last evaluation.
         first = []
         last = []
         for metrics in experiment.seeds:
@@ -1259,6 +1300,7 @@ def rubric_section(folder: Path) -> list[str]:
 def print_rubrics(folder: Path, prompt: str) -> None:
     """--rubrics: the life of every rubric of a prompt. Raises DataError."""
     read_config(folder)
+    # Whatever the method's name: rubrics that evolve have a life to tell.
     buffers = read_buffers(folder)
     if not buffers:
         advice = "give the folder of a run with --method rler"
@@ -1290,6 +1332,7 @@ def score_sentences(metrics: list[dict], log: SampleLog) -> list[str]:
     pairs = pair_answers(log)
     if not pairs:
         return []
+    # nan, which nanmean leaves out, for what was not scored.
     before = []
     after = []
     for first, last in pairs:
@@ -1311,6 +1354,7 @@ def examiner_sentence(metrics: list[dict]) -> str:
     more than that, only a judge can say that does not pay."""
     paying = [row["eval_score"] for row in metrics if row["eval_score"] is not None]
     other = [row["eval_other_score"] for row in metrics if row["eval_other_score"] is not None]
+    # Two evaluations of each, or there is no before and after.
     if len(paying) < 2 or len(other) < 2:
         return "scored by the judge that pays: the payer is the examiner"
     pays = f"the judge that pays: {paying[0]:.2f} -> {paying[-1]:.2f}"
@@ -1363,6 +1407,7 @@ def summarise(run_folder: Path) -> str:
         scores = f"{statistics.fmean(rewards[:5]):.3f} -> {statistics.fmean(rewards[-5:]):.3f}"
         lines.append(f"training reward {scores}   (mean of the first and of the last five steps)")
 
+    # A handful: the page has them all.
     changed = changed_criteria(pairs)[:5]
     if changed:
         share = "share of held-out answers that are right in this respect"
@@ -1424,7 +1469,7 @@ def report(argv: list[str] | None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("run", nargs="+", help="the folder of a run; several are compared")
-    parser.add_argument("--out", default="", help="a .png file or folder [RUN/report.png, runs.png]")
+    parser.add_argument("--out", default="", help="a .png file or folder [RUN; runs.png]")
     parser.add_argument("--rubrics", action="store_true", help="RLER: print a prompt's rubrics")
     parser.add_argument("--prompt", default="", help="its id [the prompt with most rubrics]")
     args = parser.parse_args(argv)
