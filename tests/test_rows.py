@@ -6,12 +6,14 @@ import json
 import random
 import time
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 from test_rar import GOOD, HEALTHBENCH, with_criterion, write
 
 import rar
-from rar import DataError
+from judge import LexicalJudge
+from rar import Criterion, DataError
 
 
 def read_one(path, row):
@@ -143,7 +145,7 @@ def test_deeply_nested_tags_are_read_or_refused(tmp_path):
     assert "not a line of JSON" in refusal(write(tmp_path / "c.jsonl", deep))
 
 
-WORDS = ["Avoids ", "never ", "The response ", "at most ", "((", "\\boxed{"]
+WORDS = ["Avoids ", "never ", "The response ", "at most ", "((", "\\boxed{", "9", "Does not "]
 
 
 @pytest.mark.parametrize("word", WORDS)
@@ -153,7 +155,15 @@ def test_long_repeated_text_is_neither_slow_nor_a_traceback(tmp_path, word):
     example = read_one(tmp_path / "a.jsonl", with_criterion(text=text) | {"question": text})
     assert example.rubric[0].text == example.question == text
     rar.names_avoidance(text)
-    assert time.perf_counter() - started < 2
+
+    # And judged: the text as criterion, good and bad, and as the response.
+    items = [Criterion(text, 1), Criterion(text, -1), Criterion("x", 1, check="copied <= 0.5")]
+    example.rubric = items
+    rollouts = [SimpleNamespace(text=text), SimpleNamespace(text="Rest.")]
+    config = SimpleNamespace(method="points", advantage="std")
+    rar.RubricReward(LexicalJudge(), config).score([rar.Group(example, rollouts)])
+    assert rollouts[1].verdicts[2].score == 1.0
+    assert time.perf_counter() - started < 10  # tenths of a second on an idle machine
 
 
 SURROGATE = "half \ud83d a smiley"
