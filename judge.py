@@ -303,6 +303,7 @@ def repair(text: str) -> str:
         """Python's word for a constant in JSON's spelling."""
         return match[1] + JSON_WORDS[match[2]]
 
+    # Neither touches an object that is valid as it is, but for words inside of its strings.
     text = BAD_ESCAPE.sub(r"\1\\\\", text)
     return PYTHON_WORD.sub(json_word, text)
 
@@ -391,6 +392,7 @@ def to_score(value: object, scale: tuple[float, float]) -> float | None:
         return float(value) if isinstance(value, bool) else None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
+    # A rating off the scale may be of another scale, so it is not moved onto this one.
     low, high = scale
     if not low <= value <= high:
         return None
@@ -489,8 +491,9 @@ def take_apart(status: int, headers: dict, body: bytes) -> Reply:
     >>> [take_apart(200, {}, body).kind for body in (b"<html>", b'{"choices": [null]}', b"5")]
     ['odd', 'odd', 'odd']
     """
-    # Bytes that are no text are no reason to lose the server's words.
-    text = body.decode("utf8", "replace")
+    # Bytes that are no text are no reason to lose the rest. Some servers begin with the mark of
+    # the byte order, which no reader of JSON takes.
+    text = body.decode("utf-8-sig", "replace")
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -639,395 +642,6 @@ def retry_after(value: str) -> float | None:
     return seconds
 
 
-# ------------------------------------------------------------------ the wire
-
-LARGEST_REPLY = 4_000_000  # bytes; the usual answer of a judge has a thousand
-
-
-class WireError(Exception):
-    """A request had no whole reply: no connection, a time-out, a broken or endless body."""
-
-
-def without_password(url: str) -> str:
-    """The URL as it may be shown: no user name, no password, no query.
-
-    Credentials end at the last "@", because people put passwords into URLs as they are.
-
-    >>> without_password("https://me:p@ss/w@rd@host:8000/v1?key=secret")
-    'https://host:8000/v1'
-    >>> without_password("me:p@host"), without_password("offline")
-    ('host', 'offline')
-    """
-    scheme, separator, rest = url.partition("://")
-    # Without a scheme the whole is a host, which may have a password with "://" in it.
-    if not separator or not scheme.isalnum():
-        return url.rpartition("@")[2].partition("?")[0]
-
-    # The last @: a password may hold others.
-    return scheme + separator + rest.rpartition("@")[2].partition("?")[0]
-
-
-class Address:
-    """Where a server is: its URL taken apart, its credentials apart from what may be shown."""
-
-    def __init__(self, url: str):
-        """Raises JudgeError when it is no http or https URL."""
-        url = url.strip()
-
-        # What may be shown comes first, so that every error below can name the server.
-        self.shown = printable(without_password(url)).rstrip("/")
-        credentials = url.partition("://")[2].rpartition("@")[0]
-        user, _, password = credentials.partition(":")
-        self.secrets = []
-
-        # Only the part without credentials is parsed: a password may hold any character.
-        scheme, _, rest = url.partition("://")
-        plain = f"{scheme}://{rest.rpartition('@')[2]}"
-        try:
-            parts = urllib.parse.urlsplit(plain)
-            self.port = parts.port
-        except ValueError:
-            parts = urllib.parse.urlsplit("")
-            self.port = None
-
-        # What http.client would put into a request line unchecked.
-        is_clean = plain.isascii() and plain.isprintable() and " " not in plain
-        if parts.scheme not in ("http", "https") or not parts.hostname or not is_clean:
-            example = "give one such as http://localhost:8000/v1"
-            raise JudgeError(f"--judge {self.shown}: not a URL; {example}")
-
-        self.is_tls = parts.scheme == "https"
-        self.host = parts.hostname
-        if self.port is None:
-            self.port = 443 if self.is_tls else 80
-        self.path = parts.path.rstrip("/")
-        self.query = f"?{parts.query}" if parts.query else ""
-        self.basic = ""
-        if credentials:
-            # Whoever escapes a sign in a password writes %40 for @.
-            decoded = urllib.parse.unquote(password)
-            pair = f"{urllib.parse.unquote(user)}:{decoded}"
-            self.basic = base64.b64encode(pair.encode("utf8")).decode()
-            self.secrets = [password, decoded, self.basic]
-
-
-def find_proxy(address: Address) -> Address | None:
-    """The proxy that the environment names for an address (HTTPS_PROXY, NO_PROXY, ...)."""
-    scheme = "https" if address.is_tls else "http"
-
-    # Asked once per connection: the look at the environment costs time.
-    url = urllib.request.getproxies().get(scheme, "")
-    if not url or urllib.request.proxy_bypass(address.host):
-        return None
-    if "://" not in url:
-        url = "http://" + url
-    try:
-        return Address(url)
-    except JudgeError:
-        shown = printable(without_password(url))
-        raise JudgeError(f"the environment's proxy {shown} is no http proxy") from None
-
-
-class Connection:
-    """One kept-open connection. Another thread may `shut` it, which ends a read under way."""
-
-    def __init__(self, address: Address, timeout: tuple[float, float]):
-        """timeout: seconds to connect, and seconds for a whole reply."""
-        self.address = address
-        self.timeout = timeout
-        self.deadline = math.inf  # of the exchange under way
-        self.prefix = ""
-        self.headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        self.http = self.make_http()
-
-    def make_http(self) -> http.client.HTTPConnection:
-        """The connection of the standard library, through a proxy where the environment has one."""
-        address = self.address
-        proxy = find_proxy(address)
-        nearest = proxy or address
-        connect_timeout = self.timeout[0]
-
-        # The proxy may want a login of its own.
-        login = {}
-        if proxy and proxy.basic:
-            login = {"Proxy-Authorization": f"Basic {proxy.basic}"}
-
-        if not address.is_tls:
-            # A plain proxy wants the whole URL in the request line.
-            if proxy:
-                self.prefix = f"http://{address.host}:{address.port}"
-                self.headers |= login
-            return http.client.HTTPConnection(nearest.host, nearest.port, connect_timeout)
-
-        context = ssl.create_default_context()
-        # Machines without the system's certificates still have those of the Python package.
-        own_bundle = os.environ.get("REQUESTS_CA_BUNDLE")
-        context.load_verify_locations(own_bundle or certifi.where())
-        made = http.client.HTTPSConnection(
-            nearest.host, nearest.port, timeout=connect_timeout, context=context
-        )
-        if proxy:
-            # An https proxy passes on bytes that it cannot read.
-            made.set_tunnel(address.host, address.port, login)
-        return made
-
-    def exchange(
-        self, method: str, path: str, headers: dict, body: bytes
-    ) -> tuple[int, dict, bytes]:
-        """Sends one request and reads the reply: status, headers in lower case, body.
-
-        Raises WireError. Whatever is not a plain reply of status 200 closes the connection.
-        """
-        keep = False
-        try:
-            # The time to connect has its own limit.
-            self.connect()
-            self.deadline = time.monotonic() + self.timeout[1]
-            address = self.address
-            target = self.prefix + address.path + path + address.query
-            self.http.request(method, target, body, self.headers | headers)
-            response = self.http.getresponse()
-            content = self.read(response)
-
-            found = {}
-            for name, value in response.getheaders():
-                found[name.lower()] = value
-            # After any other status bytes may follow that the next request would read as its own.
-            keep = response.status == 200 and not response.will_close
-            return response.status, found, content
-        except (OSError, http.client.HTTPException, ValueError, AttributeError) as error:
-            # AttributeError: the library reads from a socket that `shut` has taken away.
-            raise WireError(printable(str(error)) or type(error).__name__) from None
-        finally:
-            self.deadline = math.inf
-            if not keep:
-                self.http.close()
-
-    def connect(self) -> None:
-        """Opens the connection; anew when the server closed it or left bytes nobody asked for."""
-        if self.http.sock is not None and is_readable(self.http.sock):
-            self.http.close()
-
-        # The deadline is for the whole reply, this time-out for the silence between two bytes.
-        if self.http.sock is None:
-            self.http.connect()
-        self.http.sock.settimeout(self.timeout[1])
-
-    def read(self, response: http.client.HTTPResponse) -> bytes:
-        """The body, at most LARGEST_REPLY bytes, by the deadline."""
-        # read1 gives what has come so far; how much is still to come it does not watch.
-        length = response.length
-        chunks = []
-        size = 0
-        while length is None or size < length:
-            chunk = response.read1(65536 if length is None else min(65536, length - size))
-            if not chunk:
-                break
-            chunks.append(chunk)
-            size += len(chunk)
-
-            # A server that never ends must cost neither memory nor the run.
-            if size > LARGEST_REPLY:
-                raise WireError(f"a reply of more than {LARGEST_REPLY} bytes")
-            if time.monotonic() > self.deadline:
-                raise WireError("the reply took too long")
-        if length is not None and size < length:
-            raise WireError("the reply was cut off")
-        response.close()
-        return b"".join(chunks)
-
-    def shut(self) -> None:
-        """Ends whatever this connection waits for."""
-        sock = self.http.sock
-        if sock is not None:
-            # Closing it would not wake a read under way; this does.
-            with suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-
-
-def is_readable(sock: socket.socket) -> bool:
-    """Whether bytes, or the end of the stream, are waiting."""
-    with selectors.DefaultSelector() as selector:
-        selector.register(sock, selectors.EVENT_READ)
-        return bool(selector.select(0))
-
-
-class Limiter:
-    """Spaces requests out so that no more than so many of them, and of their tokens, start in a
-    minute: to wait in a queue is faster than a storm of refusals."""
-
-    def __init__(self, rpm: float, tpm: float):
-        """rpm, tpm: requests and tokens per minute; 0 for no limit."""
-        self.seconds_per_request = 60 / rpm if rpm else 0.0
-        self.seconds_per_token = 60 / tpm if tpm else 0.0
-        self.next_request = 0.0
-        self.next_tokens = 0.0
-        self.lock = threading.Lock()
-
-    def reserve(self, tokens: int) -> float:
-        """Seconds to wait before a request of so many tokens, prompt and answer, may start."""
-        if not self.seconds_per_request and not self.seconds_per_token:
-            return 0.0
-        with self.lock:
-            now = time.monotonic()
-            # Each request takes the next free moment and moves it on by what it costs.
-            start = max(now, self.next_request, self.next_tokens)
-            # Only what is limited is noted: a corrected number of tokens must count at once.
-            if self.seconds_per_request:
-                self.next_request = start + self.seconds_per_request
-            if self.seconds_per_token:
-                self.next_tokens = start + tokens * self.seconds_per_token
-            return start - now
-
-    def correct(self, tokens: int) -> None:
-        """Gives back (or takes) the tokens by which an estimate was wrong."""
-        if self.seconds_per_token:
-            with self.lock:
-                self.next_tokens += tokens * self.seconds_per_token
-
-
-# ------------------------------------------------------------------ answers on disk
-
-
-class Cache:
-    """Answers in an SQLite file: a cache, and a log for audits. Missing verdicts are not stored.
-
-    Several runs may share the file. Each answer is a transaction of its own, so a kill loses only
-    the calls under way; nothing is read into memory.
-
-    >>> cache = Cache(None)
-    >>> cache.add("key", {"verdicts": [[1.0, "says so"]]}, {"model": "m"})
-    >>> cache.get("key"), cache.get("other")
-    ({'verdicts': [[1.0, 'says so']]}, None)
-    """
-
-    def __init__(self, path: str | None):
-        """path: a name whose ending becomes .sqlite; None for a cache in memory.
-
-        Answers in a .jsonl file of the same name, as earlier versions wrote them, are taken over
-        once. Raises JudgeError when the file cannot be used.
-        """
-        self.lock = threading.Lock()
-
-        # One ending, whatever an old command line says.
-        self.path = ":memory:" if path is None else str(Path(path).with_suffix(".sqlite"))
-        try:
-            if path is not None:
-                Path(self.path).absolute().parent.mkdir(parents=True, exist_ok=True)
-            self.database = self.open()
-            if path is not None:
-                self.take_over(Path(path).with_suffix(".jsonl"))
-        except (OSError, sqlite3.Error) as error:
-            raise JudgeError(f"the judge's cache {self.path}: {error}") from None
-
-    def open(self) -> sqlite3.Connection:
-        """The database with its one table."""
-        # timeout: another run may be writing. check_same_thread: the lock sees to that.
-        database = sqlite3.connect(
-            self.path, timeout=60, isolation_level=None, check_same_thread=False
-        )
-        # A write-ahead log lets runs read while another writes. NORMAL: only a power cut, not a
-        # kill, can lose the last answers, and no write waits for the disk.
-        database.execute("PRAGMA journal_mode = WAL")
-        database.execute("PRAGMA synchronous = NORMAL")
-        database.execute(
-            "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, model TEXT, asked TEXT,"
-            " text TEXT, answer TEXT, prompt_tokens INTEGER, completion_tokens INTEGER,"
-            " time REAL) WITHOUT ROWID"
-        )
-        return database
-
-    def get(self, key: str) -> dict | None:
-        """The answer stored under a key."""
-        # Microseconds, and nothing is read but this row.
-        with self.lock:
-            row = self.database.execute(
-                "SELECT answer FROM answers WHERE key = ?", (key,)
-            ).fetchone()
-        return json.loads(row[0]) if row else None
-
-    def add(self, key: str, answer: dict, about: dict) -> None:
-        """Stores an answer with what an audit wants to know: model, asked, text, tokens."""
-        # A model's answer may hold half of a surrogate pair, which SQLite refuses.
-        row = (
-            key,
-            about.get("model", ""),
-            json.dumps(about.get("asked", [])),
-            about.get("text", "").encode("utf8", "replace").decode("utf8"),
-            json.dumps(answer),
-            about.get("prompt_tokens", 0),
-            about.get("completion_tokens", 0),
-            time.time(),
-        )
-        try:
-            with self.lock:
-                self.database.execute(
-                    "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row
-                )
-        # A full disk ends the run in one line; the last checkpoint is there.
-        except sqlite3.Error as error:
-            raise JudgeError(f"the judge's cache {self.path}: {error}") from None
-
-    def take_over(self, old: Path) -> None:
-        """Stores the answers of an earlier version's JSONL file, once."""
-        # SQLite keeps one number for its user: here 1 once the old file was read.
-        is_done = self.database.execute("PRAGMA user_version").fetchone()[0]
-        if is_done or not old.is_file():
-            return
-
-        # One transaction: a kill leaves the old file as the only one, to be read again.
-        taken = 0
-        with open(old, "rb") as file:
-            self.database.execute("BEGIN IMMEDIATE")
-            for line in file:
-                # Lines that a kill cut off, or of another form, are skipped.
-                with suppress(ValueError, KeyError, TypeError, AttributeError):
-                    self.take_over_row(json.loads(line))
-                    taken += 1
-            self.database.execute("PRAGMA user_version = 1")
-            self.database.execute("COMMIT")
-        print(f"judge: {taken} answers taken over from {old} into {self.path}", file=sys.stderr)
-
-    def take_over_row(self, row: dict) -> None:
-        """Stores one answer of an earlier version; a row of another form raises."""
-        # Two kinds of answers: an object that the model wrote, or verdicts.
-        if "written" in row:
-            answer = {"written": dict(row["written"])}
-            asked = [row.get("prompt", "")]
-        else:
-            verdicts = []
-            for verdict in row["verdicts"]:
-                verdicts.append([float(verdict["score"]), str(verdict["reason"])])
-            answer = {"verdicts": verdicts}
-            asked = row.get("statements", [])
-
-        # All else is for the reader of an audit and may be missing.
-        usage = row.get("usage") or {}
-        about = {"model": str(row.get("model", "")), "asked": asked}
-        about["text"] = str(row.get("answer", ""))
-        about["prompt_tokens"] = token_count(usage.get("prompt_tokens"))
-        about["completion_tokens"] = token_count(usage.get("completion_tokens"))
-        self.add(str(row["key"]), answer, about)
-
-    def rows(self) -> Iterator[dict]:
-        """All answers as plain values, for an export."""
-        query = "SELECT key, model, asked, text, answer, prompt_tokens, completion_tokens, time"
-
-        # Read as it is written out: an export of millions of rows takes no memory.
-        for row in self.database.execute(f"{query} FROM answers ORDER BY time"):
-            key, model, asked, text, answer, prompt_tokens, completion_tokens, when = row
-            usage = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
-            values = {"key": key, "model": model, "time": when, "usage": usage}
-            values["statements"] = json.loads(asked)
-            values["answer"] = text
-            yield values | json.loads(answer)
-
-    def costs(self) -> list[tuple]:
-        """(model, calls, prompt tokens, completion tokens) of each model."""
-        query = "SELECT model, COUNT(*), SUM(prompt_tokens), SUM(completion_tokens)"
-        return self.database.execute(f"{query} FROM answers GROUP BY model").fetchall()
-
-
 # ------------------------------------------------------------------ a language model as judge
 
 
@@ -1050,7 +664,7 @@ FORMAT_PATIENCE = 2  # the same while it is asked for structured output
 LEAST_TOKENS = 64  # of an answer that is still worth asking for
 REJECTIONS = 20  # in a row, without an answer between them: then the judge is at fault
 ODD_REPLIES = 3  # in a row to one question
-RESCUES = 3  # answers in a row that only plain text gave: then structured output is not used
+RESCUES = 8  # answers in a row that only plain text gave: then structured output is not used
 SHORTEST_KEY = 8  # characters of a key that is looked for in answers
 LONGEST_WAIT = 30  # seconds between two tries, also where the server asks for more
 CONTEXT_WORDS = re.compile(r"context (?:length|size)\D{0,30}(\d{3,8})", re.IGNORECASE)
@@ -1514,8 +1128,9 @@ class LLMJudge:
             tokens = 4 * body[self.token_field]
             if self.context and reply.prompt_tokens:
                 # The server has counted the prompt, so what is left is known.
-                tokens = min(tokens, self.context - reply.prompt_tokens)
-            body[self.token_field] = max(tokens, LEAST_TOKENS)
+                room = max(self.context - reply.prompt_tokens, LEAST_TOKENS)
+                tokens = min(tokens, room)
+            body[self.token_field] = tokens
         elif problem:
             again = f"Your answer cannot be used: {problem}. "
             again += "Give the whole JSON object again, corrected."
@@ -1816,7 +1431,7 @@ class LLMJudge:
             if self.rescues < RESCUES or not self.structured:
                 return
 
-            # Three in a row: one or two may be chance.
+            # Several in a row: one or two may be chance.
             self.structured = False
         print(f"judge {self.model}: asked in plain text from here on", file=sys.stderr)
 
@@ -1950,6 +1565,400 @@ class Panel:
         self.split = 0
         self.compared = 0
         return metrics
+
+
+# ------------------------------------------------------------------ below the client: the wire
+
+# What follows, up to the words, knows nothing of questions and verdicts: connections with a
+# deadline, limits per minute, answers on disk.
+
+LARGEST_REPLY = 4_000_000  # bytes; the usual answer of a judge has a thousand
+
+
+class WireError(Exception):
+    """A request had no whole reply: no connection, a time-out, a broken or endless body."""
+
+
+def without_password(url: str) -> str:
+    """The URL as it may be shown: no user name, no password, no query.
+
+    Credentials end at the last "@", because people put passwords into URLs as they are.
+
+    >>> without_password("https://me:p@ss/w@rd@host:8000/v1?key=secret")
+    'https://host:8000/v1'
+    >>> without_password("me:p@host"), without_password("offline")
+    ('host', 'offline')
+    """
+    scheme, separator, rest = url.partition("://")
+    # Without a scheme the whole is a host, which may have a password with "://" in it.
+    if not separator or not scheme.isalnum():
+        return url.rpartition("@")[2].partition("?")[0]
+
+    # The last @: a password may hold others.
+    return scheme + separator + rest.rpartition("@")[2].partition("?")[0]
+
+
+class Address:
+    """Where a server is: its URL taken apart, its credentials apart from what may be shown."""
+
+    def __init__(self, url: str):
+        """Raises JudgeError when it is no http or https URL."""
+        url = url.strip()
+
+        # What may be shown comes first, so that every error below can name the server.
+        self.shown = printable(without_password(url)).rstrip("/")
+        credentials = url.partition("://")[2].rpartition("@")[0]
+        user, _, password = credentials.partition(":")
+        self.secrets = []
+
+        # Only the part without credentials is parsed: a password may hold any character.
+        scheme, _, rest = url.partition("://")
+        plain = f"{scheme}://{rest.rpartition('@')[2]}"
+        try:
+            parts = urllib.parse.urlsplit(plain)
+            self.port = parts.port
+        except ValueError:
+            parts = urllib.parse.urlsplit("")
+            self.port = None
+
+        # What http.client would put into a request line unchecked.
+        is_clean = plain.isascii() and plain.isprintable() and " " not in plain
+        if parts.scheme not in ("http", "https") or not parts.hostname or not is_clean:
+            example = "give one such as http://localhost:8000/v1"
+            raise JudgeError(f"--judge {self.shown}: not a URL; {example}")
+
+        self.is_tls = parts.scheme == "https"
+        self.host = parts.hostname
+        if self.port is None:
+            self.port = 443 if self.is_tls else 80
+        self.path = parts.path.rstrip("/")
+        self.query = f"?{parts.query}" if parts.query else ""
+        self.basic = ""
+        if credentials:
+            # Whoever escapes a sign in a password writes %40 for @.
+            decoded = urllib.parse.unquote(password)
+            pair = f"{urllib.parse.unquote(user)}:{decoded}"
+            self.basic = base64.b64encode(pair.encode("utf8")).decode()
+            self.secrets = [password, decoded, self.basic]
+
+
+def find_proxy(address: Address) -> Address | None:
+    """The proxy that the environment names for an address (HTTPS_PROXY, NO_PROXY, ...)."""
+    scheme = "https" if address.is_tls else "http"
+
+    # Asked once per connection: the look at the environment costs time.
+    url = urllib.request.getproxies().get(scheme, "")
+    if not url or urllib.request.proxy_bypass(address.host):
+        return None
+    if "://" not in url:
+        url = "http://" + url
+    try:
+        return Address(url)
+    except JudgeError:
+        shown = printable(without_password(url))
+        raise JudgeError(f"the environment's proxy {shown} is no http proxy") from None
+
+
+class Connection:
+    """One kept-open connection. Another thread may `shut` it, which ends a read under way."""
+
+    def __init__(self, address: Address, timeout: tuple[float, float]):
+        """timeout: seconds to connect, and seconds for a whole reply."""
+        self.address = address
+        self.timeout = timeout
+        self.deadline = math.inf  # of the exchange under way
+        self.prefix = ""
+        self.headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        self.http = self.make_http()
+
+    def make_http(self) -> http.client.HTTPConnection:
+        """The connection of the standard library, through a proxy where the environment has one."""
+        address = self.address
+        proxy = find_proxy(address)
+        nearest = proxy or address
+        connect_timeout = self.timeout[0]
+
+        # The proxy may want a login of its own.
+        login = {}
+        if proxy and proxy.basic:
+            login = {"Proxy-Authorization": f"Basic {proxy.basic}"}
+
+        if not address.is_tls:
+            # A plain proxy wants the whole URL in the request line.
+            if proxy:
+                self.prefix = f"http://{address.host}:{address.port}"
+                self.headers |= login
+            return http.client.HTTPConnection(nearest.host, nearest.port, connect_timeout)
+
+        context = ssl.create_default_context()
+        # Machines without the system's certificates still have those of the Python package.
+        own_bundle = os.environ.get("REQUESTS_CA_BUNDLE")
+        context.load_verify_locations(own_bundle or certifi.where())
+        made = http.client.HTTPSConnection(
+            nearest.host, nearest.port, timeout=connect_timeout, context=context
+        )
+        if proxy:
+            # An https proxy passes on bytes that it cannot read.
+            made.set_tunnel(address.host, address.port, login)
+        return made
+
+    def exchange(
+        self, method: str, path: str, headers: dict, body: bytes
+    ) -> tuple[int, dict, bytes]:
+        """Sends one request and reads the reply: status, headers in lower case, body.
+
+        Raises WireError. Whatever is not a plain reply of status 200 closes the connection.
+        """
+        keep = False
+        try:
+            # The time to connect has its own limit.
+            self.connect()
+            self.deadline = time.monotonic() + self.timeout[1]
+            address = self.address
+            target = self.prefix + address.path + path + address.query
+            self.http.request(method, target, body, self.headers | headers)
+            response = self.http.getresponse()
+            content = self.read(response)
+
+            found = {}
+            for name, value in response.getheaders():
+                found[name.lower()] = value
+            # After any other status bytes may follow that the next request would read as its own.
+            keep = response.status == 200 and not response.will_close
+            return response.status, found, content
+        except (OSError, http.client.HTTPException, ValueError, AttributeError) as error:
+            # AttributeError: the library reads from a socket that `shut` has taken away.
+            raise WireError(printable(str(error)) or type(error).__name__) from None
+        finally:
+            self.deadline = math.inf
+            if not keep:
+                self.http.close()
+
+    def connect(self) -> None:
+        """Opens the connection; anew when the server closed it or left bytes nobody asked for."""
+        if self.http.sock is not None and is_readable(self.http.sock):
+            self.http.close()
+
+        # The deadline is for the whole reply, this time-out for the silence between two bytes.
+        if self.http.sock is None:
+            self.http.connect()
+        self.http.sock.settimeout(self.timeout[1])
+
+    def read(self, response: http.client.HTTPResponse) -> bytes:
+        """The body, at most LARGEST_REPLY bytes, by the deadline."""
+        # read1 gives what has come so far; how much is still to come it does not watch.
+        length = response.length
+        chunks = []
+        size = 0
+        while length is None or size < length:
+            chunk = response.read1(65536 if length is None else min(65536, length - size))
+            if not chunk:
+                break
+            chunks.append(chunk)
+            size += len(chunk)
+
+            # A server that never ends must cost neither memory nor the run.
+            if size > LARGEST_REPLY:
+                raise WireError(f"a reply of more than {LARGEST_REPLY} bytes")
+            if time.monotonic() > self.deadline:
+                raise WireError("the reply took too long")
+        if length is not None and size < length:
+            raise WireError("the reply was cut off")
+        response.close()
+        return b"".join(chunks)
+
+    def shut(self) -> None:
+        """Ends whatever this connection waits for."""
+        sock = self.http.sock
+        if sock is not None:
+            # Closing it would not wake a read under way; this does.
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+
+def is_readable(sock: socket.socket) -> bool:
+    """Whether bytes, or the end of the stream, are waiting."""
+    # A selector and not `select`, which cannot take the high numbers of a large process.
+    with selectors.DefaultSelector() as selector:
+        selector.register(sock, selectors.EVENT_READ)
+        return bool(selector.select(0))
+
+
+class Limiter:
+    """Spaces requests out so that no more than so many of them, and of their tokens, start in a
+    minute: to wait in a queue is faster than a storm of refusals."""
+
+    def __init__(self, rpm: float, tpm: float):
+        """rpm, tpm: requests and tokens per minute; 0 for no limit."""
+        self.seconds_per_request = 60 / rpm if rpm else 0.0
+        self.seconds_per_token = 60 / tpm if tpm else 0.0
+        self.next_request = 0.0
+        self.next_tokens = 0.0
+        self.lock = threading.Lock()
+
+    def reserve(self, tokens: int) -> float:
+        """Seconds to wait before a request of so many tokens, prompt and answer, may start."""
+        # The usual case must not cost a lock.
+        if not self.seconds_per_request and not self.seconds_per_token:
+            return 0.0
+        with self.lock:
+            now = time.monotonic()
+            # Each request takes the next free moment and moves it on by what it costs.
+            start = max(now, self.next_request, self.next_tokens)
+            # Only what is limited is noted: a corrected number of tokens must count at once.
+            if self.seconds_per_request:
+                self.next_request = start + self.seconds_per_request
+            if self.seconds_per_token:
+                self.next_tokens = start + tokens * self.seconds_per_token
+            return start - now
+
+    def correct(self, tokens: int) -> None:
+        """Gives back (or takes) the tokens by which an estimate was wrong."""
+        if self.seconds_per_token:
+            with self.lock:
+                self.next_tokens += tokens * self.seconds_per_token
+
+
+# ------------------------------------------------------------------ below the client: the cache
+
+
+class Cache:
+    """Answers in an SQLite file: a cache, and a log for audits. Missing verdicts are not stored.
+
+    Several runs may share the file. Each answer is a transaction of its own, so a kill loses only
+    the calls under way; nothing is read into memory.
+
+    >>> cache = Cache(None)
+    >>> cache.add("key", {"verdicts": [[1.0, "says so"]]}, {"model": "m"})
+    >>> cache.get("key"), cache.get("other")
+    ({'verdicts': [[1.0, 'says so']]}, None)
+    """
+
+    def __init__(self, path: str | None):
+        """path: a name whose ending becomes .sqlite; None for a cache in memory.
+
+        Answers in a .jsonl file of the same name, as earlier versions wrote them, are taken over
+        once. Raises JudgeError when the file cannot be used.
+        """
+        self.lock = threading.Lock()
+
+        # One ending, whatever an old command line says.
+        self.path = ":memory:" if path is None else str(Path(path).with_suffix(".sqlite"))
+        try:
+            if path is not None:
+                Path(self.path).absolute().parent.mkdir(parents=True, exist_ok=True)
+            self.database = self.open()
+            if path is not None:
+                self.take_over(Path(path).with_suffix(".jsonl"))
+        except (OSError, sqlite3.Error) as error:
+            raise JudgeError(f"the judge's cache {self.path}: {error}") from None
+
+    def open(self) -> sqlite3.Connection:
+        """The database with its one table."""
+        # timeout: another run may be writing. check_same_thread: the lock sees to that.
+        database = sqlite3.connect(
+            self.path, timeout=60, isolation_level=None, check_same_thread=False
+        )
+        # A write-ahead log lets runs read while another writes. NORMAL: only a power cut, not a
+        # kill, can lose the last answers, and no write waits for the disk.
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = NORMAL")
+        database.execute(
+            "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, model TEXT, asked TEXT,"
+            " text TEXT, answer TEXT, prompt_tokens INTEGER, completion_tokens INTEGER,"
+            " time REAL) WITHOUT ROWID"
+        )
+        return database
+
+    def get(self, key: str) -> dict | None:
+        """The answer stored under a key."""
+        # Microseconds, and nothing is read but this row.
+        with self.lock:
+            row = self.database.execute(
+                "SELECT answer FROM answers WHERE key = ?", (key,)
+            ).fetchone()
+        return json.loads(row[0]) if row else None
+
+    def add(self, key: str, answer: dict, about: dict) -> None:
+        """Stores an answer with what an audit wants to know: model, asked, text, tokens."""
+        # A model's answer may hold half of a surrogate pair, which SQLite refuses.
+        row = (
+            key,
+            about.get("model", ""),
+            json.dumps(about.get("asked", [])),
+            about.get("text", "").encode("utf8", "replace").decode("utf8"),
+            json.dumps(answer),
+            about.get("prompt_tokens", 0),
+            about.get("completion_tokens", 0),
+            time.time(),
+        )
+        try:
+            with self.lock:
+                self.database.execute(
+                    "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row
+                )
+        # A full disk ends the run in one line; the last checkpoint is there.
+        except sqlite3.Error as error:
+            raise JudgeError(f"the judge's cache {self.path}: {error}") from None
+
+    def take_over(self, old: Path) -> None:
+        """Stores the answers of an earlier version's JSONL file, once."""
+        # SQLite keeps one number for its user: here 1 once the old file was read.
+        is_done = self.database.execute("PRAGMA user_version").fetchone()[0]
+        if is_done or not old.is_file():
+            return
+
+        # One transaction: a kill leaves the old file as the only one, to be read again.
+        taken = 0
+        with open(old, "rb") as file:
+            self.database.execute("BEGIN IMMEDIATE")
+            for line in file:
+                # Lines that a kill cut off, or of another form, are skipped.
+                with suppress(ValueError, KeyError, TypeError, AttributeError):
+                    self.take_over_row(json.loads(line))
+                    taken += 1
+            self.database.execute("PRAGMA user_version = 1")
+            self.database.execute("COMMIT")
+        print(f"judge: {taken} answers taken over from {old} into {self.path}", file=sys.stderr)
+
+    def take_over_row(self, row: dict) -> None:
+        """Stores one answer of an earlier version; a row of another form raises."""
+        # Two kinds of answers: an object that the model wrote, or verdicts.
+        if "written" in row:
+            answer = {"written": dict(row["written"])}
+            asked = [row.get("prompt", "")]
+        else:
+            verdicts = []
+            for verdict in row["verdicts"]:
+                verdicts.append([float(verdict["score"]), str(verdict["reason"])])
+            answer = {"verdicts": verdicts}
+            asked = row.get("statements", [])
+
+        # All else is for the reader of an audit and may be missing.
+        usage = row.get("usage") or {}
+        about = {"model": str(row.get("model", "")), "asked": asked}
+        about["text"] = str(row.get("answer", ""))
+        about["prompt_tokens"] = token_count(usage.get("prompt_tokens"))
+        about["completion_tokens"] = token_count(usage.get("completion_tokens"))
+        self.add(str(row["key"]), answer, about)
+
+    def rows(self) -> Iterator[dict]:
+        """All answers as plain values, for an export."""
+        query = "SELECT key, model, asked, text, answer, prompt_tokens, completion_tokens, time"
+
+        # Read as it is written out: an export of millions of rows takes no memory.
+        for row in self.database.execute(f"{query} FROM answers ORDER BY time"):
+            key, model, asked, text, answer, prompt_tokens, completion_tokens, when = row
+            usage = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
+            values = {"key": key, "model": model, "time": when, "usage": usage}
+            values["statements"] = json.loads(asked)
+            values["answer"] = text
+            yield values | json.loads(answer)
+
+    def costs(self) -> list[tuple]:
+        """(model, calls, prompt tokens, completion tokens) of each model."""
+        query = "SELECT model, COUNT(*), SUM(prompt_tokens), SUM(completion_tokens)"
+        return self.database.execute(f"{query} FROM answers GROUP BY model").fetchall()
 
 
 # ------------------------------------------------------------------ words and sentences
@@ -2118,6 +2127,7 @@ HEDGE = re.compile(
 def hedged_share(response: str, question: str) -> float:
     """Share of the sentences that hedge and add fewer than three content words."""
     asked = set(content_words(question))
+    # One hedge in a long answer is no fault; a share of them is.
     spoken = sentences(response)
     hedged = 0
     for sentence in spoken:
@@ -2309,6 +2319,7 @@ mentions "infection", starts_with "Yes", ends_with ".", boxed "B" "Iron"
 
 def compare(value: float, operator: str, number: float) -> bool:
     """Whether `value operator number` holds."""
+    # Spelled out: a check is read from data, and nothing of it is ever evaluated.
     if operator == "<=":
         return value <= number
     if operator == ">=":

@@ -42,6 +42,11 @@ FAULTS = {
     "text_choices": "unparsable",
     "object_choices": "unparsable",
     "text_message": "unparsable",
+    "empty_choices": "unparsable",
+    "delta": "unparsable",
+    "old_completion": "unparsable",
+    "empty_body": "unparsable",
+    "binary": "unparsable",
     "no_content": "unparsable",
     "partial": "unparsable",
     # The model answers, but gives no verdict.
@@ -71,7 +76,23 @@ FAULTS = {
     "python_true": "",
     "text_usage": "",
     "null_usage": "",
+    "list_usage": "",
+    "nan_usage": "",
+    "negative_usage": "",
+    "number_finish": "",
+    "chunked": "",
+    "until_close": "",
+    "byte_order_mark": "",
+    "broken_utf8": "",
+    "other_choice": "",
+    "empty_refusal": "",
 }
+for status in (408, 409, 425, 502, 504, 520, 529, 599):
+    FAULTS[f"status_{status}"] = "transport"
+for status in (201, 202, 205, 299, 600, 999):
+    FAULTS[f"status_{status}"] = "unparsable"
+for status in (406, 411, 415, 418, 421, 428, 431, 451):
+    FAULTS[f"status_{status}"] = "refused"
 # After these the same question is asked once more, and then answered.
 ASKED_AGAIN = ("busy", "error", "unavailable", "drop", "no_json", "no_verdict", "cut", "slow")
 DRIP = object()
@@ -143,6 +164,8 @@ class JudgeServer:
                     await self.drip(writer)
                 writer.write(reply)
                 await writer.drain()
+                if reply.startswith(b"HTTP/1.0"):
+                    break
         except (asyncio.IncompleteReadError, asyncio.CancelledError, ConnectionError):
             pass
         finally:
@@ -231,9 +254,18 @@ class JudgeServer:
             return raw(204, b"")
         if fault == "partial":
             return raw(206, completion(text))
-        if fault in ("text_usage", "null_usage"):
-            usage = "some" if fault == "text_usage" else None
-            return raw(200, completion(text, usage=usage))
+        if fault.startswith("status_"):
+            return http(int(fault.removeprefix("status_")), TRY_AGAIN)
+        if fault in USAGES:
+            return raw(200, completion(text, usage=USAGES[fault]))
+        if fault in ("number_finish", "other_choice", "empty_refusal"):
+            return self.unusual_choice(fault, text)
+        if fault in ("chunked", "until_close", "byte_order_mark", "broken_utf8"):
+            return self.unusual_bytes(fault, text)
+        if fault == "old_completion":
+            return http(200, {"choices": [{"text": text, "finish_reason": "stop"}]})
+        if fault == "delta":
+            return http(200, {"choices": [{"delta": {"content": text}}]})
         if fault == "reasoning":
             return http(200, {"choices": [{"message": {"content": None, "reasoning_content": text}}]})
         if fault == "refuse":
@@ -245,6 +277,31 @@ class JudgeServer:
         if fault == "cut":
             return raw(200, completion(text[: len(text) // 2], "length"))
         return raw(200, completion(self.shape(fault, text)))
+
+    def unusual_choice(self, fault, text):
+        """A right answer among unusual fields."""
+        choice = {"message": {"content": text, "refusal": None, "tool_calls": []}, "index": 0}
+        if fault == "number_finish":
+            choice["finish_reason"] = 5
+        if fault == "empty_refusal":
+            choice["message"]["refusal"] = ""
+        return http(200, {"choices": [choice, {"message": {"content": '{"met": null}'}}]})
+
+    def unusual_bytes(self, fault, text):
+        """A right answer in unusual bytes."""
+        body = completion(text)
+        if fault == "byte_order_mark":
+            return raw(200, b"\xef\xbb\xbf" + body)
+        if fault == "broken_utf8":
+            return raw(200, body.replace(b"by its hash", b"by its \xff\xfe hash"))
+        if fault == "until_close":
+            # The length is known only when the server hangs up: `serve` does it.
+            return b"HTTP/1.0 200 OK\r\n\r\n" + body
+        half = len(body) // 2
+        chunks = b""
+        for part in (body[:half], body[half:], b""):
+            chunks += f"{len(part):x}\r\n".encode() + part + b"\r\n"
+        return b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks
 
     def shape(self, fault, text):
         """The content of the message under this fault."""
@@ -359,9 +416,19 @@ STATUSES = {
     "object_choices": (200, {"choices": {"0": {"message": {}}}}, ""),
     "text_message": (200, {"choices": [{"message": '{"met": true}'}]}, ""),
     "list_body": (200, [{"met": True}], ""),
+    "empty_choices": (200, {"choices": []}, ""),
+}
+USAGES = {
+    "text_usage": "some",
+    "null_usage": None,
+    "list_usage": [1, 2],
+    "nan_usage": {"prompt_tokens": float("nan"), "completion_tokens": 1e300},
+    "negative_usage": {"prompt_tokens": -5, "completion_tokens": True},
 }
 RAW_BODIES = {
     "no_json": b"<html>proxy error</html>",
+    "empty_body": b"",
+    "binary": bytes(range(256)),
     "stream": b'data: {"choices": [{"delta": {"content": "{"}}]}\n\ndata: [DONE]\n\n',
 }
 

@@ -134,7 +134,7 @@ def test_writing_survives_faults_and_longer_answers_and_stops_where_it_is_refuse
         server.lines = ['{"n": 1}', '{"n": 2222}', '{"n": 2}']
         server.script = ["busy", "drop", "ok", "cut"]
         assert client(server, workers=1).write(["a", "b"], wanted, max_tokens=10) == [1, 2]
-        assert [body["max_tokens"] for body in server.bodies][-2:] == [10, 64]
+        assert [body["max_tokens"] for body in server.bodies][-2:] == [10, 40]
         assert len(server.bodies[-1]["messages"]) == 1
         server.status = 404
         with pytest.raises(JudgeError, match="404"):
@@ -549,7 +549,7 @@ def test_structured_output_that_comes_out_empty_is_given_up():
         asked = questions(30)
         asking = client(server, workers=1)
         assert right(asked, asking.ask(asked)) == (True, 0)
-        assert len(server.bodies) == 33
+        assert len(server.bodies) == 38
         assert not asking.structured
 
 
@@ -595,7 +595,7 @@ def test_a_schema_that_is_not_taken_for_several_statements_is_left_out():
         asked = questions(64)
         asking = client(server, k=0, workers=1)
         assert right(asked, asking.ask(asked)) == (True, 0)
-        assert len(server.bodies) == 8 + 3
+        assert len(server.bodies) == 8 + 8
         assert not asking.structured
 
 

@@ -61,6 +61,7 @@ def judge_agreement(pairs: list[tuple[float | None, bool]]) -> dict:
     if n == 0:
         return result
 
+    # Cohen's kappa: the agreement beyond chance, of that which is possible beyond chance.
     result["accuracy"] = round((tp + tn) / n, 4)
     # n * n times the agreement that two raters with these shares of "met" reach by chance.
     chance = (tp + fp) * (tp + fn) + (tn + fn) * (tn + fp)
@@ -68,6 +69,7 @@ def judge_agreement(pairs: list[tuple[float | None, bool]]) -> dict:
     if chance < n * n:
         result["kappa"] = round((n * (tp + tn) - chance) / (n * n - chance), 4)
 
+    # The mean over both labels: always "not met" must not look good where few are met.
     wrong = fp + fn
     f1_met = 2 * tp / max(1, 2 * tp + wrong)
     f1_not_met = 2 * tn / max(1, 2 * tn + wrong)
@@ -76,7 +78,7 @@ def judge_agreement(pairs: list[tuple[float | None, bool]]) -> dict:
 
 
 def read_labels(path: str) -> list[dict]:
-    """Rows with `response`, `criterion`, `met`. Raises ValueError with file, line and what to do."""
+    """Rows with `response`, `criterion`, `met`. Raises ValueError: file, line and what to do."""
     kinds = {"response": str, "criterion": str, "met": bool}
     rows = []
     with open(path, "rb") as file:
@@ -89,6 +91,7 @@ def read_labels(path: str) -> list[dict]:
             except (ValueError, RecursionError):
                 raise ValueError(f"{where}: not a line of JSON") from None
 
+            # A label that is no true or false would be counted as one of them.
             is_row = isinstance(row, dict)
             for key, kind in kinds.items():
                 is_row = is_row and isinstance(row.get(key), kind)
@@ -115,6 +118,7 @@ def judge_labels(judge, rows: list[dict]) -> dict:
     verdicts = judge.ask(questions, show_progress=True)
     result = judge_agreement([(v.score, row["met"]) for v, row in zip(verdicts, rows)])
 
+    # Without the cache, or it would repeat itself perfectly.
     if isinstance(judge, LLMJudge):
         judge.cache = Cache(None)
         result["repeatability"] = repeatability(verdicts, judge.ask(questions, show_progress=True))
@@ -134,6 +138,7 @@ def judge_labels(judge, rows: list[dict]) -> dict:
 
 def repeatability(first: list, again: list) -> float | None:
     """The share of verdicts given both times that are the same."""
+    # A missing verdict is no other opinion.
     same = []
     for one, other in zip(first, again):
         if one.score is not None and other.score is not None:
@@ -152,6 +157,8 @@ def show_cache(path: str, export: str | None) -> list[dict]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     cache = Cache(path)
+
+    # Written as it is read: a weekend's answers need no memory.
     if export:
         with open(export, "w", encoding="utf8") as file:
             file.writelines(json.dumps(row) + "\n" for row in cache.rows())
@@ -168,6 +175,7 @@ def print_rows(rows: list[dict]) -> None:
     """Each row as a JSON line, and all of them as a table for the eye."""
     for row in rows:
         print(json.dumps(row))
+    # The table goes to another stream, so that the lines can be piped.
     names = list(rows[0]) if rows else []
     print("".join(f"{name:>18}" for name in names), file=sys.stderr)
     for row in rows:
@@ -176,10 +184,12 @@ def print_rows(rows: list[dict]) -> None:
 
 def make_judges(args: argparse.Namespace) -> list[tuple]:
     """(name, judge) of each judge that the arguments name. Raises JudgeError."""
+    # The stand-in: what any model has to beat.
     if not args.judge:
         return [("offline", LexicalJudge())]
     if len(args.judge) != len(args.judge_model):
         raise JudgeError("--judge needs as many names in --judge_model as it has URLs")
+    # One after the other, so that each has the machine for itself.
     judges = []
     for url, model in zip(args.judge, args.judge_model):
         # However many verdicts are missing: their share is one of the figures.
@@ -205,6 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 2 after one line about what is wrong."""
     parser = make_parser()
     args = parser.parse_args(argv)
+    # Exactly one of the two, so that no argument is quietly ignored.
     if bool(args.labels) == bool(args.cache):
         parser.print_usage(sys.stderr)
         print("agreement.py: give a file with labels, or --cache FILE", file=sys.stderr)
