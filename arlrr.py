@@ -19,7 +19,7 @@ causes *variance contraction*, which helps to explain the gains; a light search 
 performance picks the next class; it is better than scalar rewards on HealthBench at 1.7B to
 14B.
 
-What is ours. No number, algorithm box or theorem was available, so everything below is our
+What is ours. No number, algorithm box or theorem was available, so these decisions are our
 reading:
 
 1. A class is an axis of HealthBench (or of our data), a category, or any tag of the criteria.
@@ -60,6 +60,8 @@ from rar import (
     DataError,
     Example,
     Group,
+    Matrix,
+    Rubric,
     RubricReward,
     bootstrap,
     correlation,
@@ -70,9 +72,6 @@ from rar import (
     score_matrix,
     silence_rule,
 )
-
-# The verdicts [G][K] of a group: one row per rollout, one column per criterion, None = missing.
-Matrix = list[list[float | None]]
 
 # ---------------------------------------------------------------------- meta-classes
 
@@ -121,7 +120,7 @@ def check_classes(examples: list[Example], class_by: str) -> None:
     )
 
 
-def meta_classes(rubric: list[Criterion], class_by: str = "axis") -> dict[str, list[int]]:
+def meta_classes(rubric: Rubric, class_by: str = "axis") -> dict[str, list[int]]:
     """Class -> indices of its criteria, for the classes that have a reward (decision 2).
 
     >>> rubric = [Criterion("", 4, axis="accuracy"), Criterion("", -3, axis="tone")]
@@ -149,7 +148,7 @@ def select(values: list, indices: list[int]) -> list:
     return [values[i] for i in indices]
 
 
-def class_weights(rubric: list[Criterion], class_by: str = "axis") -> dict[str, float]:
+def class_weights(rubric: Rubric, class_by: str = "axis") -> dict[str, float]:
     """w_k = P_k / P, the weight of class k in HealthBench's score. The weights sum to one."""
     # Classes without a reward have no positive points, so P is the sum over all the others.
     total = positive_points(rubric)
@@ -159,13 +158,13 @@ def class_weights(rubric: list[Criterion], class_by: str = "axis") -> dict[str, 
     return weights
 
 
-def positive_points(criteria: list[Criterion]) -> float:
+def positive_points(criteria: Rubric) -> float:
     """What a perfect answer earns."""
     return sum(criterion.weight for criterion in criteria if criterion.weight > 0)
 
 
 def class_rewards(
-    rubric: list[Criterion],
+    rubric: Rubric,
     matrix: Matrix,
     class_by: str = "axis",
 ) -> dict[str, list[float]]:
@@ -237,12 +236,12 @@ def contraction(weights: list[float], rewards: list[list[float]]) -> tuple[float
 
 
 def contraction_metrics(
-    judged: list[tuple[list[Criterion], Matrix]],
+    judged: list[tuple[Rubric, Matrix]],
     class_by: str = "axis",
 ) -> dict[str, float]:
-    """What a step's groups show of the contraction; judged: (rubric, verdicts [G][K]) per group.
+    """What a step's groups show of the contraction.
 
-    Means over the groups that have no missing verdict:
+    judged: (rubric, verdicts [G][K]) per group. Means over those without a missing verdict:
 
       var_ratio                    Var(sum_k w_k r_k) / sum_k w_k Var(r_k) with w_k = P_k / P;
                                    a mean of ratios, so it is biased low in small groups
@@ -260,7 +259,8 @@ def contraction_metrics(
         rewards = class_rewards(rubric, matrix, class_by)
         weights = class_weights(rubric, class_by)
 
-        # Where no class has any spread, there is nothing to contract.
+        # Weights and rewards have the classes in the same order, that of the rubric. Where no
+        # class has any spread, there is nothing to contract.
         of_sum, of_classes = contraction(list(weights.values()), list(rewards.values()))
         if of_classes > ZERO_STD**2:
             values["var_ratio"].append(of_sum / of_classes)
@@ -288,8 +288,7 @@ def contraction_metrics(
 
 
 def dead_share(groups: list[Group]) -> float:
-    """Share of the groups whose rewards have no spread, so that nothing is learned from them;
-    nan of none."""
+    """Share of the groups whose rewards have no spread: nothing is learned from them."""
     dead = []
     for _, rollouts in groups:
         rewards = drop_nan([rollout.reward for rollout in rollouts])
@@ -312,8 +311,7 @@ def mean_over_classes(rewards: dict[str, list[float]]) -> list[float]:
 
 
 def clip_rewards(rewards: list[float], advantage: str) -> list[float]:
-    """Decision 5: rewards [G] clipped to [-1, 1] unless advantages are divided by the group's
-    std.
+    """Rewards [G], clipped to [-1, 1] unless advantages are divided by the std (decision 5).
 
     >>> clip_rewards([0.5, -6.0, math.nan], "mean"), clip_rewards([-6.0], "std")
     ([0.5, -1.0, nan], [-6.0])
@@ -333,8 +331,8 @@ def clip_rewards(rewards: list[float], advantage: str) -> list[float]:
 
 
 def normalise(rewards: list[float]) -> list[float]:
-    """(r - mean) / std over the scored rewards (population std); 0 where there is no spread or
-    no reward."""
+    """(r - mean) / std [G] over the scored rewards; 0 where there is no spread or no reward."""
+    # The population std, as in grpo.advantages.
     scored = drop_nan(rewards)
     spread = statistics.pstdev(scored) if scored else 0.0
 
@@ -354,12 +352,11 @@ def normalise(rewards: list[float]) -> list[float]:
 
 
 def gdpo(groups: list[dict[str, list[float]]]) -> list[list[float]]:
-    """Group-decoupled normalisation (GDPO, arXiv 2601.05242). groups: class -> rewards [G] per
-    group.
+    """Advantages [P][G] by group-decoupled normalisation (GDPO, arXiv 2601.05242).
 
-    Each class is normalised in its group, the classes are added, and the sums are normalised
-    over the batch. Added first and normalised after, the class with the widest spread would
-    drown the others.
+    groups: for each, class -> rewards [G]. Each class is normalised in its group, the classes
+    are added, and the sums are normalised over the batch. Added first and normalised after, the
+    class with the widest spread would drown the others.
 
     >>> [advantages] = gdpo([{"accuracy": [1, 1, 0], "tone": [0.01, 0.02, 0.02]}])
     >>> [round(a, 2) for a in advantages]
@@ -396,7 +393,7 @@ class AxisMean(RubricReward):
         """Whether any class of the example has a reward."""
         return bool(meta_classes(example.rubric, self.config.class_by))
 
-    def aggregate(self, rubric: list[Criterion], matrix: Matrix) -> list[float]:
+    def aggregate(self, rubric: Rubric, matrix: Matrix) -> list[float]:
         """The group's rewards [G] from its verdicts [G][K]."""
         rewards = mean_over_classes(class_rewards(rubric, matrix, self.config.class_by))
         return clip_rewards(rewards, self.config.advantage)
@@ -489,12 +486,12 @@ class ARLRR(RubricReward):
                 pool.append(example)
         return pool
 
-    def rubric_for(self, example: Example) -> list[Criterion]:
+    def rubric_for(self, example: Example) -> Rubric:
         """The criteria of the active class: the judge is asked about no other."""
         classes = meta_classes(example.rubric, self.config.class_by)
         return select(example.rubric, classes[self.active_class])
 
-    def aggregate(self, rubric: list[Criterion], matrix: Matrix) -> list[float]:
+    def aggregate(self, rubric: Rubric, matrix: Matrix) -> list[float]:
         """r_k [G]: HealthBench's score, computed within the active class."""
         rewards = group_rewards(points_reward, rubric, matrix)
         return clip_rewards(rewards, self.config.advantage)
@@ -571,7 +568,8 @@ def choose_lowest_score(method: ARLRR, order: list[str], lab: "Lab") -> tuple[st
         lowest = [name for name in order if scores[name] <= bound]
 
     metrics = {f"validation/{name}": score for name, score in scores.items()}
-    return longest_ago(method.history, lowest), metrics | lab.spent()
+    metrics.update(lab.spent())
+    return longest_ago(method.history, lowest), metrics
 
 
 def choose_by_search(method: ARLRR, order: list[str], lab: "Lab") -> tuple[str, dict]:
@@ -600,12 +598,15 @@ def choose_by_search(method: ARLRR, order: list[str], lab: "Lab") -> tuple[str, 
                 method.active_class = active_before
             bar.update()
 
-    # The gains are for the log: the choice compares the trials with each other, not with before.
+    # The gains are for the log: the choice compares the trials with each other, not with what
+    # was before.
     metrics = {}
     for name, scores in scores_after.items():
         metrics[f"trial/{name}"] = nanmean([b - a for a, b in zip(baseline, scores)])
+    metrics.update(lab.spent())
+
     best = within_one_se(scores_after, order)
-    return longest_ago(method.history, best), metrics | lab.spent()
+    return longest_ago(method.history, best), metrics
 
 
 def overall_scores(groups: list[Group]) -> list[float]:
@@ -643,7 +644,9 @@ def within_one_se(scores: dict[str, list[float]], order: list[str]) -> list[str]
             error = statistics.stdev(gaps) / math.sqrt(len(gaps))
 
         # With a single prompt there is no error to be estimated: only an equal score is a tie.
-        if name == best or (gaps and statistics.fmean(gaps) <= error + ZERO_STD):
+        # Without a prompt that both could be judged on, nothing is known to be a tie.
+        is_close = bool(gaps) and statistics.fmean(gaps) <= error + ZERO_STD
+        if name == best or is_close:
             tied.append(name)
     return tied
 
@@ -776,11 +779,11 @@ def simulate(
     corr(r_k, R)).
     """
     weights = [1 / n_classes] * n_classes
-    of_sum = []
-    of_classes = []
+    variances_of_sum = []
+    variances_of_classes = []
     correlations = []
     for _ in range(n_groups):
-        # What makes an answer good in all classes at once. Each class adds something of its own.
+        # What makes an answer good in all classes at once. Each class adds its own.
         shared = [rng.gauss(0, 1) for _ in range(group_size)]
         rewards = []
         for _ in range(n_classes):
@@ -789,18 +792,18 @@ def simulate(
             rewards.append(row)
 
         # One class per group is enough: by symmetry all follow the sum alike.
-        total, parts = contraction(weights, rewards)
-        of_sum.append(total)
-        of_classes.append(parts)
+        of_sum, of_classes = contraction(weights, rewards)
+        variances_of_sum.append(of_sum)
+        variances_of_classes.append(of_classes)
         scalar = mean_over_classes(dict(enumerate(rewards)))
         correlations.append(correlation(rewards[0], scalar))
 
     # A ratio of sums, not a mean of ratios, which is biased in small groups. Its error is that
     # of mean(Var(R) - ratio * Var(r_k)), which is 0, divided by mean(Var(r_k)).
-    ratio = sum(of_sum) / sum(of_classes)
-    errors = [total - ratio * parts for total, parts in zip(of_sum, of_classes)]
-    low, high = bootstrap(errors)
-    scale = statistics.fmean(of_classes)
+    ratio = sum(variances_of_sum) / sum(variances_of_classes)
+    pairs = zip(variances_of_sum, variances_of_classes)
+    low, high = bootstrap([of_sum - ratio * of_classes for of_sum, of_classes in pairs])
+    scale = statistics.fmean(variances_of_classes)
     return ratio, low / scale + ratio, high / scale + ratio, nanmean(correlations)
 
 
@@ -837,7 +840,7 @@ def demo(
         table.append((rho, ratio, low, high, predicted, corr, predicted_corr))
     print("\nDividing advantages by the group's std undoes the shrinking,")
     print("not the dilution of corr(r_k, R).")
-    print("The correlation is predicted for infinitely many answers: a group of 8 is a little off.")
+    print("The correlation is predicted for infinitely many answers: a group of 8 is a bit off.")
     return table
 
 
