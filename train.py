@@ -130,10 +130,11 @@ class Config:
         str, 'JSON for the chat template, such as {"enable_thinking": false}'
     ] = ""
     sampler: Annotated[
-        Literal["torch", "vllm"], "torch (any machine) or vllm (in this process, for a GPU)"
+        Literal["torch", "vllm", "vllm_sleep"],
+        "torch (any machine), vllm (in this process, for a GPU), or vllm_sleep, which frees the "
+        "engine's memory during updates and is slower",
     ] = "torch"
     vllm_memory: Annotated[float, "GiB for the engine's keys and values", POSITIVE] = 4.0
-    vllm_sleep: Annotated[ONE_IF_ON, "1: frees the engine's memory during updates (slower)"] = 0
 
     loss: Annotated[
         Literal["grpo", "dr_grpo", "dapo"],
@@ -184,7 +185,7 @@ class Config:
         if self.tis_cap < 0:
             # vLLM's kernels give other log-probs than the trainer's; torch's are the same.
             self.tis_cap = 0.0
-            if self.sampler == "vllm":
+            if self.sampler != "torch":
                 self.tis_cap = 2.0
 
 
@@ -456,7 +457,7 @@ class Policy:
         context = longest + config.max_new_tokens
         folder = self.model.config._name_or_path
         bfloat16 = self.model.bfloat16_layers
-        sleep = bool(config.vllm_sleep)
+        sleep = config.sampler == "vllm_sleep"
         try:
             self.engine = grpo.VLLMSampler(folder, context, bfloat16, config.vllm_memory, sleep)
         except ImportError as error:
@@ -467,7 +468,7 @@ class Policy:
             raise UserError(f"--sampler vllm: {first_line(error)}; {advice}") from None
 
     def sleep(self) -> None:
-        """Frees the engine's memory for the update, where --vllm_sleep asks for it."""
+        """Frees the engine's memory for the update, where --sampler vllm_sleep asks for it."""
         if self.engine:
             self.engine.sleep()
 
@@ -717,7 +718,7 @@ def explained(run: Run, folder: "RunFolder", step: int):
         elif not isinstance(error, MemoryError) and "allocate" not in str(error):
             raise
         # Perhaps in the middle of an update, so nothing is saved.
-        advice = "--checkpointing 1, --vllm_sleep 1, fewer --prompts_per_step or --max_new_tokens"
+        advice = "--checkpointing 1, --sampler vllm_sleep, fewer --max_new_tokens"
         why = f"step {step + 1}: the {whose}memory is full"
         raise UserError(f"{why}; try {advice} in a new run") from None
 
@@ -880,17 +881,53 @@ def join_processes() -> None:
 # ---------------------------------------------------------------------- the terminal
 
 
+class Stream:
+    """stdout or stderr that falls silent when nobody reads it, whoever prints."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """As a file's."""
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        """As a file's."""
+        self.attempt(self.stream.flush)
+
+    def attempt(self, function, *arguments) -> None:
+        """Calls the function; an error of the system ends the printing, not the run."""
+        try:
+            function(*arguments)
+        except OSError:
+            # `| head -1` has read enough, or the disk behind `> log` is full: training needs
+            # neither. Python itself would fail once more when it closes the stream at its end.
+            with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self.stream.fileno())
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def patient_streams():
+    """While it is open, a closed pipe ends no run."""
+    streams = (sys.stdout, sys.stderr)
+    sys.stdout = Stream(sys.stdout)
+    sys.stderr = Stream(sys.stderr)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
+
+
 def write_line(stream, text: str) -> None:
-    """Prints to a stream that may not have every character, and whose reader may be gone."""
+    """Prints a line to a terminal, which obeys some characters and may lack others."""
     # What a model or a server says must not move the cursor or set the title.
     encoding = getattr(stream, "encoding", None) or "utf8"
     line = printable(text).encode(encoding, "backslashreplace").decode(encoding)
-    try:
-        print(line, file=stream, flush=True)
-    except OSError:
-        # `| head -1` has read enough, or the disk behind `> log` is full: training needs neither.
-        with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), stream.fileno())
+    print(line, file=stream, flush=True)
 
 
 def say(text: str) -> None:
@@ -1389,7 +1426,8 @@ class Stop:
 
     def note(self, number: int, frame) -> None:
         """The handler. The second signal ends the step as well."""
-        # A handler that printed nothing would make people press again.
+        # A handler that printed nothing would make people press again. Noted, and not raised: in
+        # a destructor Python would drop the exception.
         if self.noted:
             raise KeyboardInterrupt
         self.noted = number
@@ -1440,7 +1478,7 @@ def begin(config: Config, folder: Path, state: dict | None) -> Run:
         load_state(optimizer, method, state, folder)
     else:
         reference = grpo.freeze(policy.model)
-    if config.sampler == "vllm":
+    if config.sampler != "torch":
         policy.start_engine(config, examples + heldout + validation)
     return Run(
         config, policy, reference, optimizer, method, examples, heldout, validation, eval_judge
@@ -1517,42 +1555,44 @@ def announce(run: Run, folder: Path) -> None:
 def train(config: Config, given: set[str]) -> int:
     """A run, new or resumed. Returns the exit status: 0, or 128 + the signal that stopped it."""
     folder = RunFolder(config)
+    stop = Stop()
     try:
-        state = None
-        if config.resume:
-            config = resumed_config(config, given, folder.path)
-            state = read_state(folder.path, config)
-        # Nothing of ours draws from torch's own stream; a model with dropout would.
-        torch.manual_seed(config.seed)
-        run = begin(config, folder.path, state)
-        step = 0
-        if state:
-            step = state["step"]
-        if config.resume:
-            # Step 0 was logged too: a run killed before its first checkpoint begins again.
-            from_rank_zero(folder.truncate, step if state else -1)
-        folder.write_start(run)
-        announce(run, folder.path)
-        return train_until_stopped(run, folder, step)
+        with stop:
+            return train_in(folder, config, given, stop)
+    except KeyboardInterrupt:
+        # Asked twice: the step under way is lost, the last checkpoint is not.
+        stop.signal = stop.noted or signal.SIGINT
+        return stopped(folder, stop)
     finally:
         # Also after an error while loading: a new folder with nothing in it goes again.
         folder.abandon()
 
 
-def train_until_stopped(run: Run, folder: RunFolder, step: int) -> int:
-    """The loop and the words after it. Returns the exit status."""
-    # Opened after loading: until there is something to save, Ctrl-C may end the process at once.
-    stop = Stop()
-    was_finished = step >= run.config.steps
-    try:
-        with stop:
-            loop(run, folder, step, stop)
-    except KeyboardInterrupt:
-        # Asked twice: the step under way is lost, the last checkpoint is not.
-        stop.signal = stop.noted or signal.SIGINT
+def train_in(folder: RunFolder, config: Config, given: set[str], stop: Stop) -> int:
+    """Loading, the loop, and the words around them. Returns the exit status."""
+    state = None
+    if config.resume:
+        config = resumed_config(config, given, folder.path)
+        state = read_state(folder.path, config)
+    # Nothing of ours draws from torch's own stream; a model with dropout would.
+    torch.manual_seed(config.seed)
+    run = begin(config, folder.path, state)
+    stop.agree()
     if stop.signal:
-        say(f"\nstopped; continue with: python train.py --resume {folder.path}")
-        return 128 + stop.signal
+        return stopped(folder, stop)
+
+    step = 0
+    if state:
+        step = state["step"]
+    if config.resume:
+        # Step 0 was logged too: a run killed before its first checkpoint begins again.
+        from_rank_zero(folder.truncate, step if state else -1)
+    folder.write_start(run)
+    announce(run, folder.path)
+    was_finished = step >= config.steps
+    loop(run, folder, step, stop)
+    if stop.signal:
+        return stopped(folder, stop)
 
     if was_finished:
         # It may have been killed before its last report.
@@ -1564,6 +1604,15 @@ def train_until_stopped(run: Run, folder: RunFolder, step: int) -> int:
     files += ", checkpoint (loads with transformers)"
     say(f"\n{minutes:.1f} minutes. In {folder.path}/: {files}")
     return 0
+
+
+def stopped(folder: RunFolder, stop: Stop) -> int:
+    """Says how to continue. Returns the exit status, as shells have it for a signal."""
+    advice = "nothing is saved yet"
+    if (folder.path / "config.json").exists():
+        advice = f"continue with: python train.py --resume {folder.path}"
+    say(f"\nstopped; {advice}")
+    return 128 + stop.signal
 
 
 def reuse_memory() -> None:
@@ -1582,16 +1631,16 @@ def main(argv: list[str] | None = None) -> int:
     join_processes()
     if argv is None:
         argv = sys.argv[1:]
-    try:
-        config, given = parse_config(argv)
-        status = train(config, given)
-    except (UserError, rar.DataError, JudgeError, FloatingPointError, ImportError) as error:
-        # Any process may be the one with the error: whoever has one prints it.
-        write_line(sys.stderr, "train.py: " + " ".join(str(error).split()))
-        status = 2
-    except KeyboardInterrupt:
-        warn("stopped before the first step")
-        status = 128 + signal.SIGINT
+    with patient_streams():
+        try:
+            config, given = parse_config(argv)
+            status = train(config, given)
+        except (UserError, rar.DataError, JudgeError, FloatingPointError, ImportError) as error:
+            # Any process may be the one with the error: whoever has one prints it.
+            write_line(sys.stderr, "train.py: " + " ".join(str(error).split()))
+            status = 2
+        except KeyboardInterrupt:
+            status = 128 + signal.SIGINT
     if dist.is_initialized():
         if status == 0:
             # The first one may still be writing.

@@ -15,7 +15,7 @@ from test_train import lines
 import grpo
 import train
 
-FLAGS = "--steps 4 --prompts_per_step 3 --group_size 4 --max_new_tokens 24 --eval_every 2 --save_every 2 --prompts 6 --lr 0.01".split()
+FLAGS = ["--steps", "4", "--prompts_per_step", "3", "--group_size", "4", "--max_new_tokens", "24", "--eval_every", "2", "--save_every", "2", "--prompts", "6", "--lr", "0.01"]
 
 
 def together(world, *flags, script=ROOT / "train.py"):

@@ -21,11 +21,11 @@ import train
 
 METHODS = {
     "explicit": [],
-    "points": "--method points --epochs 2 --minibatches 2 --beta 0.1".split(),
+    "points": ["--method", "points", "--epochs", "2", "--minibatches", "2", "--beta", "0.1"],
     "rler": ["--method", "rler"],
-    "arlrr": "--method arlrr --schedule search --stage 2 --validation 3".split(),
+    "arlrr": ["--method", "arlrr", "--schedule", "search", "--stage", "2", "--validation", "3"],
 }
-LONG = "--steps 6 --prompts_per_step 2 --group_size 3 --max_new_tokens 24 --eval_every 3 --save_every 2 --prompts 6 --lr 0.01".split()
+LONG = ["--steps", "6", "--prompts_per_step", "2", "--group_size", "3", "--max_new_tokens", "24", "--eval_every", "3", "--save_every", "2", "--prompts", "6", "--lr", "0.01"]
 
 
 def quietly(flags: list[str], log: str) -> None:
