@@ -221,6 +221,16 @@ def test_a_check_is_decided_whichever_judge_is_used():
     assert [v.score for v in long.verdicts] == [0, 0, 0, 0]
 
 
+def test_a_check_knows_the_question():
+    criterion = Criterion("Copies little of the question.", 1, check="copied <= 0.5")
+    question = "Which metal conducts electric current best in household cables?"
+    example = Example("a", [{"role": "user", "content": question}], [criterion])
+    copied = Rollout(question)
+    own = Rollout("Silver leads the list, though copper costs far less.")
+    method_of(LexicalJudge()).score([Group(example, [copied, own])])
+    assert [copied.reward, own.reward] == [0.0, 1.0]
+
+
 def test_judged_by_other_criteria_than_the_examples_own():
     groups = [
         Group(cold(), [Rollout("Rest helps a cold."), Rollout("No.")]),
