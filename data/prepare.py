@@ -822,7 +822,7 @@ def line_of(example: Example) -> bytes:
     """The example as one line in our format; what says nothing is left out."""
     row = {"id": example.id}
     # A single question is easier to read as such than as a list of one message.
-    if len(example.prompt) == 1 and example.prompt[0]["role"] == "user":
+    if len(example.prompt) == 1:
         row["question"] = example.question
     else:
         row["prompt"] = example.prompt

@@ -423,6 +423,16 @@ def test_gpqa_as_csv(tmp_path, convert):
     )
 
 
+def test_a_csv_with_a_long_cell(tmp_path):
+    question = "Why? " * 50_000
+    with open(tmp_path / "a.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(GPQA))
+        writer.writeheader()
+        writer.writerow(GPQA | {"Question": question})
+    prepare.prepare(str(tmp_path / "a.csv"), str(tmp_path / "out.jsonl"))
+    assert rar.read_examples(tmp_path / "out.jsonl")[0].question.startswith(question.strip())
+
+
 def test_real_multiple_choice_rows(shared, tmp_path):
     report = prepare.prepare(str(shared("medqa_100.jsonl")), str(tmp_path / "out.jsonl"))
     examples = rar.read_examples(tmp_path / "out.jsonl")
@@ -539,6 +549,11 @@ def test_a_rule_without_a_counterpart_is_named_and_its_row_skipped(
     assert len(convert(rule_row(checker, parameters), *others, max_bad=0.25)) == 3
 
 
+def test_a_rule_without_the_name_of_its_checker_is_no_statement(convert):
+    with pytest.raises(rar.DataError, match="rule 'Use no commas.' is not known"):
+        convert(rule_row("Use no commas."))
+
+
 def test_a_checker_is_never_judged_as_a_statement(convert):
     # RubricHub's own column lacks the tags that say who verifies.
     bare = HUB | {"Rubrics": [{"criterion": "change_case:english_capital", "points": 10}]}
@@ -643,6 +658,22 @@ def test_tags_as_an_object(convert):
         OWN | {"rubric": [{"text": "Says so.", "weight": 1, "tags": {"axis": "accuracy"}}]}
     )
     assert (e.rubric[0].axis, e.rubric[0].tags) == ("accuracy", ["axis:accuracy"])
+
+
+@pytest.mark.parametrize("nothing", [float("nan"), True, ["x"], {"a": 1}, " "])
+def test_what_is_no_id_is_none(convert, nothing):
+    assert [e.id for e in convert(HUB | {"id": nothing})] == ["a.jsonl:1"]
+    assert convert(MEDQA | {"id": nothing}) == convert(MEDQA)
+
+
+@pytest.mark.parametrize("name", [0, 7, 2.5])
+def test_numbers_are_ids(convert, name):
+    assert [e.id for e in convert(HUB | {"id": name})] == [str(name)]
+
+
+def test_the_arguments_of_a_checker_are_no_reference(convert):
+    model = VERL["reward_model"] | {"ground_truth": {"words": 3}}
+    assert convert(VERL | {"reward_model": model})[0].reference == ""
 
 
 def test_a_rubric_with_options_is_a_rubric(convert):
@@ -798,6 +829,18 @@ def test_pitfalls_that_are_bad_when_met(text):
     assert pitfall(text, -2) == -2
 
 
+def test_misspelt_and_missing_categories():
+    def category(text, weight):
+        return prepare.released_item({"description": text, "weight": weight})["category"]
+
+    # The word wins over the weight, except where the weight is negative.
+    assert category("Esssential Criteria: Names (A).", 3) == "Essential"
+    assert category("Importnat Criteria: Names (A).", 1) == "Important"
+    assert category("Option Criteria: Names (A).", 3) == "Optional"
+    assert category("Optional Criteria: Recommends opioids.", -1) == "Pitfall"
+    assert category("Universal Criteria: Names (A).", 5) == "Essential"
+
+
 def test_a_good_answer_keeps_the_weight_of_a_released_pitfall(convert):
     """The three wordings that cost a good answer their weight."""
     for text in (
@@ -825,6 +868,13 @@ def test_what_stays_undecided_is_counted_and_said(tmp_path, capsys):
     write(tmp_path / "a.jsonl", RELEASED | {"rubric": RELEASED["rubric"] + items})
     assert prepare.main([str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out.jsonl")]) == 0
     assert "2 pitfalls can be meant either way" in capsys.readouterr().err
+
+
+def test_nothing_is_undecided_where_the_sign_was_published(tmp_path):
+    item = {"text": "Does not suggest delaying fluids.", "weight": -1, "category": "Pitfall"}
+    write(tmp_path / "a.jsonl", OWN | {"rubric": [*OWN["rubric"], item]})
+    report = prepare.prepare(str(tmp_path / "a.jsonl"), str(tmp_path / "out.jsonl"))
+    assert (report.written, report.undecided_pitfalls) == (1, 0)
 
 
 def test_a_positive_pitfall_is_read_only_where_it_forbids_its_fault(convert):
@@ -855,6 +905,7 @@ def test_files_of_every_kind(tmp_path):
     with gzip.open(folder / "three.jsonl.gz", "wt") as file:
         file.write(json.dumps(HEALTHBENCH) + "\n")
     (folder / "notes.txt").write_text("not a row")
+    (folder / "more.jsonl").mkdir()
     assert names_in(tmp_path, folder) == ["own", "hb-1", "two.json:1", "two.json:2"]
     for name, n in (("one.jsonl", 1), ("two.json", 2), ("three.jsonl.gz", 1)):
         assert len(names_in(tmp_path, folder / name)) == n
@@ -1066,6 +1117,13 @@ def test_too_many_bad_rows_are_an_error_before_anything_is_written(tmp_path, cap
     assert len(rar.read_examples(out)) == 1000
 
 
+def test_no_file_without_rows(tmp_path):
+    source = bad_and_good(tmp_path / "a.jsonl", 3, 0)
+    with pytest.raises(rar.DataError, match="3 of 3 rows cannot be used"):
+        prepare.prepare(source, str(tmp_path / "out.jsonl"), max_bad=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
 def test_no_file_of_somebody_else_is_touched(tmp_path, capsys):
     source = write(tmp_path / "a.jsonl", OWN)
     notes = tmp_path / "notes.md"
@@ -1108,6 +1166,7 @@ def test_what_is_not_there(tmp_path, capsys):
         (tmp_path / "none.jsonl", "no such file"),
         (tmp_path / "empty", "no file in this folder"),
         ("x", "no such file"),
+        ("someone/none.jsonl", "no such file"),
     ):
         assert prepare.main([str(source), "--out", str(tmp_path / "out.jsonl")]) == 2
         printed = capsys.readouterr().err
