@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -473,3 +474,102 @@ def test_calls_of_the_judge_are_announced(tmp_path, capsys):
         train.announce(SimpleNamespace(config=config, examples=[COLD], heldout=[]), tmp_path)
         words = f"up to {calls} calls per step for the rollouts, {10 * calls} in all"
         assert words in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------- judges, templates, thoughts
+
+
+def test_a_second_judge_grades_what_the_first_one_pays_for(tiny, few, tmp_path, capsys):
+    """Both scores, their difference, and in samples.jsonl the verdicts of the judge that pays."""
+    with JudgeServer() as server:
+        flags = ["--eval_judge", server.url, "--eval_judge_model", "m"]
+        assert run(tiny, few, tmp_path / "run", *flags) == 0
+        assert server.bodies
+    assert run(tiny, few, tmp_path / "plain") == 0
+    rows = lines(tmp_path / "run" / "metrics.jsonl")
+    plain = lines(tmp_path / "plain" / "metrics.jsonl")
+    for row, other in zip(rows, plain, strict=True):
+        assert {key: row[key] for key in other} == other  # it changes nothing about the training
+        if "eval_score" in row:
+            gap = row["eval_score"] - row["eval_other_score"]
+            assert row["eval_judge_gap"] == pytest.approx(gap, abs=2e-6) and gap
+            assert len(row["eval_other_ci"]) == 2 and row["eval_other_n"] == 2
+    assert lines(tmp_path / "run" / "samples.jsonl") == lines(tmp_path / "plain" / "samples.jsonl")
+    printed = capsys.readouterr().out
+    assert "the judge that does not: " in printed and "the payer is the examiner" in printed
+
+
+def test_a_second_judge_may_move_but_not_go(tiny, few, tmp_path, capsys):
+    with JudgeServer() as server:
+        flags = ["--eval_judge", server.url, "--eval_judge_model", "m"]
+        assert run(tiny, few, tmp_path / "run", *flags) == 0
+    with JudgeServer() as server:
+        moved = ["--resume", str(tmp_path / "run"), "--steps", "4", "--eval_judge"]
+        assert train.main([*moved, server.url]) == 0
+    capsys.readouterr()
+    assert train.main([*moved, "offline"]) == 2
+    assert "would mix two experiments: --eval_judge offline" in capsys.readouterr().err
+
+
+def test_several_urls_are_a_panel(tiny, few, tmp_path):
+    with JudgeServer() as server:
+        flags = ["--judge", f"{server.url},offline", "--judge_model", "m", "--steps", "1"]
+        assert run(tiny, few, tmp_path / "run", *flags) == 0
+        assert server.bodies
+    row = lines(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert 0 < row["judge_disagreement"] < 1
+    scores = set()
+    for sample in lines(tmp_path / "run" / "samples.jsonl"):
+        scores |= {verdict["score"] for verdict in sample["verdicts"]}
+    assert 0.5 in scores  # the mean of a yes and a no
+    assert train.split_urls("http://a/v1,https://me:x,y@b/v1,offline") == ["http://a/v1", "https://me:x,y@b/v1", "offline"]
+
+
+def test_limits_reach_the_judge(tmp_path):
+    config = train.Config(judge="http://h/v1", judge_model="m", judge_rpm=30.0, judge_tpm=9.0, out=str(tmp_path / "run"))
+    limiter = train.make_judge(config).limiter
+    assert (limiter.seconds_per_request, limiter.seconds_per_token) == (60 / 30, 60 / 9)
+
+
+def with_template(tiny, folder, template):
+    """The tiny model with another chat template."""
+    shutil.copytree(tiny, folder)
+    (folder / "chat_template.jinja").write_text(template, encoding="utf8")
+    return folder
+
+
+TURNS = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+
+
+def test_arguments_reach_the_chat_template(tiny, few, tmp_path):
+    template = TURNS + "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% else %}<think>{% endif %}"
+    model = with_template(tiny, tmp_path / "model", template)
+    policy = train.Policy(str(model), template_kwargs={"enable_thinking": False})
+    assert policy.tokenizer.decode(policy.encode(COLD)).endswith("<think></think>")
+    [group] = policy.rollouts([COLD], 2, 4, 0.7)
+    assert all(rollout.text and not rollout.thoughts for rollout in group.rollouts)
+
+    flags = ["--template_kwargs", '{"enable_thinking": false}']
+    assert run(model, few, tmp_path / "run", *flags) == 0
+    assert lines(tmp_path / "run" / "metrics.jsonl")[-1]["thought_characters"] == 0
+
+
+def test_thoughts_that_are_never_closed_are_no_answer(tiny, few, tmp_path):
+    """The judge is shown nothing, the loss sees all tokens, and samples.jsonl says why."""
+    model = with_template(tiny, tmp_path / "model", TURNS + "<think>")
+    assert run(model, few, tmp_path / "run") == 0
+    row = lines(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert row["unanswered"] == 1 and row["answer_characters"] == 0 and row["thought_characters"] > 0
+    assert row["completion_tokens"] > 0 and row["reward"] <= 0
+    sample = lines(tmp_path / "run" / "samples.jsonl")[-1]
+    assert sample["text"] == "" and sample["thoughts"] and sample["thoughts_closed"] is False
+
+
+def test_a_prompt_that_the_template_refuses_is_one_line(tiny, few, tmp_path, capsys):
+    template = "{% if 'cold' in messages[-1]['content'] | string %}{{ raise_exception('no colds here') }}{% endif %}" + TURNS
+    model = with_template(tiny, tmp_path / "model", template)
+    path = write_rows(tmp_path / "rows.jsonl", [{**GOOD, "id": "first"}, {**GOOD, "id": "second"}])
+    assert run(model, few, tmp_path / "run", "--data", path) == 2
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert "prompt 'first'" in error and "no colds here" in error and str(model) in error
+    assert not (tmp_path / "run").exists()
