@@ -1009,6 +1009,9 @@ def check_share(source: str, report: Report, max_bad: float) -> None:
         reason, count = report.reasons.most_common(1)[0]
         bad = f"{report.skipped} of {report.read} rows cannot be used"
         advice = "mend the rows, or allow more with --max_bad"
+        # Not a row: hardly a matter of single rows.
+        if not report.written:
+            advice = "data/prepare.py lists the formats it reads at its top"
         raise DataError(f"{source}: {bad}, {count} because: {reason}; {advice}")
 
 
