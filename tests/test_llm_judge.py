@@ -227,7 +227,7 @@ def test_a_fault_that_never_ends_is_a_missing_verdict_of_its_kind(fault, k):
     """Whatever the shape of the reply: no crash, no hang, no verdict out of thin air."""
     with JudgeServer(always=fault, slow=5) as server:
         asked = questions(2)
-        asking = client(server, k=k, patience=0.6, timeout=(1, 0.3), max_missing=1.0)
+        asking = client(server, k=k, patience=0.3, timeout=(1, 0.2), max_missing=1.0)
         started = time.monotonic()
         verdicts = asking.ask(asked)
         assert time.monotonic() - started < 5
@@ -961,30 +961,53 @@ def test_no_answer_holds_the_interpreter():
     for piece in pieces:
         text = piece * (50_000 // len(piece))
         for asked in (questions(1), questions(3)):
-            # The fastest of three: others use this machine as well.
-            times = []
-            for _ in range(3):
-                started = time.perf_counter()
-                verdicts = read_answer(text, asked)
-                times.append(time.perf_counter() - started)
-            assert min(times) < 0.05, piece
+            # Time of this thread alone: others use the machine as well.
+            started = time.thread_time()
+            verdicts = read_answer(text, asked)
+            assert time.thread_time() - started < 0.05, piece
             assert [verdict.score for verdict in verdicts] == [None] * len(asked)
 
 
+PARTS = ['{"met": ', "<think>", "</think>", "{", "}", '"', "\\", "\n", "```", ",", "null", "é", "[", "]"]
+
+
+def fuzz(rng, text):
+    """The text after some random cuts, insertions and repetitions."""
+    for _ in range(rng.randint(1, 4)):
+        place = rng.randint(0, len(text))
+        kind = rng.random()
+        if kind < 0.45:
+            text = text[:place] + rng.choice(PARTS) + text[place:]
+        elif kind < 0.9:
+            text = text[:place] + text[place + rng.randint(1, 5) :]
+        else:
+            text = text[:place] * rng.randint(1, 300) + text[place:]
+    return text
+
+
+def check_fuzzed(count, seed):
+    """No crash, no verdict that the answer does not hold, no answer that takes long to read."""
+    rng = random.Random(seed)
+    one = [Question("c", "r", "s")]
+    two = [Question("c", "r", "s"), Question("c", "r", "t")]
+    named = [{"name": "S1", "met": False}, {"name": "S2", "met": False}]
+    for _ in range(count):
+        for asked, value in ((one, {"met": False}), (two, {"verdicts": named})):
+            text = fuzz(rng, json.dumps({"reason": "it says so"} | value))
+            started = time.thread_time()
+            verdicts = read_answer(text, asked)
+            assert time.thread_time() - started < 0.05, text
+            for verdict in verdicts:
+                assert verdict.score in (0.0, None), text
+
+
 def test_fuzzed_answers_give_the_right_verdict_or_none():
-    """Random cuts, insertions and repetitions of a right answer."""
-    rng = random.Random(0)
-    ask = [Question("c", "r", "s")]
-    parts = ['{"met": ', "<think>", "</think>", "{", "}", '"', "\\", "\n", "```", ",", "null", "é", "[", "]"]
-    for _ in range(2_000):
-        text = json.dumps({"reason": "it says so", "met": False})
-        for _ in range(rng.randint(1, 4)):
-            place = rng.randint(0, len(text))
-            if rng.random() < 0.5:
-                text = text[:place] + rng.choice(parts) + text[place:]
-            else:
-                text = text[:place] + text[place + rng.randint(1, 5) :]
-        assert read_answer(text, ask)[0].score in (0.0, None), text
+    check_fuzzed(1_000, seed=0)
+
+
+@pytest.mark.long
+def test_twenty_thousand_fuzzed_answers_give_the_right_verdict_or_none():
+    check_fuzzed(10_000, seed=1)
 
 
 def test_a_missing_item_is_asked_again_and_the_rest_kept():
