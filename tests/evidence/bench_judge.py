@@ -1,8 +1,9 @@
-"""How close the judge client comes to the ideal, and what a failing server costs it. One JSON line a figure.
+"""How close the judge client comes to the ideal, and what a failing server costs it.
 
-    python tests/bench_judge.py          # 4,096 questions, 64 workers, a server process that takes 50 ms each
+    python tests/evidence/bench_judge.py     # 4,096 questions, 64 workers, 50 ms per answer
 
-The server is a process of its own on this machine. ideal = questions / workers * 50 ms. Memory is the growth of this
+Prints one JSON line per measurement. The server is a process of its own on this machine, the
+cache a new SQLite file. ideal = questions / workers * 50 ms. Memory is the growth of this
 process's peak, questions and verdicts included.
 """
 
@@ -10,48 +11,107 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from judge_server import truth  # noqa: E402
+from judge_server import truth
 
-from judge import LLMJudge, Question, material  # noqa: E402
+from judge import LLMJudge, Question, render_conversation
 
-COUNT, WORKERS, DELAY = 4096, 64, 0.05
+COUNT = 4096
+WORKERS = 64
+DELAY = 0.05
+
+
+def start_server(faults: float) -> tuple[subprocess.Popen, str]:
+    """A server process with this share of failing requests, and its URL."""
+    command = [sys.executable, str(ROOT / "tests" / "judge_server.py"), "--delay", str(DELAY)]
+    command += ["--faults", str(faults), "--slow", "1.5"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return server, server.stdout.readline().strip()
+
+
+def make_questions() -> list[Question]:
+    """Eight statements about each of many responses of two thousand characters."""
+    messages = [{"role": "user", "content": "What helps against a cold? " * 10}]
+    conversation = render_conversation(messages)
+    questions = []
+    for i in range(COUNT):
+        response = f"Response {i // 8}. " * 60
+        questions.append(Question(conversation, response, f"Statement number {i}."))
+    return questions
+
+
+def peak_memory() -> float:
+    """The largest memory of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def measure(faults: float) -> dict:
-    """One batch through a fresh server with this share of failing requests."""
-    command = [sys.executable, Path(__file__).with_name("judge_server.py"), "--delay", str(DELAY), "--faults", str(faults), "--slow", "1.5"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    """One batch through a fresh server, with a cold cache."""
+    server, url = start_server(faults)
     try:
-        url = server.stdout.readline().strip()
-        LLMJudge(url, "warm-up", workers=4, max_missing=1).ask([Question("c", f"{i}") for i in range(8)])
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        talk = [{"role": "user", "content": "What helps against a cold? " * 10}]
-        contexts = [material(talk, f"Response {i}. " * 60) for i in range(COUNT // 8)]
-        asked = [Question(contexts[i // 8], f"Statement number {i}.") for i in range(COUNT)]
-        judge = LLMJudge(url, "model", workers=WORKERS, timeout=(2, 0.5), patience=60, max_missing=1)
-        started = time.perf_counter()
-        verdicts = judge.ask(asked)
-        seconds = time.perf_counter() - started
+        warm = LLMJudge(url, "warm-up", workers=4, max_missing=1)
+        warm.ask([Question("c", "r", f"{i}") for i in range(8)])
+        before = peak_memory()
+        questions = make_questions()
+        with tempfile.TemporaryDirectory() as folder:
+            judge = LLMJudge(
+                url,
+                "model",
+                workers=WORKERS,
+                timeout=(2, 0.5),
+                patience=60,
+                max_missing=1,
+                cache_path=f"{folder}/cache.sqlite",
+            )
+            judge.probe()
+            started = time.perf_counter()
+            verdicts = judge.ask(questions)
+            seconds = time.perf_counter() - started
+            stats = judge.take_stats()
     finally:
         server.kill()
-    wrong = sum(v.score is not None and v.score != float(truth(q.statement)) for q, v in zip(asked, verdicts))
+
+    wrong = 0
+    missing = 0
+    for question, verdict in zip(questions, verdicts):
+        if verdict.score is None:
+            missing += 1
+        elif verdict.score != float(truth(question.statement)):
+            wrong += 1
     ideal = COUNT / WORKERS * DELAY
+    kinds = {name: n for name, n in stats.items() if name.startswith("judge_missing_")}
     return {
-        "questions": COUNT, "workers": WORKERS, "faults": faults, "seconds": round(seconds, 2), "ideal": ideal, "ratio": round(seconds / ideal, 3),
-        "wrong": wrong, "missing": sum(v.score is None for v in verdicts), "retries": judge.stats["retries"],
-        "p50_ms": round(1000 * sorted(judge.latency)[len(judge.latency) // 2], 1),
-        "memory_mb": round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, 1),
-    }  # fmt: skip
+        "questions": COUNT,
+        "workers": WORKERS,
+        "faults": faults,
+        "seconds": round(seconds, 2),
+        "ideal": ideal,
+        "ratio": round(seconds / ideal, 3),
+        "wrong": wrong,
+        "missing": missing,
+        "retries": stats["judge_retries"],
+        "p50_ms": round(1000 * stats["judge_p50_seconds"], 1),
+        "memory_mb": round(peak_memory() - before, 1),
+    } | kinds
+
+
+def main() -> None:
+    """Three faultless batches, then one with 30 % faults of all kinds."""
+    seconds = []
+    for _ in range(3):
+        row = measure(0.0)
+        seconds.append(row["seconds"])
+        print(json.dumps(row), flush=True)
+    faulty = measure(0.3)
+    times = round(faulty["seconds"] / min(seconds), 2)
+    print(json.dumps(faulty | {"times_the_faultless_run": times}))
 
 
 if __name__ == "__main__":
-    clean = [measure(0.0) for _ in range(3)]
-    for row in clean:
-        print(json.dumps(row), flush=True)
-    faulty = measure(0.3)
-    print(json.dumps(faulty | {"times_the_faultless_run": round(faulty["seconds"] / min(r["seconds"] for r in clean), 2)}))
+    main()
