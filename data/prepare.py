@@ -989,7 +989,7 @@ def prepare(
     # Written beside the target and renamed at the end: a run that fails leaves nothing half done.
     report = Report()
     try:
-        with open(aside, "xb") as file:
+        with open(aside, "wb") as file:
             write_rows(source, file, report, show_progress)
         check_share(source, report, max_bad)
         os.replace(aside, target)

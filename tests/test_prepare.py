@@ -5,12 +5,14 @@ import csv
 import gzip
 import json
 import random
+import subprocess
 import sys
 import time
 import tracemalloc
 import types
 
 import pytest
+from conftest import ROOT
 
 import judge
 import rar
@@ -1115,6 +1117,40 @@ def test_too_many_bad_rows_are_an_error_before_anything_is_written(tmp_path, cap
     ) == ["a.jsonl", "out.jsonl"]
     assert prepare.main([source, "--out", str(out), "--force", "--max_bad", "0.03"]) == 0
     assert len(rar.read_examples(out)) == 1000
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    """The largest size of a file is set below what the rows need; the process is a real one."""
+    source = bad_and_good(tmp_path / "a.jsonl", 0, 1000)
+    code = (
+        "import resource, sys; sys.path.insert(0, sys.argv[1]); from data import prepare; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+        "sys.exit(prepare.main(sys.argv[2:]))"
+    )
+    arguments = [
+        sys.executable,
+        "-c",
+        code,
+        str(ROOT),
+        source,
+        "--out",
+        str(tmp_path / "o.jsonl"),
+    ]
+    result = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert result.returncode == 2 and result.stderr.startswith("prepare.py: ")
+    assert result.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_deep_nests_and_long_numbers(convert):
+    nest = "x"
+    for _ in range(500):
+        nest = [nest]
+    row = OWN | {"rubric": [OWN["rubric"][0] | {"tags": nest}]}
+    assert convert(row)[0].rubric[0].tags == ["x"]
+    for line in (b"[" * 100_000, b'{"id": ' + b"9" * 5000 + b"}"):
+        with pytest.raises(rar.DataError, match="f:1: not a line of JSON"):
+            prepare.convert_row(line, prepare.Place("f", "f", 1))
 
 
 def test_no_file_without_rows(tmp_path):
