@@ -126,6 +126,7 @@ class JudgeServer:
         port=0,
         always="",
         models=(),
+        tls=None,
     ):
         self.delay = delay
         self.faults = faults
@@ -137,6 +138,7 @@ class JudgeServer:
         self.port = port
         self.always = always
         self.models = list(models)
+        self.tls = tls
         self.rng = random.Random(seed)
         self.bodies = []
         self.probes = []
@@ -345,7 +347,8 @@ class JudgeServer:
         self.thread = threading.Thread(target=self.work, args=(ready,), daemon=True)
         self.thread.start()
         ready.wait()
-        self.url = f"http://127.0.0.1:{self.port}/v1"
+        scheme = "https" if self.tls else "http"
+        self.url = f"{scheme}://127.0.0.1:{self.port}/v1"
         return self
 
     def work(self, ready):
@@ -353,7 +356,7 @@ class JudgeServer:
         self.loop = asyncio.new_event_loop()
         asyncio.set_event_loop(self.loop)
         starting = asyncio.start_server(
-            self.serve, "127.0.0.1", self.port, limit=2**24, backlog=512
+            self.serve, "127.0.0.1", self.port, limit=2**24, backlog=512, ssl=self.tls
         )
         server = self.loop.run_until_complete(starting)
         self.port = server.sockets[0].getsockname()[1]

@@ -7,6 +7,8 @@ import math
 import os
 import random
 import re
+import shutil
+import ssl
 import subprocess
 import sys
 import threading
@@ -424,6 +426,54 @@ def test_an_answer_meant_for_another_question_is_never_read():
         asked = questions(60)
         verdicts = client(server, workers=2).ask(asked)
         assert right(asked, verdicts) == (True, 0)
+
+
+def test_a_proxy_of_the_environment_is_used(monkeypatch):
+    """It gets the whole URL and its own login, and never the judge's credentials in its line."""
+    with JudgeServer() as proxy:
+        monkeypatch.setenv("HTTP_PROXY", f"http://me:pass@127.0.0.1:{proxy.port}")
+        monkeypatch.delenv("http_proxy", raising=False)
+        monkeypatch.setenv("NO_PROXY", "localhost")
+        behind = LLMJudge("http://judge.invalid/v1", "model", patience=5)
+        assert right(questions(3), behind.ask(questions(3))) == (True, 0)
+        head = proxy.headers[-1]
+        assert head.startswith("POST http://judge.invalid:80/v1/chat/completions HTTP/1.1")
+        assert base64.b64encode(b"me:pass").decode() in head
+
+    with JudgeServer() as server:
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        assert right(questions(3), client(server).ask(questions(3))) == (True, 0)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """A self-signed certificate for 127.0.0.1: (certificate, key)."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl makes the certificate")
+    folder = tmp_path_factory.mktemp("tls")
+    key = folder / "key.pem"
+    made = folder / "certificate.pem"
+    command = (
+        f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -keyout {key} -out {made} "
+        "-subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1"
+    )
+    subprocess.run(command.split(), check=True, capture_output=True)
+    return made, key
+
+
+def test_https_is_checked_by_its_certificate(monkeypatch, certificate):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    with JudgeServer(tls=context) as server:
+        stranger = client(server, patience=0.5)
+        with pytest.raises(JudgeError, match="CERTIFICATE_VERIFY_FAILED"):
+            stranger.probe()
+        assert not server.probes
+
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate[0]))
+        asked = questions(40)
+        assert right(asked, client(server, workers=8).ask(asked)) == (True, 0)
+        assert server.connections <= 20
 
 
 # ------------------------------------------------------------------ what the server can do
