@@ -67,7 +67,7 @@ class Question:
     is_fault: the statement names a fault. The offline judge then wants a closer match; a language
     model is not told, so that it judges what is true and not what is good.
     prompt: a whole prompt of the caller's own (a rating, a grade); asked in a call of its own.
-    key, scale: where the value stands in the answer's JSON, and the range mapped to [0, 1].
+    key, scale: where the value is in the answer's JSON, and the range mapped to [0, 1].
     """
 
     conversation: str
@@ -99,8 +99,8 @@ statement that lists examples after 'such as' or 'for example' does not need all
 statement with several parts is true only if all parts are. Judge whether the statement is \
 literally true of the response, not whether that is good."""
 
-# The material stands first in both, so that a server's prefix cache serves all questions about
-# one response. The reason stands before the verdict, so that the verdict follows from it.
+# The material comes first in both, so that a server's prefix cache serves all questions about
+# one response. The reason comes before the verdict, so that the verdict follows from it.
 ONE = """{material}
 
 Statement: {statement}
@@ -344,7 +344,7 @@ def find_objects(text: str, key: str | None) -> list[tuple[int, int, dict]]:
 
 
 def objects(text: str, key: str | None = None) -> list[dict]:
-    """The JSON objects in a model's answer, in order, wherever they stand: in prose, in fences.
+    """The JSON objects in a model's answer, in order, wherever they are: in prose, in fences.
 
     key: only those that hold it, also inside of others. Objects within <think> do not count, and
     none counts when the key occurs again after the last one: what was meant is then open.
@@ -368,14 +368,14 @@ def objects(text: str, key: str | None = None) -> list[dict]:
     if key is not None and text.rfind(f'"{key}"') > spans[-1][1]:
         return []
 
-    found = []
+    values = []
     for start, end, value in spans:
         # Only tags outside of the object enclose it: a reason may quote a response that thinks.
         is_opened = text.rfind("<think>", 0, start) > text.rfind("</think>", 0, start)
         is_closed_later = text.find("</think>", end) >= 0
         if not is_opened and not is_closed_later:
-            found.append(value)
-    return found
+            values.append(value)
+    return values
 
 
 def to_score(value: object, scale: tuple[float, float]) -> float | None:
@@ -402,8 +402,8 @@ def to_score(value: object, scale: tuple[float, float]) -> float | None:
 def named_items(text: str) -> dict[str, dict]:
     """The entries of the last list of "verdicts" in a text, by name."""
     # Of several lists the last counts, as of several objects.
-    found = objects(text, "verdicts")
-    items = found[-1]["verdicts"] if found else []
+    answers = objects(text, "verdicts")
+    items = answers[-1]["verdicts"] if answers else []
     if not isinstance(items, list):
         return {}
     by_name = {}
@@ -423,8 +423,8 @@ def read_answer(text: str, questions: list[Question]) -> list[Verdict]:
     """
     # A single statement has no name to repeat, so a model cannot get it wrong.
     if len(questions) == 1:
-        found = objects(text, questions[0].key)
-        by_name = {"S1": found[-1]} if found else {}
+        answers = objects(text, questions[0].key)
+        by_name = {"S1": answers[-1]} if answers else {}
     else:
         by_name = named_items(text)
 
@@ -983,12 +983,12 @@ class LLMJudge:
     # ---- one call: the cache, the questions, the answers
 
     def ask_together(self, questions: list[Question]) -> list[Verdict]:
-        """The verdicts of one call; what a second answer leaves out is kept from the first."""
+        """The verdicts of one call; what a second answer leaves out is taken from the first."""
         first = questions[0]
         messages = chat(questions)
         key = self.cache_key(messages, self.max_tokens, first.key, first.scale)
 
-        # The cache is asked before the server is even known: a repeated run needs none.
+        # The cache comes before the probe of the server: a repeated run needs no server.
         stored = self.cache.get(key)
         if stored is not None:
             self.count("cache_hits")
@@ -1127,7 +1127,7 @@ class LLMJudge:
         if reply.finish == "length":
             tokens = 4 * body[self.token_field]
             if self.context and reply.prompt_tokens:
-                # The server has counted the prompt, so what is left is known.
+                # The server has counted the prompt, so what is left is no guess.
                 room = max(self.context - reply.prompt_tokens, LEAST_TOKENS)
                 tokens = min(tokens, room)
             body[self.token_field] = tokens
@@ -1144,7 +1144,7 @@ class LLMJudge:
         return body
 
     def fit(self, tokens: int, messages: list[dict]) -> int:
-        """The tokens asked for, within the context where its length is known."""
+        """The tokens asked for, within the context where the server tells its length."""
         if not self.context:
             return tokens
         # Four characters per token in English, fewer elsewhere; where three are too many the
@@ -1307,13 +1307,13 @@ class LLMJudge:
     # ---- what the server can do
 
     def is_ready(self) -> bool:
-        """Whether the server is known; the first worker finds out while the others wait."""
+        """Whether the server was probed; the first worker does it while the others wait."""
         if self.profile:
             return True
 
         # One call is enough, and a wrong setting should fail once, not 64 times.
         with self.probing:
-            # A server that nobody hears costs the batch its patience once, not every question.
+            # A server that is silent costs the batch its patience once, not every question.
             is_patient = time.monotonic() - self.last_reply_at <= self.patience
             if not self.profile and is_patient and not self.stopping.is_set():
                 self.find_out(self.patience)
@@ -1400,14 +1400,14 @@ class LLMJudge:
                     self.context = self.context or token_count(model[key])
 
     def describe_server(self, reply: Reply) -> str:
-        """What was found out, as one line for the log."""
+        """What the probe has shown, as one line for the log."""
         parts = ["structured output" if self.structured else "plain text"]
         parts.append(self.token_field)
         if self.sends_temperature:
             parts.append(f"temperature {self.temperature:g}")
         else:
             parts.append("its own temperature")
-        parts.append(f"context {self.context}" if self.context else "context not told")
+        parts.append(f"context {self.context}" if self.context else "context unknown")
 
         # What looks wrong is said now, while somebody looks at the terminal.
         if reply.finish == "length":
@@ -1660,7 +1660,7 @@ def find_proxy(address: Address) -> Address | None:
 
 
 class Connection:
-    """One kept-open connection. Another thread may `shut` it, which ends a read under way."""
+    """One persistent connection. Another thread may `shut` it, which ends a read under way."""
 
     def __init__(self, address: Address, timeout: tuple[float, float]):
         """timeout: seconds to connect, and seconds for a whole reply."""
@@ -1720,12 +1720,12 @@ class Connection:
             response = self.http.getresponse()
             content = self.read(response)
 
-            found = {}
+            answer_headers = {}
             for name, value in response.getheaders():
-                found[name.lower()] = value
+                answer_headers[name.lower()] = value
             # After any other status bytes may follow that the next request would read as its own.
             keep = response.status == 200 and not response.will_close
-            return response.status, found, content
+            return response.status, answer_headers, content
         except (OSError, http.client.HTTPException, ValueError, AttributeError) as error:
             # AttributeError: the library reads from a socket that `shut` has taken away.
             raise WireError(printable(str(error)) or type(error).__name__) from None
@@ -2029,15 +2029,15 @@ def sentences(text: str) -> list[str]:
     >>> sentences("Rest. Drink 2.5 litres!\\n1. Sleep\\n2. Eat")
     ['Rest.', 'Drink 2.5 litres!', 'Sleep', 'Eat']
     """
-    found = []
+    parts = []
     for line in text.split("\n"):
         # A list number's dot ends no sentence.
         line = LIST_MARK.sub("", line)
         for sentence in SENTENCE_END.split(line):
             sentence = sentence.strip()
             if re.search(r"\w", sentence):
-                found.append(sentence)
-    return found
+                parts.append(sentence)
+    return parts
 
 
 # ------------------------------------------------------------------ checks, decided by counting
@@ -2196,13 +2196,13 @@ def boxed_text(response: str) -> str | None:
     >>> boxed_text(r"\boxed{A} or \boxed{\text{(B)}}"), boxed_text("B")
     ('(B)', None)
     """
-    # One level of braces inside, as in \\text{...}.
-    found = re.findall(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}", response)
-    if not found:
+    # One level of braces inside, as in \text{...}.
+    boxes = re.findall(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}", response)
+    if not boxes:
         return None
 
-    # Dress such as \\text{...} or \\mathrm{...} is no part of the answer.
-    return re.sub(r"\\\w+\s*\{([^}]*)\}", r"\1", found[-1]).strip(" .$")
+    # Dress such as \text{...} or \mathrm{...} is no part of the answer.
+    return re.sub(r"\\\w+\s*\{([^}]*)\}", r"\1", boxes[-1]).strip(" .$")
 
 
 def boxed(response: str, words: tuple[str, ...]) -> bool:
