@@ -321,13 +321,20 @@ def test_our_own_time_for_16384_rollouts_is_under_a_second(adapter):
     infos = [{"id": name} for name in ids]
     method = method_of("points", CountingJudge())
 
+    async def nothing(**_):
+        return 1.0
+
     def by_ourselves():
         groups = {}
-        for example in examples:
-            groups[example.id] = rar.Group(example, [])
-        for name, text in zip(ids, texts):
-            groups[name].rollouts.append(SimpleNamespace(text=text, reward=math.nan))
+        for number, (name, text) in enumerate(zip(ids, texts)):
+            key = number if adapter == "verl" else name
+            if key not in groups:
+                groups[key] = rar.Group(examples[number % len(examples)], [])
+            groups[key].rollouts.append(SimpleNamespace(text=text, reward=math.nan))
         method.score(list(groups.values()))
+        # Python's own time for as many calls at once.
+        if adapter == "verl":
+            asyncio.run(gathered(nothing, texts, infos))
 
     def by_adapter():
         if adapter == "trl":
@@ -337,8 +344,8 @@ def test_our_own_time_for_16384_rollouts_is_under_a_second(adapter):
         else:
             asyncio.run(gathered(as_verl_reward(method, examples), texts, infos))
 
-    scoring = min(seconds(by_ourselves) for _ in range(2))
-    assert seconds(by_adapter) - scoring < 1
+    scoring = min(seconds(by_ourselves) for _ in range(3))
+    assert min(seconds(by_adapter) for _ in range(3)) - scoring < 1
 
 
 # ---------------------------------------------------------------------- verl
@@ -425,6 +432,26 @@ def test_verl_per_sample_a_judge_that_fails_ends_every_call():
     assert isinstance(errors[0], RuntimeError)
     assert all(isinstance(error, DataError) for error in errors[1:])
     assert len(judge.sizes) == 1
+
+
+def test_verl_per_sample_a_call_that_is_taken_back_leaves_nobody_waiting():
+    judge = CountingJudge()
+    compute = as_verl_reward(method_of("points", judge), EXAMPLES)
+    info = {"id": EXAMPLES[0].id}
+
+    async def calls():
+        tasks = []
+        for _ in range(3):
+            tasks.append(asyncio.create_task(compute("rubrics", "Rest.", "", info)))
+        await asyncio.sleep(0)
+        tasks[0].cancel()
+        first = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
+        return first, await compute("rubrics", "Rest.", "", info)
+
+    errors, afterwards = asyncio.run(calls())
+    assert isinstance(errors[0], asyncio.CancelledError)
+    assert all(isinstance(error, DataError) for error in errors[1:])
+    assert afterwards["scored"] == 1.0
 
 
 def verl_batch(tokenizer, ids, texts, extra):

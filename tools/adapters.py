@@ -117,6 +117,7 @@ def content_text(content: object) -> str:
     if isinstance(content, str):
         return content
 
+    # Servers that know images and thoughts give even plain text in parts.
     if isinstance(content, list):
         return "".join(part_text(part) for part in content)
     kind = type(content).__name__
@@ -124,7 +125,7 @@ def content_text(content: object) -> str:
 
 
 def part_text(part: object) -> str:
-    """The text of one part; "" for parts of other kinds (thoughts, images). Raises DataError."""
+    """The text of one part; "" for other kinds (thoughts, images). Raises DataError."""
     if isinstance(part, str):
         return part
     if not isinstance(part, dict):
@@ -132,7 +133,8 @@ def part_text(part: object) -> str:
         raise DataError(f"a part of a completion is a {kind}; give a text or an object")
 
     # A thinking part may have a "text" as well: its type says what it is.
-    if part.get("type", "text") in ("text", "output_text") and isinstance(part.get("text"), str):
+    is_answer = part.get("type", "text") in ("text", "output_text")
+    if is_answer and isinstance(part.get("text"), str):
         return part["text"]
     return ""
 
@@ -209,6 +211,7 @@ class Scorer:
             # A completion that is not there is no silence: nothing is known about it.
             if text is None:
                 continue
+
             # A prompt may stand in the batch twice: its rollouts are compared with each other.
             groups = heldout if name in self.heldout else training
             key = name if self.by_prompt else number
@@ -226,6 +229,7 @@ class Scorer:
     def score(self, groups: list[Group], step: int | None) -> None:
         """Calls the hooks of the method in the order of rar.RubricReward."""
         method = self.method
+
         # Each process would evolve rubrics of its own, by the part of a group that it has.
         if isinstance(method, RLER) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise DataError(
@@ -236,7 +240,8 @@ class Scorer:
             step = self.steps_done
         method.before_step(step, list(self.examples.values()))
 
-        # What the method does not want now stays without a reward.
+        # What the method does not want now stays without a reward: a prompt without a
+        # reference, or without the class that has its turn.
         usable = {}
         for example, _ in groups:
             if method.can_learn_from(example):
@@ -250,6 +255,7 @@ class Scorer:
 
     def evaluate(self, groups: list[Group]) -> None:
         """HealthBench's score by the example's own rubric; no state of the method changes."""
+        # Not the method's questions: an evolving rubric would change what is measured.
         rubrics = [example.rubric for example, _ in groups]
         judge_groups(self.method.judge, groups, rubrics, criterion_questions)
         for example, rollouts in groups:
@@ -279,8 +285,8 @@ def as_trl_reward(method: RubricReward, examples: list[Example], heldout: list[E
         if id is None:
             raise DataError('the data set has no column "id"; make it with tools/adapters.py')
 
-        # A resumed trainer begins where it was, and with several updates per batch the calls are
-        # fewer than the updates. TRL's own count is right in both cases.
+        # A resumed trainer begins where it was, and with several updates per batch the calls
+        # are fewer than the updates. TRL's own count is right in both cases.
         step = None
         if trainer_state is not None:
             step = trainer_state.global_step
@@ -307,6 +313,7 @@ class PromptMeans:
     """Mean reward per prompt: what verl is given for a rollout that could not be scored."""
 
     def __init__(self):
+        # Sums, not lists: a run has as many rewards as rollouts.
         self.total = defaultdict(float)
         self.count = Counter()
 
@@ -322,6 +329,7 @@ class PromptMeans:
                 self.total[name] += reward
                 self.count[name] += 1
 
+        # A prompt of which nothing is known gets 0 throughout: no rollout of it is ahead.
         filled = []
         for name, reward in zip(ids, rewards):
             if not math.isnan(reward):
@@ -343,12 +351,12 @@ def row_id(extra_info: object) -> str:
 
 
 class Call:
-    """A call of verl's reward loop: it waits, is taken to the judge, and then has a result."""
+    """A call of verl's reward loop: a rollout that waits for its result."""
 
     def __init__(self, name: str, text: str | None):
         self.name = name
         self.text = text
-        self.is_taken = False
+        self.is_over = asyncio.Event()
         self.result = None
 
 
@@ -364,11 +372,33 @@ def as_verl_reward(method: RubricReward, examples: list[Example], heldout: list[
             f"{type(method).__name__} needs whole steps, and verl's reward loop hands over one "
             "rollout at a time; use a design of rar.py (explicit, points, ...), or train.py"
         )
+
     # The loop deals a prompt's rollouts out to several workers, so each is a group of its own.
     scorer = Scorer(method, examples, heldout, by_prompt=False)
     means = PromptMeans()
     lock = asyncio.Lock()
     waiting: list[Call] = []
+
+    async def judge_waiting() -> None:
+        """Takes all calls that wait by then to the judge, in one flat batch."""
+        batch = []
+        try:
+            # Calls that are made at the same moment get the chance to join, and then those that
+            # come while the batch before is judged.
+            await asyncio.sleep(0)
+            async with lock:
+                batch = list(waiting)
+                waiting.clear()
+                # In a thread of its own: meanwhile the loop collects the next ones.
+                await asyncio.to_thread(score_calls, scorer, means, batch)
+        finally:
+            # Also when the judge fails, or this call is taken back while it waits for the lock:
+            # the others would wait for ever.
+            if not batch:
+                batch = list(waiting)
+                waiting.clear()
+            for call in batch:
+                call.is_over.set()
 
     async def compute_score(
         data_source: str,
@@ -378,24 +408,20 @@ def as_verl_reward(method: RubricReward, examples: list[Example], heldout: list[
         **_,
     ) -> dict:
         """verl's convention. "scored" is 0 where "score" is only the prompt's mean."""
-        call = Call(row_id(extra_info), answer_text(solution_str))
         # A wrong id is the error of this row, not of all that are judged with it.
+        call = Call(row_id(extra_info), answer_text(solution_str))
         scorer.example(call.name)
+
+        # One by one, each would wait for the verdicts on the one before. So the first call of a
+        # batch takes the others along.
+        is_first = len(waiting) == 0
         waiting.append(call)
+        if is_first:
+            await judge_waiting()
+        else:
+            await call.is_over.wait()
 
-        # Calls that are made at the same moment get the chance to wait together.
-        await asyncio.sleep(0)
-
-        # The call that gets the lock takes all that wait by then to the judge, in one flat
-        # batch. One by one, each would wait for the verdicts on the one before.
-        async with lock:
-            if not call.is_taken:
-                batch = list(waiting)
-                waiting.clear()
-                # In a thread of its own: meanwhile the loop collects the next ones.
-                await asyncio.to_thread(score_calls, scorer, means, batch)
-
-        # The call that took this one along has raised what went wrong, and verl ends with that.
+        # The first call has raised what went wrong, and verl ends with that.
         if call.result is None:
             raise DataError("not scored: the batch that this rollout was judged in has failed")
         return call.result
@@ -405,11 +431,9 @@ def as_verl_reward(method: RubricReward, examples: list[Example], heldout: list[
 
 def score_calls(scorer: Scorer, means: PromptMeans, batch: list[Call]) -> None:
     """Sets the result of every call of the batch."""
-    # Marked first: if the judge fails, the others should not ask it once more each.
     ids = []
     texts = []
     for call in batch:
-        call.is_taken = True
         ids.append(call.name)
         texts.append(call.text)
 
@@ -475,6 +499,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, help="the JSONL file to write")
     args = parser.parse_args(argv)
     try:
+        # Read first: a file with an error in it should leave nothing behind.
         examples = read_examples(args.data)
 
         # "x" never writes over a file that is there: it may be somebody's data.
