@@ -11,7 +11,7 @@ import grpo
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "evidence"))
 
-import families  # noqa: E402
+import families
 
 COMMON = [
     "llama",
@@ -53,7 +53,8 @@ def test_common_families_are_exact(model_type):
 def test_what_cannot_be_exact_is_refused_in_one_line(model_type):
     """Positions by place in a row, and layers with a state, do not fit packed rows."""
     model = families.build(model_type)
-    with pytest.raises(ValueError, match=f"^{model_type} models cannot be trained here: .") as error:
+    line = f"^{model_type} models cannot be trained here: ."
+    with pytest.raises(ValueError, match=line) as error:
         grpo.check_policy(model, families.Tokenizer())
     assert "\n" not in str(error.value)
 
@@ -176,7 +177,8 @@ def text_of(tokenizer, messages, **more):
 
 def test_ids_are_those_of_the_template(tokenizer):
     for messages in ([USER], [SYSTEM, USER], [USER, ANSWER, USER]):
-        want = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        options = {"add_generation_prompt": True, "return_dict": False}
+        want = tokenizer.apply_chat_template(messages, **options)
         assert grpo.encode(tokenizer, messages) == list(want)
 
 

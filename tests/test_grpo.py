@@ -1,4 +1,4 @@
-"""GRPO by closed form, by invariance, by gradient direction, and against a slow, obvious re-implementation."""
+"""GRPO by closed form, by invariance, by gradient direction, and against a slow reading."""
 
 import itertools
 import math
@@ -29,7 +29,7 @@ MANY = {
 
 
 def settings(**changes):
-    """The settings that `update` reads: the paper's, on-policy and without KL, but for `changes`."""
+    """What `update` reads: the paper's settings, on-policy and without KL, but for `changes`."""
     defaults = {
         "loss": "grpo",
         "temperature": 1.0,
@@ -75,7 +75,7 @@ def flat(groups):
 
 
 def random_groups(prompts=3, size=4, longest=12, seed=0):
-    """Groups with random tokens, lengths and rewards, advantages set; every prompt has another length."""
+    """Groups with random tokens, lengths and rewards, their advantages set."""
     rng = random.Random(seed)
     groups = []
     for p in range(prompts):
@@ -162,7 +162,7 @@ def test_the_fused_log_prob_and_its_gradient(monkeypatch):
 
 
 def test_completions_that_end_in_the_pad_token_count_it(tiny_model):
-    """pad = eos in many models: what counts comes from lengths, so the end token stays in the loss and in attention."""
+    """pad = eos in many models: what counts comes from lengths, so the end token stays."""
     logp, _ = completion_logprobs(tiny_model, [group_of([5, 6], [7, 1], [7, 8, 9, 1])], 1.0)
     assert len(logp) == 6
     assert torch.allclose(
@@ -207,7 +207,7 @@ def test_sampler_and_trainer_agree_on_every_log_prob(tiny_model, temperature):
 
 
 def test_rows_that_end_with_their_first_token_are_dropped_before_the_next(tiny_model):
-    """Finished rows leave the cache right after it was spread over the group, before it has grown."""
+    """Finished rows leave the cache right after it was spread over the group."""
     ends = set(range(130))  # about half of a random model's first tokens
     groups = sample(tiny_model, PROMPTS, 12, 20, 1.0, ends, seed=0)
     lengths = [len(r.ids) for r in flat(groups)]
@@ -320,7 +320,7 @@ def slow_advantages(rewards, kind):
 
 
 def slow_step(model, rollouts, s, old, reference):
-    """The equations read aloud: one rollout at a time, one token at a time. Returns the loss of one optimiser step."""
+    """The equations read aloud, token by token. Returns the loss of one optimiser step."""
     total = 0.0
     counted = [r for r in rollouts if not (s.mask_truncated and r.finish == "length")]
     for r in counted:
@@ -376,7 +376,7 @@ OPTIONS = [
 
 @pytest.fixture
 def exact_norms(monkeypatch):
-    """transformers computes RMSNorm in float32 even in a float64 model, an error of 1e-8 that would hide ours."""
+    """RMSNorm in float64: transformers takes float32, an error of 1e-8 that would hide ours."""
 
     def forward(self, hidden):
         return (
@@ -481,7 +481,10 @@ def test_recomputing_runs_each_layer_twice(tiny_model):
 
 
 def test_minibatches_keep_the_ratio_to_the_policy_that_sampled(tiny):
-    """The second minibatch must not take the policy after the first as its `old`: its ratio would always be 1, its clip idle."""
+    """The second minibatch must not take the policy after the first as its `old`.
+
+    Its ratio would always be 1, its clip idle.
+    """
     model, optimizer = fresh(tiny, lr=0.5)
     groups = random_groups(prompts=2)
     for r in groups[1]:
@@ -509,7 +512,7 @@ def test_truncated_completions_can_stay_out(tiny):
 
 
 def test_bfloat16_layers_keep_float32_weights_and_nearly_the_gradient(tiny):
-    """A step of 1e-6 would vanish in bfloat16 weights; here it does not. Sampler and trainer stay close to each other."""
+    """A step of 1e-6 would vanish in bfloat16 weights. Sampler and trainer stay close."""
     results = []
     for low in (False, True):
         model, optimizer = fresh(tiny, lr=1e-6)
@@ -529,7 +532,7 @@ def test_bfloat16_layers_keep_float32_weights_and_nearly_the_gradient(tiny):
 
 
 def test_three_normalisers_turn_the_sign():
-    """Lengths 10, 10, 10, 500 with advantages 1, 1, 1, -1: the table of the docstring, and each batch-wide."""
+    """Lengths 10, 10, 10, 500 with advantages 1, 1, 1, -1; each counted over the batch."""
     lengths = torch.tensor([10.0, 10, 10, 500])
     signs = torch.tensor([1.0, 1, 1, -1])
     for loss, mean in (("grpo", 0.5), ("dapo", -470 / 530)):
@@ -539,7 +542,7 @@ def test_three_normalisers_turn_the_sign():
 
 
 def test_clip_sides():
-    """Positive advantages stop above 1 + high, negative ones below 1 - low; the other sides keep their gradient."""
+    """Positive advantages stop above 1 + high, negative ones below 1 - low, and only there."""
     cases = ((1.5, 1, False), (0.5, 1, True), (1.5, -1, True), (0.5, -1, False), (1.0, 1, True))
     for ratio, advantage, alive in cases:
         logp = torch.tensor([[math.log(ratio)]], requires_grad=True)
@@ -656,7 +659,7 @@ def test_dead_groups_spend_no_pass(tiny):
 
 
 def test_unscored_rollouts_do_not_move_the_policy(tiny):
-    """A nan reward gives advantage 0; the step equals one in which that completion said something else entirely."""
+    """A nan reward gives advantage 0: the step does not depend on what that completion says."""
     results = []
     for words in ([3, 4, 5], [200, 201, 202]):
         model, optimizer = fresh(tiny)
@@ -737,7 +740,7 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(tiny):
 
 
 def test_learning_to_prefer_some_tokens(tiny):
-    """The whole method in small: pay for the share of tokens below 64 and watch it rise from a quarter."""
+    """The method in small: pay for tokens below 64 and watch their share rise from a quarter."""
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     shares = []

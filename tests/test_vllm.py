@@ -1,4 +1,7 @@
-"""The real vLLM engine beside the trainer: log-probs that agree, weights that arrive. Skipped where vLLM is not installed."""
+"""The real vLLM engine beside the trainer: log-probs that agree, weights that arrive.
+
+Skipped where vLLM is not installed.
+"""
 
 import importlib.util
 import json
@@ -56,7 +59,7 @@ def gap(engine, model, temperature=0.8) -> float:
 
 
 def test_vllm_weights_arrive_in_the_live_engine(engine, tiny):
-    """Small before, large after the policy moved alone, small after sync: with a tied head and prompts of several blocks."""
+    """Small before, large after the policy moved alone, small after sync; with a tied head."""
     model, _ = grpo.load_policy(tiny)
     engine.sync(model)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -71,7 +74,7 @@ def test_vllm_weights_arrive_in_the_live_engine(engine, tiny):
 
 
 def test_vllm_rollouts_have_the_form_of_the_torch_sampler(engine, tiny):
-    """Ids with the end token, a log-prob for each, a finish reason; greedy text equal to ours; seeds that repeat."""
+    """Ids with the end token, log-probs, a finish reason; greedy ids are ours; seeds repeat."""
     model, _ = grpo.load_policy(tiny)
     engine.sync(model)
     ours = sample(model, PROMPTS, 1, 20, 0.0, ENDS)
@@ -114,7 +117,7 @@ def test_vllm_importance_weights_pull_a_stale_sampler_back(engine, tiny):
 
 
 def test_vllm_trains_through_the_command(tiny, tmp_path):
-    """Three steps of train.py: finite rewards, and a gap that stays small because every step syncs."""
+    """Three steps of train.py: finite rewards, and a gap that is small as every step syncs."""
     out = tmp_path / "run"
     flags = "--sampler vllm --vllm_memory 1 --steps 3 --prompts 3 --lr 0.003 --max_new_tokens 32"
     flags += " --prompts_per_step 3 --group_size 8"
