@@ -1,6 +1,7 @@
 """Rewards in other people's trainers: a real GRPOTrainer and verl's own managers, where installed."""
 
 import asyncio
+import doctest
 import json
 import math
 import time
@@ -626,8 +627,12 @@ def test_a_real_trl_trainer_takes_two_steps_and_evaluates(name, tiny, tmp_path):
 # ---------------------------------------------------------------------- the data sets
 
 
+def test_the_docstring_examples():
+    failures, examples = doctest.testmod(adapters)
+    assert failures == 0 and examples > 3
+
+
 def test_the_rows_name_their_examples(tmp_path, capsys):
-    out = tmp_path / "rows.jsonl"
     source = str(ROOT / "data" / "train.jsonl")
     for trainer, name in (("trl", "trl.jsonl"), ("verl", "verl.jsonl")):
         out = tmp_path / name

@@ -67,6 +67,14 @@ def plainly(criteria, scores):
     return earned / possible if possible else None
 
 
+def test_class_rewards_are_healthbenchs_axis_scores():
+    rng = random.Random(0)
+    for e in rar.read_examples(ROOT / "data" / "train.jsonl"):
+        scores = [float(rng.random() < 0.5) for _ in e.rubric]
+        rewards = arlrr.class_rewards(e.rubric, [scores])
+        assert {axis: reward for axis, [reward] in rewards.items()} == rar.axis_scores(e.rubric, scores)
+
+
 def by_axis(rubric, scores):
     """Axis -> (its criteria, their scores)."""
     parts = {}
@@ -742,6 +750,7 @@ def test_intervals_do_not_count_the_seeds_of_a_prompt_as_answers_of_their_own(ev
     assert wider[0] < low and wider[1] > high
 
 
+@pytest.mark.long
 def test_the_evidence_is_made_from_real_runs(evidence, tiny, few, tmp_path, monkeypatch, capsys):
     flags = f"--model {tiny} --eval_data {few} --stage 1 --prompts 3 --prompts_per_step 1 "
     flags += "--group_size 3 --max_new_tokens 12 --validation 2 --eval_every 1 --save_every 1"
