@@ -20,12 +20,21 @@ import train
 from judge import LexicalJudge
 from tools import compare
 
-SMALL = "--steps 2 --prompts_per_step 2 --group_size 3 --max_new_tokens 6 --eval_every 2 --save_every 1 --prompts 5".split()
-RUBRIC = [rar.Criterion("Mentions rest.", 5, "Rest", "Essential", "accuracy"), rar.Criterion("Mentions water.", 2, "Water", "Optional", "completeness")]
+FLAGS = (
+    "--steps 2 --prompts_per_step 2 --group_size 3 --max_new_tokens 6 --eval_every 2 "
+    "--save_every 1 --prompts 5"
+)
+SMALL = FLAGS.split()
+RUBRIC = [
+    rar.Criterion("Mentions rest.", 5, "Rest", "Essential", "accuracy"),
+    rar.Criterion("Mentions water.", 2, "Water", "Optional", "completeness"),
+]
 
 
 def example(name, **more):
-    return rar.Example(name, [{"role": "user", "content": f"What helps against {name}?"}], RUBRIC, **more)
+    return rar.Example(
+        name, [{"role": "user", "content": f"What helps against {name}?"}], RUBRIC, **more
+    )
 
 
 def answer(text):
@@ -45,7 +54,7 @@ def row(name, score):
     return {"id": name, "item": name[0], "score": score}
 
 
-# ------------------------------------------------------------------------------------------- differences
+# ----------------------------------------------------------------------------- differences
 
 
 def test_compare_pairs_prompts_and_its_interval_is_honest():
@@ -56,19 +65,26 @@ def test_compare_pairs_prompts_and_its_interval_is_honest():
         difference = compare.compare(before, after)
         low, high = difference["difference_ci"]
         covered += low <= 0.1 <= high
-        assert difference["n"] == 40 and high - low < 0.3  # pairing takes out the spread between prompts, which is five times as wide
+        assert (
+            difference["n"] == 40 and high - low < 0.3
+        )  # pairing takes out the spread between prompts, which is five times as wide
     assert covered >= 85
     with pytest.raises(rar.DataError, match="no scored prompt"):
         compare.compare(before, [{"id": "x", "item": "x", "score": 1.0}])
 
 
 def test_runs_of_one_question_are_one_pair():
-    difference = compare.compare([row("a1", 0), row("a2", 0), row("b1", 0)], [row("a1", 1), row("a2", 0), row("b1", 0)])
+    difference = compare.compare(
+        [row("a1", 0), row("a2", 0), row("b1", 0)], [row("a1", 1), row("a2", 0), row("b1", 0)]
+    )
     assert difference["difference"] == 0.25 and difference["n"] == 2
 
 
 def test_what_was_not_scored_is_left_out():
-    difference = compare.compare([row("a", 0.5), row("b", math.nan), row("c", 0)], [row("a", 1), row("b", 1), row("c", math.nan)])
+    difference = compare.compare(
+        [row("a", 0.5), row("b", math.nan), row("c", 0)],
+        [row("a", 1), row("b", 1), row("c", math.nan)],
+    )
     assert difference["difference"] == 0.5 and difference["n"] == 1
 
 
@@ -80,62 +96,112 @@ def test_the_canary_stays_with_the_answers():
 
 def test_runs_of_a_question_share_an_item():
     tags = ["question:metal"]
-    rows = compare.result_rows([rar.Group(example(f"metal-{k}", tags=tags), [answer("x")]) for k in (1, 2)])
+    rows = compare.result_rows(
+        [rar.Group(example(f"metal-{k}", tags=tags), [answer("x")]) for k in (1, 2)]
+    )
     assert [(r["id"], r["item"]) for r in rows] == [("metal-1", "metal"), ("metal-2", "metal")]
 
 
 def test_the_table_shows_each_figure_and_the_prompts_behind_it():
-    groups = [rar.Group(example("colds", tags=["theme:care"]), [answer("Rest, water.")]), rar.Group(example("coughs"), [answer("Rest.")])]
+    groups = [
+        rar.Group(example("colds", tags=["theme:care"]), [answer("Rest, water.")]),
+        rar.Group(example("coughs"), [answer("Rest.")]),
+    ]
     metrics = rar.evaluate(LexicalJudge(), groups)
     table = compare.metrics_table(metrics).split("\n")
-    assert table[0].split() == f"score, unclipped 0.857 n 2 95 % interval {metrics['eval_ci'][0]:.3f} to {metrics['eval_ci'][1]:.3f}".split()
-    assert "axis completeness                    0.500  n 2" in table and "theme care                           1.000  n 1" in table
+    low, high = metrics["eval_ci"]
+    head = f"score, unclipped 0.857 n 2 95 % interval {low:.3f} to {high:.3f}"
+    assert table[0].split() == head.split()
+    assert "axis completeness                    0.500  n 2" in table
+    assert "theme care                           1.000  n 1" in table
 
 
 def test_one_prompt_has_no_interval():
-    metrics = rar.evaluate(LexicalJudge(), [rar.Group(example("colds"), [answer("Rest, water.")])])
+    metrics = rar.evaluate(
+        LexicalJudge(), [rar.Group(example("colds"), [answer("Rest, water.")])]
+    )
     assert "one prompt: no interval" in compare.metrics_table(metrics)
 
 
-# ------------------------------------------------------------------------------------------- the command line
+# ----------------------------------------------------------------------------- the command line
 
 
 def test_two_models_are_compared_from_the_command_line(tiny, few, tmp_path, capsys):
     out = tmp_path / "run"
-    assert train.main(["--model", str(tiny), "--eval_data", few, *SMALL, "--lr", "0.05", "--out", str(out)]) == 0
+    assert (
+        train.main(
+            [
+                "--model",
+                str(tiny),
+                "--eval_data",
+                few,
+                *SMALL,
+                "--lr",
+                "0.05",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     capsys.readouterr()
     flags = ["--eval_data", few, "--max_new_tokens", "6"]
     assert compare.main([str(tiny), str(out), "--out", str(tmp_path / "answers"), *flags]) == 0
     said = capsys.readouterr()
     line = json.loads(said.out)
     assert "minus" in said.err and "paired bootstrap" in said.err and line["n"] == 2
-    assert line["difference"] == pytest.approx(line["after"]["eval_score"] - line["before"]["eval_score"], abs=1e-5)
+    assert line["difference"] == pytest.approx(
+        line["after"]["eval_score"] - line["before"]["eval_score"], abs=1e-5
+    )
     files = [line[part]["answers"] for part in ("before", "after")]
-    assert all(set(row) >= {"id", "item", "score", "verdicts", "text"} for file in files for row in lines(file))
+    assert all(
+        set(row) >= {"id", "item", "score", "verdicts", "text"}
+        for file in files
+        for row in lines(file)
+    )
     assert all(Path(file).parent == tmp_path / "answers" for file in files)
     assert compare.main([*files, *flags]) == 0  # saved answers do as well, without any model
-    assert json.loads(capsys.readouterr().out)["difference"] == pytest.approx(line["difference"], abs=1e-5)
+    assert json.loads(capsys.readouterr().out)["difference"] == pytest.approx(
+        line["difference"], abs=1e-5
+    )
 
-    # A run's own last evaluation, from its folder or its checkpoint; the answers stand beside the checkpoint.
+    # A run's own last evaluation again, from its folder or its checkpoint; the answers go there.
     logged = lines(out / "metrics.jsonl")[-1]["eval_score"]
     for name in (out, out / "checkpoint"):
         assert compare.main([str(name), *flags]) == 0
         line = json.loads(capsys.readouterr().out)
-        assert line["eval_score"] == pytest.approx(logged, abs=1e-6) and line["n"] == 2 and line["judge"] == "offline"
+        assert (
+            line["eval_score"] == pytest.approx(logged, abs=1e-6)
+            and line["n"] == 2
+            and line["judge"] == "offline"
+        )
         assert Path(line["answers"]).parent == out
 
 
 def test_a_model_judges_both(tiny, few, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with JudgeServer() as server:
-        flags = ["--eval_data", few, "--max_new_tokens", "4", "--judge", server.url, "--judge_model", "m", "--out", str(tmp_path / "answers")]
+        flags = [
+            "--eval_data",
+            few,
+            "--max_new_tokens",
+            "4",
+            "--judge",
+            server.url,
+            "--judge_model",
+            "m",
+            "--out",
+            str(tmp_path / "answers"),
+        ]
         assert compare.main([str(tiny), str(tiny), *flags]) == 0
         assert server.bodies
     line = json.loads(capsys.readouterr().out)
     assert line["difference"] == 0 and line["before"]["judge"] == "m"
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_cannot_be_evaluated(tmp_path, capsys):
+def test_a_run_that_was_killed_before_its_first_checkpoint_cannot_be_evaluated(
+    tmp_path, capsys
+):
     (tmp_path / "run").mkdir()
     save(tmp_path / "run" / "metrics.jsonl", [{"step": 0}])
     assert compare.main([str(tmp_path / "run")]) == 2
@@ -152,7 +218,10 @@ GOOD = '{"id": "a", "item": "a", "score": 0.5}\n'
         ("{\n", "answers.jsonl:1"),
         ("[1]\n", "answers.jsonl:1: not an answer of an evaluation"),
         (GOOD + '{"id": "a"}\n', "answers.jsonl:2: not an answer of an evaluation"),
-        ('{"id": "a", "item": "a", "score": "high"}\n', "answers.jsonl:1: score must be a number"),
+        (
+            '{"id": "a", "item": "a", "score": "high"}\n',
+            "answers.jsonl:1: score must be a number",
+        ),
         ('{"id": "a", "item": ["a"], "score": 1}\n', "answers.jsonl:1: item must be a text"),
         ('{"id": "a", "item": "a", "score": null}\n', "share no scored prompt"),
         ('{"id": "a", "item": "a", "score": NaN}\n', "share no scored prompt"),
@@ -165,7 +234,12 @@ def test_broken_answers_cost_one_line_and_status_2(tmp_path, capsys, content, wo
     (tmp_path / "good.jsonl").write_text(GOOD, encoding="utf8")
     assert compare.main([str(path), str(tmp_path / "good.jsonl")]) == 2
     said, error = capsys.readouterr()
-    assert words in error and error.startswith("compare.py: ") and error.count("\n") == 1 and not said
+    assert (
+        words in error
+        and error.startswith("compare.py: ")
+        and error.count("\n") == 1
+        and not said
+    )
 
 
 @pytest.mark.parametrize(
@@ -181,18 +255,32 @@ def test_broken_answers_cost_one_line_and_status_2(tmp_path, capsys, content, wo
         (["TINY", "--dtype", "float8"], "--dtype"),
         (["TINY", "--judge", "http://127.0.0.1:9/v1"], "judge_model"),
         (["nowhere.jsonl"], "nowhere.jsonl: no such file"),
-        (["TINY", "--eval_data", "FEW", "--max_new_tokens", "2", "--out", "FEW/folder"], "cannot be written"),
+        (
+            ["TINY", "--eval_data", "FEW", "--max_new_tokens", "2", "--out", "FEW/folder"],
+            "cannot be written",
+        ),
     ],
 )
 def test_bad_flags_cost_one_line_and_status_2(tiny, few, capsys, flags, words):
     flags = [flag.replace("TINY", str(tiny)).replace("FEW", few) for flag in flags]
     assert compare.main(flags) == 2
     said, error = capsys.readouterr()
-    assert words in error and error.startswith("compare.py: ") and error.count("\n") == 1 and not said
+    assert (
+        words in error
+        and error.startswith("compare.py: ")
+        and error.count("\n") == 1
+        and not said
+    )
 
 
 def start(*flags, **more):
-    return subprocess.run([sys.executable, ROOT / "tools" / "compare.py", *map(str, flags)], text=True, timeout=120, check=False, **more)
+    return subprocess.run(
+        [sys.executable, ROOT / "tools" / "compare.py", *map(str, flags)],
+        text=True,
+        timeout=120,
+        check=False,
+        **more,
+    )
 
 
 def test_a_terminal_obeys_no_name(tmp_path, capsys):
@@ -214,14 +302,22 @@ def test_a_reader_may_leave_early_and_a_disk_may_be_full(tmp_path):
     if os.path.exists("/dev/full"):
         with open("/dev/full", "w") as full:
             done = start(name, name, stdout=full, stderr=subprocess.PIPE)
-        assert done.returncode == 2 and "compare.py: " in done.stderr and "Traceback" not in done.stderr
+        assert (
+            done.returncode == 2
+            and "compare.py: " in done.stderr
+            and "Traceback" not in done.stderr
+        )
 
 
 def test_a_full_disk_leaves_no_half_written_answers(tiny, few, tmp_path):
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # noqa: E731
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
     flags = [tiny, "--eval_data", few, "--max_new_tokens", "2", "--out", tmp_path / "answers"]
     done = start(*flags, capture_output=True, preexec_fn=limit)
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith("make room or give --out") and done.stdout == ""
+    assert (
+        done.returncode == 2
+        and done.stderr.splitlines()[-1].endswith("make room or give --out")
+        and done.stdout == ""
+    )
     assert not list((tmp_path / "answers").iterdir())
 
 
