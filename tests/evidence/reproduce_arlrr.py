@@ -13,8 +13,8 @@ alternation helps, it should help more there. `axis_mean` is the scalar that wei
 alike, as taking turns does. Contraction is measured on the rollouts of the scalar arm, which are
 judged by their whole rubrics.
 
-Intervals resample the held-out prompts and, within each draw, the seeds: the seeds of a prompt are
-not independent answers. Those of differences hold for all arms together (Bonferroni).
+Intervals and p-values are those of intervals.py: prompts and seeds are resampled together, and
+p-values hold for all arms.
 
     python tests/evidence/reproduce_arlrr.py --jobs 2 --png tests/evidence/arlrr.png
     python tests/evidence/reproduce_arlrr.py --report          # only from the runs that are there
@@ -27,7 +27,6 @@ import argparse
 import json
 import math
 import os
-import random
 import shutil
 import statistics
 import subprocess
@@ -38,6 +37,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from intervals import (
+    Row,
+    compare_arms,
+    comparison_table,
+    crossed_bootstrap,
+    holm,
+    score_table,
+)
 
 import arlrr
 import rar
@@ -133,60 +142,14 @@ def spent(rows: list[dict], step: int) -> Counter:
     return total
 
 
-def held_out(folder: Path, step: int) -> dict[str, float]:
-    """Prompt -> held-out score at a step."""
-    scores = {}
+def held_out(folder: Path, seed: int, step: int) -> list[Row]:
+    """(prompt, seed, held-out score) at a step."""
+    rows = []
     for row in lines(folder / "samples.jsonl"):
         if row["split"] == "heldout" and row["step"] == step:
-            scores[row["id"]] = row["reward"]
-    return scores
-
-
-# ---------------------------------------------------------------------- intervals
-
-
-def clustered(values: dict[str, list[float]], share: float = 0.05) -> tuple[float, float]:
-    """Percentile interval of the mean; values: prompt -> one value per seed. share: outside of it.
-
-    A draw takes prompts with replacement and, once for all of them, seeds with replacement.
-
-    >>> clustered({"a": [0.0, 0.0, 0.0], "b": [1.0, 1.0, 1.0]})
-    (0.0, 1.0)
-    """
-    rng = random.Random(0)
-    prompts = sorted(values)
-    n_seeds = len(values[prompts[0]])
-    means = []
-    for _ in range(4000):
-        seeds = rng.choices(range(n_seeds), k=n_seeds)
-        total = 0.0
-        for prompt in rng.choices(prompts, k=len(prompts)):
-            total += sum(values[prompt][seed] for seed in seeds)
-        means.append(total / (len(prompts) * n_seeds))
-    means.sort()
-    low = means[int(share / 2 * len(means))]
-    high = means[int((1 - share / 2) * len(means)) - 1]
-    return low, high
-
-
-def per_prompt(scores: list[dict[str, float]]) -> dict[str, list[float]]:
-    """Prompt -> its score under each seed."""
-    values = defaultdict(list)
-    for of_seed in scores:
-        for prompt, score in of_seed.items():
-            values[prompt].append(score)
-    return values
-
-
-def difference(before: list[dict], after: list[dict], n_arms: int) -> str:
-    """Mean of after - before with its paired interval; one dict prompt -> score per seed."""
-    gaps = []
-    for old, new in zip(before, after):
-        gaps.append({prompt: new[prompt] - old[prompt] for prompt in old})
-    values = per_prompt(gaps)
-    mean = statistics.fmean(statistics.fmean(row) for row in values.values())
-    low, high = clustered(values, 0.05 / n_arms)
-    return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+            score = math.nan if row["reward"] is None else row["reward"]
+            rows.append((row["id"], seed, score))
+    return rows
 
 
 # ---------------------------------------------------------------------- the tables
@@ -201,47 +164,70 @@ def print_head(cells: list) -> None:
     print_row(["---"] * len(cells))
 
 
-def score_table(out: Path, runs: dict[str, list[int]], logs: dict) -> None:
-    """Score and cost of every arm, against the scalar arm."""
+def arm_table(out: Path, runs: dict[str, list[int]], logs: dict) -> None:
+    """Score and cost of every arm."""
+    print_head(["arm", "seeds", "held-out score", *COSTS])
+    for arm, seeds in runs.items():
+        rows = []
+        for seed in seeds:
+            rows += held_out(folder_of(out, arm, seed), seed, STEPS)
+        score = crossed_bootstrap(score_table(rows))
+        cost = [spent(logs[arm, seed], STEPS) for seed in seeds]
+        means = [f"{statistics.fmean(c[key] for c in cost):,.0f}" for key in COSTS]
+        cell = f"{score.mean:.3f} ({score.low:.3f} to {score.high:.3f})"
+        print_row([arm, len(seeds), cell, *means])
+
+
+def difference_tables(out: Path, runs: dict[str, list[int]], logs: dict) -> None:
+    """Every arm against the scalar one, after as many updates and after as many verdicts."""
     evaluated = []
     for row in logs["scalar", runs["scalar"][0]]:
         if "eval_score" in row:
             evaluated.append(row["step"])
-    print_head([
-        "arm", "seeds", "held-out score", "against scalar, equal updates",
-        "against scalar, equal verdicts", *COSTS,
-    ])  # fmt: skip
-    for arm, seeds in runs.items():
-        last = [held_out(folder_of(out, arm, seed), STEPS) for seed in seeds]
-        values = per_prompt(last)
-        mean = statistics.fmean(statistics.fmean(row) for row in values.values())
-        low, high = clustered(values)
-        cost = [spent(logs[arm, seed], STEPS) for seed in seeds]
 
-        equal_updates = ""
-        equal_verdicts = ""
+    equal_updates = {}
+    equal_verdicts = {}
+    steps = {}
+    for arm, seeds in runs.items():
         base = BASES.get(arm)
-        shared = [seed for seed in seeds if seed in runs.get(base, [])]
-        if shared:
-            after = [held_out(folder_of(out, arm, seed), STEPS) for seed in shared]
-            at_end = [held_out(folder_of(out, base, seed), STEPS) for seed in shared]
-            equal_updates = difference(at_end, after, len(BASES))
+        at_end = []
+        at_cost = []
+        after = []
+        steps_of_arm = []
+        for seed in seeds:
+            if seed not in runs.get(base, []):
+                continue
+            after += held_out(folder_of(out, arm, seed), seed, STEPS)
+            at_end += held_out(folder_of(out, base, seed), seed, STEPS)
 
             # The last evaluation of the scalar arm that had cost no more verdicts.
-            at_cost = []
-            steps = []
-            for seed in shared:
-                budget = spent(logs[arm, seed], STEPS)["verdicts"]
-                base_log = logs[base, seed]
-                paid = [s for s in evaluated if spent(base_log, s)["verdicts"] <= budget]
-                steps.append(max(paid))
-                at_cost.append(held_out(folder_of(out, base, seed), max(paid)))
-            step = statistics.fmean(steps)
-            equal_verdicts = f"{difference(at_cost, after, len(BASES))} at step {step:.0f}"
+            budget = spent(logs[arm, seed], STEPS)["verdicts"]
+            base_log = logs[base, seed]
+            paid = [step for step in evaluated if spent(base_log, step)["verdicts"] <= budget]
+            steps_of_arm.append(max(paid))
+            at_cost += held_out(folder_of(out, base, seed), seed, max(paid))
+        if after:
+            equal_updates[arm] = (at_end, after)
+            equal_verdicts[arm] = (at_cost, after)
+            steps[arm] = statistics.fmean(steps_of_arm)
 
-        means = [f"{statistics.fmean(c[key] for c in cost):,.0f}" for key in COSTS]
-        score = f"{mean:.3f} ({low:.3f} to {high:.3f})"
-        print_row([arm, len(seeds), score, equal_updates, equal_verdicts, *means])
+    if not steps:
+        return
+    print("\nAgainst the scalar arm, equal updates:\n")
+    print(comparison_table(compare_pairs(equal_updates)))
+    print("\nAgainst the scalar arm, equal verdicts:\n")
+    print(comparison_table(compare_pairs(equal_verdicts)))
+    cells = [f"{arm} {step:.0f}" for arm, step in steps.items()]
+    print(f"\nThe scalar arm's step with as many verdicts: {'; '.join(cells)}.")
+
+
+def compare_pairs(pairs: dict[str, tuple[list[Row], list[Row]]]) -> list:
+    """Comparisons of (before, after) per arm; each has a baseline of its own."""
+    comparisons = []
+    for arm, (before, after) in pairs.items():
+        comparisons += compare_arms({arm: after, "base": before}, "base")
+    adjusted = holm({row.arm: row.crossed.p for row in comparisons})
+    return [row._replace(p_holm=adjusted[row.arm]) for row in comparisons]
 
 
 def axis_table(runs: dict[str, list[int]], logs: dict) -> None:
@@ -323,7 +309,8 @@ def report(out: Path, runs: dict[str, list[int]]) -> None:
     for arm, seeds in runs.items():
         for seed in seeds:
             logs[arm, seed] = lines(folder_of(out, arm, seed) / "metrics.jsonl")
-    score_table(out, runs, logs)
+    arm_table(out, runs, logs)
+    difference_tables(out, runs, logs)
     axis_table(runs, logs)
     contraction_table(out, runs, logs)
 
