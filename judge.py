@@ -612,7 +612,8 @@ def read_refusal(status: int, headers: dict, words: str) -> Reply:
     if QUOTA_WORDS.search(words) or status in (401, 402, 403, 404, 405, 407, 410):
         return Reply("denied", words, status)
     if 300 <= status < 400:
-        return Reply("denied", words or f"moved to {headers.get('location', '?')}", status)
+        place = printable(headers.get("location", "")[:200])
+        return Reply("denied", words or f"moved to {place}", status)
 
     if status < 200 or status in (408, 409, 425, 429) or 500 <= status < 600:
         return Reply("busy", words, status, wait=retry_after(headers.get("retry-after", "")))

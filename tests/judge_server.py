@@ -147,6 +147,7 @@ class JudgeServer:
         self.running = 0
         self.most = 0
         self.keep = True
+        self.hangs_up = False  # after each reply, without a word
 
     async def serve(self, reader, writer):
         """One connection: request after request until one side has enough."""
@@ -166,7 +167,7 @@ class JudgeServer:
                     await self.drip(writer)
                 writer.write(reply)
                 await writer.drain()
-                if reply.startswith(b"HTTP/1.0"):
+                if self.hangs_up or reply.startswith(b"HTTP/1.0"):
                     break
         except (asyncio.IncompleteReadError, asyncio.CancelledError, ConnectionError):
             pass

@@ -476,6 +476,18 @@ def test_https_is_checked_by_its_certificate(monkeypatch, certificate):
         assert server.connections <= 20
 
 
+def test_a_connection_that_the_server_closed_meanwhile_costs_no_retry():
+    """Servers close what is idle for a few seconds, as it is between two steps."""
+    with JudgeServer() as server:
+        server.hangs_up = True
+        asking = client(server, workers=1)
+        asking.probe()
+        for number in range(3):
+            time.sleep(0.1)
+            assert asking.ask(questions(8)[number : number + 1])[0].score is not None
+        assert asking.take_stats()["judge_retries"] == 0
+
+
 # ------------------------------------------------------------------ what the server can do
 
 
