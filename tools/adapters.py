@@ -1,17 +1,27 @@
 """Rubric rewards in other people's trainers: TRL's GRPOTrainer and verl.
 
-    # TRL: a reward function; the data set needs the columns "prompt" and "id"
+    import sys
+    sys.path.insert(0, "REPOSITORY")          # the folder that holds rar.py
+    from types import SimpleNamespace
+    from judge import LLMJudge
+    from rar import RubricReward, read_examples
+    from tools.adapters import as_trl_reward, as_verl_reward, trl_rows
+
+    judge = LLMJudge(url, model, max_missing=1.0)
     method = RubricReward(judge, SimpleNamespace(method="explicit", advantage="std"))
-    reward = as_trl_reward(method, examples, heldout)
+    examples = read_examples("data/train.jsonl")
+    heldout = read_examples("data/heldout.jsonl")
+
+    # TRL: a reward function; the data sets have the columns "prompt" and "id".
     GRPOTrainer(
-        model, reward_funcs=[reward],
+        model,
+        reward_funcs=[as_trl_reward(method, examples, heldout)],
         train_dataset=Dataset.from_list(trl_rows(examples)),
         eval_dataset=Dataset.from_list(trl_rows(heldout)),
     )
 
-    # verl: a file my_reward.py with these lines, and custom_reward_function.path=my_reward.py.
-    # It asks in small batches, so that a share of missing verdicts says little: allow all.
-    judge = LLMJudge(url, model, max_missing=1.0)
+    # verl: a file my_reward.py that defines this, and
+    # reward.custom_reward_function.path=my_reward.py on verl's command line.
     compute_score = as_verl_reward(method, examples, heldout)
 
 What a trainer hands over decides which methods it can run:
@@ -21,17 +31,16 @@ What a trainer hands over decides which methods it can run:
     as_verl_reward          one rollout at a time    the designs of rar.py, and axis_mean
                             (verl's reward loop)
 
-An alternating method takes turns by cyclic or random there: nothing can be tried out. Of a
-dialogue with tools verl hands over all text in one: use it for single turns.
-
-Examples and `heldout` are told apart by their ids. Rows of held-out examples are scored as
-train.py scores them, by their own rubric and HealthBench's points; no class has its turn there,
-no rubric evolves on them.
-
-What could not be scored (a failed verdict; a prompt whose class has no turn) is None for TRL,
-which leaves it out of the group. If TRL adds up several reward functions, it counts as 0 there.
-verl has no word for it: such a rollout gets the mean reward of its prompt, so that it moves
-neither up nor down.
+1. An alternating method takes turns by cyclic or random there: nothing can be tried out. The
+   trainer's checkpoint does not hold what a method remembers: save method.state_dict() with it.
+2. Rows of held-out examples are told by their ids and scored as in train.py: by their own rubric
+   and HealthBench's points. No class has its turn there, no rubric evolves on them.
+3. What could not be scored (a failed verdict; a prompt whose class has no turn) is None for TRL,
+   which leaves it out of its group; added to the rewards of other functions it counts as 0. verl
+   has no word for it: such a rollout gets the mean reward of its prompt, so that it moves neither
+   up nor down. max_missing=1.0 above lets it: in small batches a share of failures says little.
+4. Of a dialogue with tools TRL hands over the messages, and the assistant's last one is judged.
+   verl hands over one text with all that the tools returned: use it for single turns.
 
     python tools/adapters.py data/train.jsonl --trainer trl --out rows_trl.jsonl
     python tools/adapters.py data/train.jsonl --trainer verl --out rows_verl.jsonl
