@@ -265,6 +265,23 @@ def check_length(model) -> int:
     return longest
 
 
+def context_length(model) -> int:
+    """Tokens of the longest prompt and completion that the model takes."""
+    # A multimodal model keeps it one level down; some models have no limit.
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if not limit:
+        return 10**9
+
+    # Rotary positions of these kinds change with the longest row of a pass, from a length on: a
+    # completion's log-probs would then depend on its neighbours.
+    for module in model.modules():
+        if getattr(module, "rope_type", "") in ("dynamic", "longrope"):
+            scaling = module.config.rope_parameters
+            limit = min(limit, scaling.get("original_max_position_embeddings", limit))
+    return limit
+
+
 # ---------------------------------------------------------------------------------- text
 
 
@@ -661,18 +678,9 @@ def sample(
     if not prompts:
         return []
     device = model.device
-    layers = layers_of(model)
     if uniform is not None:
         uniform = uniform.flatten(0, 1).to(device)  # [B, T]
-
-    # Run each prompt once. Its first prediction is at its last real token, padding follows.
-    ids, mask = pad(prompts, device)  # [P, L]
-    last = mask.sum(1, keepdim=True) - 1  # [P, 1]
-    capacity = ids.shape[1] + max_new_tokens
-    cache = Cache(layer_class_to_replicate=partial(FixedLayer, capacity))
-    with precision(model):
-        hidden = layers(ids, past_key_values=cache, use_cache=True)[0]  # [P, L, H]
-    hidden = hidden[torch.arange(len(prompts), device=device), last[:, 0]]  # [P, H]
+    cache, hidden, mask, last = prefill(model, prompts, max_new_tokens)
 
     # Cut off by the length limit, until an end token is drawn.
     rollouts = []
@@ -687,7 +695,7 @@ def sample(
     prompt_rows = index // group_size
     select_rows(cache, prompt_rows)
     hidden = hidden[prompt_rows]
-    mask = mask.long()[prompt_rows]
+    mask = mask[prompt_rows]
     positions = last[prompt_rows]
 
     for step in range(max_new_tokens):
@@ -718,7 +726,7 @@ def sample(
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         positions = positions + 1
         with precision(model):
-            hidden = layers(
+            hidden = layers_of(model)(
                 token[:, None],
                 attention_mask=mask,
                 position_ids=positions,
@@ -728,6 +736,26 @@ def sample(
         hidden = hidden[:, 0]  # [B, H]
 
     return [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
+
+
+@torch.no_grad()
+def prefill(model, prompts: list[list[int]], max_new_tokens: int):
+    """Runs each prompt once, whatever the size of its group.
+
+    Returns the cache, hidden [P, H] of each prompt's last token, mask [P, L] of the real tokens,
+    and last [P, 1], the position of the last one.
+    """
+    device = model.device
+    ids, mask = pad(prompts, device)  # [P, L]
+    last = mask.sum(1, keepdim=True) - 1  # [P, 1]
+    capacity = ids.shape[1] + max_new_tokens
+    cache = Cache(layer_class_to_replicate=partial(FixedLayer, capacity))
+
+    # Without a mask: the padding follows, and a causal model does not look there.
+    with precision(model):
+        hidden = layers_of(model)(ids, past_key_values=cache, use_cache=True)[0]  # [P, L, H]
+    hidden = hidden[torch.arange(len(prompts), device=device), last[:, 0]]
+    return cache, hidden, mask.long(), last
 
 
 def select_rows(cache: Cache, rows: torch.Tensor) -> None:
@@ -834,7 +862,7 @@ def has_plain_head(model) -> bool:
             hidden = 100 * torch.randn(4, head.weight.shape[1], generator=generator)
             hidden = hidden.to(head.weight)
             with torch.no_grad():
-                is_plain = torch.equal(head_logits(model, hidden), head(hidden))
+                is_plain = torch.equal(head_logits(model, hidden), head(hidden[None])[0])
         PLAIN_HEADS[model] = is_plain
     return PLAIN_HEADS[model]
 

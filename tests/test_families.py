@@ -300,3 +300,14 @@ def test_bfloat16_is_for_devices_that_have_it(monkeypatch, capsys):
     assert capsys.readouterr().err == "Tesla T4 has no bfloat16: the layers run in float32\n"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert grpo.has_bfloat16("cuda:0")
+
+
+def test_the_context_of_a_nested_config_and_of_positions_that_change_with_length():
+    assert grpo.context_length(families.build("gemma3")) == 512
+    assert grpo.context_length(families.build("bloom")) == 10**9
+
+    model = families.build("phi3")
+    assert grpo.context_length(model) == 512
+    model.model.rotary_emb.rope_type = "longrope"
+    model.config.rope_parameters["original_max_position_embeddings"] = 128
+    assert grpo.context_length(model) == 128
