@@ -442,8 +442,9 @@ class Policy:
             raise UserError(f"{name}: {why}; give smollm2, a folder or a hub id") from None
 
         self.ends = grpo.end_tokens(self.model, self.tokenizer)
-        # Some models have no limit.
-        self.context = getattr(self.model.config, "max_position_embeddings", None) or 10**9
+        # Some models have no limit; some keep it in a config inside the config.
+        text_config = self.model.config.get_text_config()
+        self.context = getattr(text_config, "max_position_embeddings", None) or 10**9
         self.engine = None
 
     def encode(self, example: rar.Example) -> list[int]:
@@ -557,8 +558,8 @@ def train_step(run: Run, step: int, is_trial: bool = False) -> tuple[dict, list[
     #    repeats them.
     start = time.perf_counter()
     seed = random.Random(f"{config.seed}-{step}").getrandbits(62)
-    shape = (config.group_size, config.max_new_tokens, config.temperature)
-    groups = policy.rollouts(batch, *shape, seed)
+    sampling = (config.group_size, config.max_new_tokens, config.temperature)
+    groups = policy.rollouts(batch, *sampling, seed)
 
     # 2. Judge: one verdict per (completion, criterion), one reward per completion; nan: not scored.
     #    The first process asks, in one batch of calls; the others get its groups.
@@ -794,7 +795,7 @@ def evaluate_heldout(run: Run) -> tuple[dict, list[rar.Group]]:
 
 
 def first_score(run: Run, folder: "RunFolder", step: int) -> float:
-    """The held-out score that the run begins with. Raises UserError."""
+    """The held-out score that the run begins with."""
     if step == 0:
         # Without this evaluation nobody could tell what was learned from what was there.
         metrics, groups = evaluate_heldout(run)
@@ -805,18 +806,21 @@ def first_score(run: Run, folder: "RunFolder", step: int) -> float:
         return score
 
     # A resumed run finds it in its log.
-    score = math.nan
-    last_evaluated = 0
-    for row in read_log(folder.path / "metrics.jsonl"):
-        if "eval_score" in row:
-            last_evaluated = row["step"]
-            score = row["eval_score"]
-            if score is None:
-                score = math.nan
-    if step >= run.config.steps and last_evaluated < step:
-        why = f"the run is at step {step} already, and was not evaluated there"
-        raise UserError(f"--steps {run.config.steps}: {why}; give more")
+    _, score = last_evaluation(folder.path, step)
     return score
+
+
+def last_evaluation(folder: Path, step: int) -> tuple[int, float]:
+    """(step, held-out score) of the last evaluation up to this step; nan for a score of null."""
+    last = 0
+    score = math.nan
+    for row in read_log(folder / "metrics.jsonl"):
+        if "eval_score" in row and row["step"] <= step:
+            last = row["step"]
+            score = row["eval_score"]
+    if score is None:
+        score = math.nan
+    return last, score
 
 
 def interval(low: float, high: float) -> str:
@@ -1571,9 +1575,18 @@ def train(config: Config, given: set[str]) -> int:
 def train_in(folder: RunFolder, config: Config, given: set[str], stop: Stop) -> int:
     """Loading, the loop, and the words around them. Returns the exit status."""
     state = None
+    step = 0
     if config.resume:
         config = resumed_config(config, given, folder.path)
         state = read_state(folder.path, config)
+    if state:
+        step = state["step"]
+        last, _ = last_evaluation(folder.path, step)
+        if step >= config.steps and last < step:
+            # There would be no "after" to show.
+            why = f"the run is at step {step} already, and was not evaluated there"
+            raise UserError(f"--steps {config.steps}: {why}; give more")
+
     # Nothing of ours draws from torch's own stream; a model with dropout would.
     torch.manual_seed(config.seed)
     run = begin(config, folder.path, state)
@@ -1581,9 +1594,6 @@ def train_in(folder: RunFolder, config: Config, given: set[str], stop: Stop) -> 
     if stop.signal:
         return stopped(folder, stop)
 
-    step = 0
-    if state:
-        step = state["step"]
     if config.resume:
         # Step 0 was logged too: a run killed before its first checkpoint begins again.
         from_rank_zero(folder.truncate, step if state else -1)

@@ -192,15 +192,25 @@ def test_a_full_disk_while_logging_is_one_line(tiny, few, tmp_path, capsys):
     assert "samples.jsonl: cannot be written (No space left on device)" in printed and "--resume" in printed
 
 
-def test_a_judge_that_goes_away_stops_the_run_with_its_checkpoint(tiny, few, tmp_path, capsys):
+def test_a_judge_that_goes_away_stops_the_run_with_its_checkpoint(tiny, few, tmp_path, capsys, monkeypatch):
+    original = train.train_step
     with JudgeServer() as server:
         flags = ["--judge", server.url, "--judge_model", "m"]
         assert run(tiny, few, tmp_path / "run", *flags) == 0
         port = server.port
-        server.status = 404  # the model was unloaded
-        assert train.main(["--resume", str(tmp_path / "run"), "--steps", "5"]) == 2
+
+        def unloaded(made, step, **more):
+            server.status = 404
+            return original(made, step, **more)
+
+        resume = ["--resume", str(tmp_path / "run"), "--steps", "5"]
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "train_step", unloaded)
+            assert train.main(resume) == 2
         printed = capsys.readouterr().err.strip().split("\n")[-1]
         assert "step 4" in printed and "404" in printed and f"--resume {tmp_path / 'run'}" in printed
+        assert train.main(resume) == 2  # found out before anything is loaded
+        assert "404" in capsys.readouterr().err.strip().split("\n")[-1]
     with JudgeServer(port=port):
         assert train.main(["--resume", str(tmp_path / "run"), "--steps", "5"]) == 0
         other = tmp_path / "other" / "whole"  # with a cache of its own
