@@ -121,6 +121,7 @@ def test_one_prompt_has_no_interval():
         LexicalJudge(), [rar.Group(example("colds"), [answer("Rest, water.")])]
     )
     assert "one prompt: no interval" in compare.metrics_table(metrics)
+    assert "n 0   nothing was scored" in compare.metrics_table(metrics | {"eval_n": 0})
 
 
 # ----------------------------------------------------------------------------- the command line

@@ -243,7 +243,7 @@ def test_a_real_run_has_its_page(tiny, few, tmp_path):
     ]
     assert report.printable(rows[-1]["text"]) in "".join(page.text)
     assert [row["step"] for row in report.read_metrics(out)] == [0, 1, 2, 3]
-    assert "steps" in page.text and "Which criteria are learnt when" in page.text
+    assert "steps" in page.text and "Which criteria are learned when" in page.text
     question = json.loads((out / "prompts.jsonl").read_bytes().split(b"\n")[-2])["prompt"][-1][
         "content"
     ]
@@ -357,6 +357,8 @@ def test_runs_are_compared_in_a_page_and_a_picture(tmp_path, capsys, monkeypatch
     assert report.main(folders) == 0
     assert "3 runs: runs.html, runs.png" in capsys.readouterr().out
     assert report.main([*folders, "--out", str(tmp_path / "both")]) == 0
+    assert report.main([*folders, "--out", str(tmp_path / "named.html")]) == 0
+    assert (tmp_path / "named.html").exists() and (tmp_path / "named.png").exists()
     for picture in (tmp_path / "runs.png", tmp_path / "both" / "report.png"):
         assert picture.read_bytes()[:4] == b"\x89PNG"
     page = Page((tmp_path / "runs.html").read_text(encoding="utf8"))
@@ -584,6 +586,13 @@ def test_what_could_not_be_scored_is_said_and_is_no_zero(tmp_path):
         if "→" in text and "held-out" not in text and "pays" not in text
     ]
     assert figures == ["0.250 → 0.750", "not scored → 0.500"]  # the unscored pair comes last
+
+
+def test_nothing_scored_is_said(tmp_path):
+    path = heldout_run(tmp_path / "run", {"cold": ("a", math.nan)}, {"cold": ("c", math.nan)})
+    text = report.summarise(path)
+    assert "not scored -> not scored   no prompt was scored both times" in text
+    assert "nan" not in text and "one prompt" not in text
 
 
 def test_a_terminal_obeys_no_answer(tmp_path):

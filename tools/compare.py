@@ -123,7 +123,9 @@ def metrics_table(metrics: dict) -> str:
     low, high = metrics["eval_ci"]
     name = "accuracy" if "eval_unboxed" in metrics else "score, unclipped"
     head = f"{name:<34}{metrics['eval_score']:>8.3f}"
-    lines = [f"{head}  n {metrics['eval_n']}   {interval_text(low, high)}"]
+    # Without a scored prompt there is nothing to resample.
+    interval = interval_text(low, high) if metrics["eval_n"] else "nothing was scored"
+    lines = [f"{head}  n {metrics['eval_n']}   {interval}"]
     for key, value in metrics.items():
         # These are in the first line; numbers of prompts stand beside their figures.
         if key in ("eval_score", "eval_ci") or key.startswith("eval_n"):

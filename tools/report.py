@@ -1,4 +1,4 @@
-"""What a run does, as one page and one picture: curves, when each criterion is learnt, rollouts.
+"""What a run does, as one page and one picture: curves, when each criterion is learned, rollouts.
 
     pass rate of a criterion at a step  =  mean over rollouts of   s       (weight > 0)
                                                                    1 - s   (weight < 0: a fault)
@@ -395,7 +395,7 @@ class PassRates:
     def gain(self, label: str) -> float:
         """Pass rate in the row's last column minus that in its first one."""
         row = self.cells.get(label)
-        # Judged in held-out answers only: it was neither learnt nor lost in training.
+        # Judged in held-out answers only: it was neither learned nor lost in training.
         if not row:
             return 0.0
         return self.rate(label, max(row)) - self.rate(label, min(row))
@@ -729,7 +729,7 @@ def choose_labels(log: SampleLog) -> tuple[dict[str, PassRates], list[str]]:
         rates = log.titles
         labels = list(rates["train"].cells or rates["heldout"].cells)
 
-    # Of many the most judged, whose rates are least noise; then what was learnt stands on top.
+    # Of many the most judged, whose rates are least noise; then what was learned stands on top.
     training = rates["train"]
     labels = sorted(labels, key=training.n_verdicts, reverse=True)[:MAX_ROWS]
     return rates, sorted(labels, key=training.gain, reverse=True)
@@ -821,7 +821,7 @@ table { border-collapse: collapse; font-size: .9rem; width: 100% }
 .verdicts th:first-child { width: 34% }
 th { text-align: left; font-weight: 600; color: var(--soft) }
 td, th { padding: .35rem .7rem .35rem 0; border-bottom: 1px solid var(--line);
-  vertical-align: top; overflow-wrap: anywhere }
+  vertical-align: top; overflow-wrap: break-word }
 .reason { color: var(--soft); display: block }
 .good { color: #1f6b3a }
 .bad { color: #a3352b }
@@ -877,7 +877,7 @@ def panel_section(experiments: list[Experiment]) -> list[str]:
 
 
 def heat_section(log: SampleLog, title: str) -> list[str]:
-    """Which criteria are learnt when."""
+    """Which criteria are learned when."""
     rates, labels = choose_labels(log)
     figures = []
     for split, name in HEAT_MAPS.items():
@@ -1079,7 +1079,7 @@ def write_run(folder: Path, picture: Path) -> None:
     with drawing():
         png = draw_picture(experiments, log, f"{title} ({caption})")
         parts += panel_section(experiments)
-        parts += heat_section(log, "Which criteria are learnt when")
+        parts += heat_section(log, "Which criteria are learned when")
         if method == "rler":
             parts += rubric_section(folder)
 
@@ -1342,10 +1342,13 @@ def score_sentences(metrics: list[dict], log: SampleLog) -> list[str]:
     # The interval is of the gain, prompt by prompt: prompts differ far more among themselves than
     # one does before and after, so the intervals of the two scores overlap even where the gain is
     # certain.
-    gains = [gain_of(pair) for pair in pairs]
-    interval = interval_text(*bootstrap(gains), "+")
-    scores = f"held-out score  {nanmean(before):.3f} -> {nanmean(after):.3f}"
-    gain = f"gain {nanmean(gains):+.3f}, {interval} ({len(gains)} prompts, paired bootstrap)"
+    gains = [gain_of(pair) for pair in pairs if not math.isnan(gain_of(pair))]
+    scores = f"held-out score  {score_text(nanmean(before))} -> {score_text(nanmean(after))}"
+    gain = "no prompt was scored both times"
+    if gains:
+        interval = interval_text(*bootstrap(gains), "+")
+        prompts = f"{len(gains)} prompts, paired bootstrap"
+        gain = f"gain {nanmean(gains):+.3f}, {interval} ({prompts})"
     return [f"{scores}   {gain}", examiner_sentence(metrics)]
 
 
@@ -1431,7 +1434,11 @@ class Parser(argparse.ArgumentParser):
         raise DataError(f"{message}; see --help")
 
 
-def run_tool(name: str, work, argv: list[str] | None, errors: tuple = (DataError, OSError)) -> int:
+# A package that is not there names itself.
+ERRORS = (DataError, ImportError, OSError)
+
+
+def run_tool(name: str, work, argv: list[str] | None, errors: tuple = ERRORS) -> int:
     """Calls work(argv). Exit status 0, or 2 with one line on stderr for any of these errors."""
     try:
         work(argv)
@@ -1454,6 +1461,9 @@ def picture_path(folders: list[Path], out: str) -> Path:
     path = Path(out)
     if path.suffix.lower() == ".png":
         return path
+    # Who names the page means both.
+    if path.suffix.lower() == ".html":
+        return path.with_suffix(".png")
     # A file of somebody else is no folder to write into.
     if path.is_file():
         raise DataError(f"--out {out}: a file that is no picture; name a .png file or a folder")
