@@ -588,6 +588,17 @@ def test_what_could_not_be_scored_is_said_and_is_no_zero(tmp_path):
     assert figures == ["0.250 → 0.750", "not scored → 0.500"]  # the unscored pair comes last
 
 
+def test_of_many_answers_the_largest_gains_and_losses_are_shown(tmp_path):
+    before = {f"p{n}": ("old", 0.0) for n in range(50)}
+    after = {f"p{n}": ("new", n / 100 - 0.25) for n in range(50)}
+    path = heldout_run(tmp_path / "run", before, after)
+    report.write_report(path)
+    page = Page((path / "report.html").read_text(encoding="utf8"))
+    shown = [text for text in page.text if text.startswith("0.000 → ")]
+    assert len(shown) == report.MAX_PROMPTS and shown[0] == "0.000 → 0.240" and shown[-1] == "0.000 → -0.250"
+    assert any("10 of 50 prompts are only in samples.jsonl" in text for text in page.text)
+
+
 def test_nothing_scored_is_said(tmp_path):
     path = heldout_run(tmp_path / "run", {"cold": ("a", math.nan)}, {"cold": ("c", math.nan)})
     text = report.summarise(path)
@@ -706,6 +717,19 @@ def test_the_life_of_rubrics(tmp_path, capsys):
     assert "no checkpoint with evolving rubrics" in capsys.readouterr().err
     report.write_report(path)  # before its first checkpoint a run has a page all the same
     assert "Life of the rubrics" not in (path / "report.html").read_text(encoding="utf8")
+
+
+def test_of_hundreds_of_rubrics_the_youngest_are_drawn():
+    initial = rler.EvolvingCriterion("Initial.", 1.0, seen=[[1, 0.5]])
+    retired = []
+    for step in range(1, 301):
+        text = f"Born in step {step}."
+        retired.append(rler.EvolvingCriterion(text, 1.0, born=step, seen=[[step, 0.1]], retired=step))
+    axes = report.new_figure(5, 5).subplots()
+    report.draw_lives(axes, rler.Buffer([initial], [], retired))
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert len(names) == 1 + report.MAX_LIVES
+    assert names[:2] == ["+ Initial.", "+ Born in step 241."] and names[-1] == "+ Born in step 300."
 
 
 # ----------------------------------------------------------------------------- what is broken

@@ -54,6 +54,7 @@ MAX_COLUMNS = 48  # steps side by side in a heat map; in a longer run a column h
 MAX_LABELS = 2000  # criteria whose pass rates are counted, so that memory has an end
 MAX_ROWS = 24  # criteria in a heat map
 MAX_PROMPTS = 40  # prompts of a step or an evaluation whose answers the page shows
+MAX_LIVES = 60  # rubrics of a prompt whose life is drawn
 MAX_CHARACTERS = 12_000  # of one text on the page
 MAX_STEP = 10**9
 MAX_NUMBER = 1e100
@@ -974,7 +975,10 @@ def pair_section(log: SampleLog, prompts: dict[str, str]) -> list[str]:
     parts = ["<h2>Held-out answers, first and last</h2>"]
     parts.append(f'<p class="soft">{note}{note_left_out(len(pairs))}</p>')
 
-    for place, pair in enumerate(pairs[:MAX_PROMPTS]):
+    # Of many both ends: who saw gains alone would believe that nothing was lost.
+    if len(pairs) > MAX_PROMPTS:
+        pairs = pairs[: MAX_PROMPTS // 2] + pairs[-MAX_PROMPTS // 2 :]
+    for place, pair in enumerate(pairs):
         before, after = pair
         rewards = f"{score_text(before.reward)} → {score_text(after.reward)}"
         name = prompt_name(prompts, after.id)
@@ -1255,7 +1259,11 @@ def rubric_lines(prompt: str, buffer) -> list[str]:
 
 def draw_lives(axes, buffer) -> None:
     """One row per rubric, one column per step: dark where verdicts differed, x where it ended."""
+    # A long run retires hundreds: the initial ones and the youngest are drawn.
+    n_initial = len(buffer.persistent)
     criteria = lives(buffer)
+    evolving = criteria[n_initial:]
+    criteria = criteria[:n_initial] + evolving[-MAX_LIVES:]
     names = []
     for y, criterion in enumerate(criteria):
         steps = [step for step, _ in criterion.seen]
@@ -1270,7 +1278,7 @@ def draw_lives(axes, buffer) -> None:
         names.append(f"{sign} {shorten(criterion.text, 58)}")
 
     # Above the line what the data set brought, below it what the run has written.
-    axes.axhline(len(buffer.persistent) - 0.5, color="gray", linewidth=0.5)
+    axes.axhline(n_initial - 0.5, color="gray", linewidth=0.5)
     axes.set_yticks(range(len(criteria)), names, fontsize=11)
     axes.invert_yaxis()
     axes.set_xlabel("step")
@@ -1291,7 +1299,8 @@ def rubric_section(folder: Path) -> list[str]:
         "the criterion tells rollouts apart; x: retired. Of another prompt: python "
         "tools/report.py RUN --rubrics --prompt ID"
     )
-    figure = new_figure(11, 1.2 + 0.27 * len(lives(buffer)))
+    rows = len(buffer.persistent) + min(MAX_LIVES, len(buffer.active) + len(buffer.retired))
+    figure = new_figure(11, 1.2 + 0.27 * rows)
     draw_lives(figure.subplots(), buffer)
     drawn = f'<div class="wide lives">{as_svg(figure, name)}</div>'
     return [f"<h2>{markup(name)}</h2>", f'<p class="soft">{note}</p>', drawn]
