@@ -758,7 +758,6 @@ class LLMJudge:
         self.models = []
 
         # The evidence by which a refusal of one question and of the judge are told apart.
-        self.answered = 0
         self.rejections = 0
         self.rescues = 0
         self.last_problem = ""
@@ -1257,15 +1256,18 @@ class LLMJudge:
     def weigh(self, reply: Reply) -> Reply:
         """A rejected request (400, 422, ...): the question's fault or the judge's? By evidence.
 
-        Raises JudgeError when no request was ever answered, or none of the last twenty.
+        Raises JudgeError when none of the last twenty requests was answered.
         """
+        # The first call of a run looks for what the server does not take; when nothing of it
+        # helps it is the judge who refuses, and `find_out` says so.
+        if not self.profile:
+            return reply
+
         # One question that is not taken among many that are: the question's fault.
         with self.lock:
             self.rejections += 1
-            is_judge = self.rejections >= REJECTIONS or not self.answered
-        if not self.profile:
-            return reply  # the probe looks for what the server does not take
-        if is_judge:
+            rejections = self.rejections
+        if rejections >= REJECTIONS:
             raise self.denied(reply)
         return reply._replace(kind="refused")
 
@@ -1451,7 +1453,6 @@ class LLMJudge:
             if reply.kind not in ("busy", "odd"):
                 self.last_reply_at = time.monotonic()
             if reply.kind == "answer":
-                self.answered += 1
                 self.rejections = 0
 
             # What the probe costs is not the batch's.

@@ -148,6 +148,7 @@ class JudgeServer:
         self.most = 0
         self.keep = True
         self.hangs_up = False  # after each reply, without a word
+        self.usage = {"prompt_tokens": 10, "completion_tokens": 5}
 
     async def serve(self, reader, writer):
         """One connection: request after request until one side has enough."""
@@ -278,7 +279,7 @@ class JudgeServer:
             choice = {"message": {"content": ""}, "finish_reason": "content_filter"}
             return http(200, {"choices": [choice]})
         if fault == "cut":
-            return raw(200, completion(text[: len(text) // 2], "length"))
+            return raw(200, completion(text[: len(text) // 2], "length", self.usage))
         return raw(200, completion(self.shape(fault, text)))
 
     def unusual_choice(self, fault, text):

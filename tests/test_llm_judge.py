@@ -686,6 +686,38 @@ def test_one_rejected_question_is_missing_and_the_rest_are_judged(status):
         assert right(asked, verdicts) == (True, 1)
 
 
+def test_rejected_questions_among_answered_ones_end_no_run_however_many():
+    class Rejects(JudgeServer):
+        async def answer(self, head, body):
+            if "0." in body["messages"][-1]["content"]:
+                return http(400, {"error": {"message": "we do not like it"}})
+            return await super().answer(head, body)
+
+    with Rejects() as server:
+        asked = questions(400)
+        verdicts = client(server, workers=1).ask(asked)
+        assert right(asked, verdicts) == (True, 40)
+
+
+def test_a_fault_late_in_a_long_batch_is_waited_for_like_an_early_one():
+    with JudgeServer(delay=0.05, script=["ok"] * 30 + ["error"]) as server:
+        asked = questions(32)
+        verdicts = client(server, workers=1, patience=1).ask(asked)
+        assert right(asked, verdicts) == (True, 0)
+
+
+def test_a_server_that_is_silent_costs_its_patience_once():
+    class Silent(JudgeServer):
+        def pick_fault(self, body):
+            return "slow"
+
+    with Silent(slow=30) as server:
+        asking = client(server, workers=2, timeout=(1, 0.3), patience=0.5, max_missing=1.0)
+        started = time.monotonic()
+        assert asking.ask(questions(16)) == [(None, "transport")] * 16
+        assert time.monotonic() - started < 3
+
+
 def test_a_judge_that_rejects_everything_from_some_point_on_ends_the_run():
     class Sours(JudgeServer):
         async def answer(self, head, body):
@@ -740,6 +772,7 @@ class Short(JudgeServer):
         if prompt + body["max_tokens"] > self.context:
             words = f"This model's maximum context length is {self.context} tokens."
             return http(400, {"error": {"message": words}})
+        self.usage = {"prompt_tokens": prompt, "completion_tokens": body["max_tokens"]}
         return await super().answer(head, body)
 
 
@@ -771,8 +804,10 @@ def test_an_answer_that_was_cut_off_is_asked_for_again_within_the_context():
         verdicts = client(server).ask(questions(1))
         assert right(questions(1), verdicts) == (True, 0)
         tokens = [body["max_tokens"] for body in server.bodies]
+        # What is left after the prompt, as the server has counted it: no request is refused.
+        assert len(tokens) == 2
         assert tokens[0] == 512
-        assert 512 < tokens[-1] < 1500
+        assert 512 < tokens[1] == 1500 - server.usage["prompt_tokens"]
 
 
 def test_an_answer_that_cannot_grow_is_truncated():
@@ -837,6 +872,18 @@ def test_a_key_at_the_edge_of_what_is_quoted_leaks_no_part(monkeypatch, before):
     with Echo() as server, pytest.raises(JudgeError) as error:
         client(server).ask(questions(1))
     assert "sk-" not in str(error.value)
+
+
+@pytest.mark.parametrize("before", range(280, 301, 4))
+def test_a_password_at_the_edge_of_what_is_quoted_leaks_no_part(before):
+    class Echo(JudgeServer):
+        async def answer(self, head, body):
+            return raw(401, b"x" * before + b"very-secret-123")
+
+    with Echo() as server, pytest.raises(JudgeError) as error:
+        url = server.url.replace("//", "//user:very-secret-123@")
+        LLMJudge(url, "model").ask(questions(1))
+    assert "very" not in str(error.value)
 
 
 def test_a_key_in_an_answer_is_not_stored(monkeypatch, tmp_path):
