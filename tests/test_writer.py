@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import resource
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from conftest import ROOT
 from judge_server import JudgeServer, http
 
 import rar
+import rler
 from judge import LLMJudge
 from tools import write_rubrics as tool
 
@@ -310,7 +312,8 @@ def start_tool(server, questions, out, **options):
     return subprocess.Popen(command, **quiet, **options)
 
 
-def test_a_kill_in_the_middle_loses_at_most_the_calls_under_way(tmp_path):
+@pytest.mark.parametrize("how, status", [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_a_kill_in_the_middle_loses_at_most_the_calls_under_way(tmp_path, how, status):
     rows = [{"id": f"q{k}", "question": f"Why number {k}?"} for k in range(60)]
     path = write_rows(tmp_path / "q.jsonl", rows)
     out = tmp_path / "out.jsonl"
@@ -329,10 +332,11 @@ def test_a_kill_in_the_middle_loses_at_most_the_calls_under_way(tmp_path):
         until = time.monotonic() + 60
         while time.monotonic() < until and not (out.exists() and out.read_bytes().count(b"\n") == 30):
             time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        process.stderr.close()
+        process.send_signal(how)
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == status
+        # The line of a stop; a kill says nothing.
+        assert error.count(b"\n") == (how == signal.SIGINT)
     # Every question that was answered is in the file, though none of the batch was at its end.
     assert ids(out) == sorted(f"q{k}" for k in range(1, 60, 2))
 
@@ -444,6 +448,54 @@ def test_answers_of_any_shape_spoil_at_most_their_own_row(questions, tmp_path, c
     assert "sky" in ids(out)
     assert report.written + len(report.dropped) == 2
     assert set(report.dropped) <= {"cold"}
+
+
+def random_value(rng, depth=0):
+    """Any JSON value, with words that matter to the readers."""
+    kind = rng.randrange(10 if depth < 4 else 7)
+    if kind == 0:
+        return rng.choice((None, True, False))
+    if kind == 1:
+        return rng.choice((0, 1, -1, 5, 99, 10**400, -(10**400), 1e308, 3.5))
+    if kind < 7:
+        words = ("Essential", "pitfall", "accuracy", "", " ", "\ud800", "\x00", "a" * 300, "x y")
+        return rng.choice(words)
+    size = rng.randrange(9)
+    if kind == 7:
+        return [random_value(rng, depth + 1) for _ in range(size)]
+    keys = ("rubric", "text", "snippet", "tier", "positive", "negative", *tool.KEYS)
+    return {rng.choice(keys): random_value(rng, depth + 1) for _ in range(size)}
+
+
+def test_three_thousand_odd_answers_are_rubrics_or_reasons():
+    rng = random.Random(0)
+    example = rar.parse_example(COLD, "here", needs_rubric=False)
+    snippets = [tool.Snippet("a", "T", "Rest helps.")]
+    accepted = 0
+    for _ in range(3000):
+        # A good rubric with some values of its items replaced, or anything at all.
+        odd = {"rubric": rubric()}
+        for _ in range(rng.randrange(4)):
+            changed = rng.choice(odd["rubric"])
+            changed[rng.choice(tool.KEYS)] = random_value(rng)
+        if rng.random() < 0.5:
+            odd = {rng.choice(("rubric", "positive")): random_value(rng), "negative": []}
+        for read in (
+            lambda answer: tool.checked_rubric(example, answer),
+            lambda answer: tool.read_grounded(snippets, answer),
+            rler.read_proposal,
+        ):
+            try:
+                items = read(odd)
+            except ValueError as error:
+                assert str(error)
+            else:
+                accepted += 1
+                # What is accepted can be written and read.
+                if isinstance(items, list) and items and isinstance(items[0], dict):
+                    row = json.dumps({"id": "x", "question": "?", "rubric": items}, ensure_ascii=False)
+                    rar.parse_example(json.loads(row.encode()), "here")
+    assert accepted > 300
 
 
 # ---------------------------------------------------------------------------- questions

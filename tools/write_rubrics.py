@@ -590,7 +590,7 @@ def is_cut_row(tail: bytes) -> bool:
     (True, True, False, False)
     """
     # A row of ours begins like this. Half a row of anybody else's is not for us to cut.
-    start = b'{"id": '
+    start = b'{"id": "'
     if not tail or not (tail.startswith(start) or start.startswith(tail)):
         return False
     try:
