@@ -476,6 +476,40 @@ def test_https_is_checked_by_its_certificate(monkeypatch, certificate):
         assert server.connections <= 20
 
 
+class Tunnel(JudgeServer):
+    """A proxy that passes on the bytes of CONNECT requests, and notes what it was asked."""
+
+    async def serve(self, reader, writer):
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        self.headers.append(head)
+        host, _, port = head.split()[1].rpartition(":")
+        far_reader, far_writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        await asyncio.gather(self.pass_on(reader, far_writer), self.pass_on(far_reader, writer))
+
+    async def pass_on(self, source, sink):
+        """One direction, until it ends."""
+        while data := await source.read(65536):
+            sink.write(data)
+            await sink.drain()
+        sink.close()
+
+
+def test_https_goes_through_a_proxy_that_cannot_read_it(monkeypatch, certificate):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate[0]))
+    monkeypatch.setenv("JUDGE_API_KEY", SECRET)
+    with JudgeServer(tls=context, key=SECRET) as server, Tunnel() as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", f"http://me:pass@127.0.0.1:{proxy.port}")
+        monkeypatch.setenv("NO_PROXY", "localhost")
+        assert right(questions(3), client(server).ask(questions(3))) == (True, 0)
+    for head in proxy.headers:
+        assert head.startswith(f"CONNECT 127.0.0.1:{server.port} ")
+        assert base64.b64encode(b"me:pass").decode() in head
+        assert SECRET not in head
+
+
 def test_a_connection_that_the_server_closed_meanwhile_costs_no_retry():
     """Servers close what is idle for a few seconds, as it is between two steps."""
     with JudgeServer() as server:
