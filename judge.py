@@ -1696,9 +1696,8 @@ class Connection:
         # Machines without the system's certificates still have those of the Python package.
         own_bundle = os.environ.get("REQUESTS_CA_BUNDLE")
         context.load_verify_locations(own_bundle or certifi.where())
-        made = http.client.HTTPSConnection(
-            nearest.host, nearest.port, timeout=connect_timeout, context=context
-        )
+        address_of = (nearest.host, nearest.port)
+        made = http.client.HTTPSConnection(*address_of, timeout=connect_timeout, context=context)
         if proxy:
             # An https proxy passes on bytes that it cannot read.
             made.set_tunnel(address.host, address.port, login)
@@ -1876,9 +1875,8 @@ class Cache:
         """The answer stored under a key."""
         # Microseconds, and nothing is read but this row.
         with self.lock:
-            row = self.database.execute(
-                "SELECT answer FROM answers WHERE key = ?", (key,)
-            ).fetchone()
+            query = "SELECT answer FROM answers WHERE key = ?"
+            row = self.database.execute(query, (key,)).fetchone()
         return json.loads(row[0]) if row else None
 
     def add(self, key: str, answer: dict, about: dict) -> None:
@@ -1896,9 +1894,8 @@ class Cache:
         )
         try:
             with self.lock:
-                self.database.execute(
-                    "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row
-                )
+                query = "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+                self.database.execute(query, row)
         # A full disk ends the run in one line; the last checkpoint is there.
         except sqlite3.Error as error:
             raise JudgeError(f"the judge's cache {self.path}: {error}") from None
@@ -2468,10 +2465,8 @@ class LexicalJudge:
                 if not question.statement:
                     message = "the offline judge compares words with a statement"
                     raise JudgeError(message + "; for a rating or a grade give a model: --judge")
-                verdict = lexical_verdict(
-                    question.statement, question.response, question.is_fault
-                )
-                verdicts.append(verdict)
+                about = (question.statement, question.response, question.is_fault)
+                verdicts.append(lexical_verdict(*about))
                 bar.update()
         return verdicts
 

@@ -1357,6 +1357,30 @@ def test_a_cache_that_cannot_be_used_is_one_line(tmp_path):
         Cache(str(broken / "inside" / "cache.sqlite"))
 
 
+def test_a_full_disk_is_one_line_and_loses_nothing_stored(tmp_path):
+    """The limit on a file's size stands for the disk."""
+    path = tmp_path / "cache.sqlite"
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import resource
+import judge
+cache = judge.Cache({str(path)!r})
+resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+try:
+    for i in range(10_000):
+        cache.add(str(i), {{"written": {{"n": "x" * 500}}}}, {{}})
+except judge.JudgeError as error:
+    print(i, error)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    stored, _, words = run.stdout.partition(" ")
+    assert words.startswith("the judge's cache")
+    assert run.stdout.count("\n") == 1
+    rows = {row["key"] for row in Cache(str(path)).rows()}
+    assert int(stored) > 100
+    assert {str(i) for i in range(int(stored))} <= rows
+
+
 def test_a_large_cache_opens_at_once_and_is_not_read_into_memory(tmp_path):
     path = str(tmp_path / "cache.sqlite")
     cache = Cache(path)
