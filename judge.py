@@ -1574,6 +1574,14 @@ class Panel:
 # What follows, up to the words, knows nothing of questions and verdicts: connections with a
 # deadline, limits per minute, answers on disk.
 
+# Gates before hosted models turn away who gives no name. Nothing compressed: a few kilobytes can
+# become gigabytes.
+HEADERS = {
+    "Content-Type": "application/json",
+    "Accept": "application/json",
+    "Accept-Encoding": "identity",
+    "User-Agent": "rubric-judge",
+}
 LARGEST_REPLY = 4_000_000  # bytes; the usual answer of a judge has a thousand
 
 
@@ -1670,7 +1678,7 @@ class Connection:
         self.timeout = timeout
         self.deadline = math.inf  # of the exchange under way
         self.prefix = ""
-        self.headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        self.headers = dict(HEADERS)
         self.http = self.make_http()
 
     def make_http(self) -> http.client.HTTPConnection:

@@ -439,6 +439,7 @@ def test_a_proxy_of_the_environment_is_used(monkeypatch):
         head = proxy.headers[-1]
         assert head.startswith("POST http://judge.invalid:80/v1/chat/completions HTTP/1.1")
         assert base64.b64encode(b"me:pass").decode() in head
+        assert "\r\nUser-Agent: rubric-judge\r\n" in head
 
     with JudgeServer() as server:
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
