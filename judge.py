@@ -1516,13 +1516,27 @@ class Panel:
     """
 
     def __init__(self, judges: list):
-        """judges: at least one; where rubrics have to be written, the first one writes."""
+        """judges: at least one; where rubrics have to be written, the first that can write does.
+
+        Raises JudgeError when two of them would share their cached answers.
+        """
         self.judges = judges
         self.split = 0
         self.compared = 0
+
+        # Answers are cached by the model's name: two servers with one name would agree always.
+        place_of = {}
+        for judge in judges:
+            if isinstance(judge, LLMJudge):
+                place = place_of.setdefault(judge.model, judge.shown)
+                if place != judge.shown:
+                    message = f"two judges are called {judge.model}, at {place} and {judge.shown}"
+                    raise JudgeError(message + "; start each server with a name of its own")
+
         # An offline judge has no `write`, and methods look for it.
-        if hasattr(judges[0], "write"):
-            self.write = judges[0].write
+        for judge in reversed(judges):
+            if hasattr(judge, "write"):
+                self.write = judge.write
 
     def ask(self, questions: list[Question], show_progress: bool = False) -> list[Verdict]:
         """Verdicts in the order of the questions; missing where all miss. Raises JudgeError."""

@@ -1529,7 +1529,9 @@ def test_a_panel_gives_the_mean_and_counts_disagreement():
 
 def test_a_panel_of_models_adds_up_what_it_costs():
     with JudgeServer() as one, JudgeServer() as other:
-        panel = Panel([client(one), client(other)])
+        with pytest.raises(JudgeError, match="two judges are called model"):
+            Panel([client(one), client(other)])
+        panel = Panel([client(one), LLMJudge(other.url, "second", patience=20)])
         assert right(questions(6), panel.ask(questions(6))) == (True, 0)
         stats = panel.take_stats()
     assert stats["judge_calls"] == 12
@@ -1538,6 +1540,8 @@ def test_a_panel_of_models_adds_up_what_it_costs():
     assert panel.probe().count("\n") == 1
     assert hasattr(panel, "write")
     assert not hasattr(Panel([LexicalJudge()]), "write")
+    writer = LLMJudge("http://127.0.0.1:9/v1", "m")
+    assert Panel([LexicalJudge(), writer]).write == writer.write
 
 
 # ------------------------------------------------------------------ missing verdicts in rewards
