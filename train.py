@@ -301,6 +301,12 @@ def make_eval_judge(config: Config):
     """The judge that only grades held-out answers; None without one."""
     if not config.eval_judge:
         return None
+    # The cache knows judges by their models' names: the second one would be given the first one's
+    # answers.
+    shared = set(config.judge_model.split(",")) & set(config.eval_judge_model.split(",")) - {""}
+    if shared:
+        name = ", ".join(sorted(shared))
+        raise UserError(f"--eval_judge_model {name}: the judge that pays; give another model")
     return judge_at(config, config.eval_judge, config.eval_judge_model)
 
 
