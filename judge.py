@@ -2517,9 +2517,10 @@ def demo() -> int:
     ):
         show_verdict(statement, lexical_verdict(statement, response))
 
-    print("\nChecks are counted, whichever judge is used:\n")
-    for check in ("words <= 40", "sentences <= 2", "ends_complete", "addresses_reader"):
-        show_verdict(check, check_verdict(check, response))
+    # One example of every check there is: a list to copy from.
+    print("\nChecks are decided by counting, whichever judge is used:\n")
+    for check in CHECKS.values():
+        show_verdict(check, check_verdict(check, response, "What helps against a fever?"))
 
     # What no stand-in can see, so that nobody takes it for a judge.
     stuffed = "fever water drink doctor days physician three"

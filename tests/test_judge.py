@@ -254,6 +254,16 @@ def test_bad_label_files(tmp_path, capsys, content, words):
     assert agreement.main([str(tmp_path / "none.jsonl")]) == 2
 
 
+@pytest.mark.parametrize(
+    "flags", [[], ["a", "--cache", "b"], ["a", "--export", "b"], ["a", "--judge_k", "x"], ["--what"]]
+)
+def test_a_wrong_command_line_is_one_line(capsys, flags):
+    with pytest.raises(SystemExit) as ended:
+        agreement.main(flags)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_who_falls_for_length_has_a_positive_bias():
     class Yes(LexicalJudge):
         def ask(self, questions, show_progress=False):

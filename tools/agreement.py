@@ -197,9 +197,17 @@ def make_judges(args: argparse.Namespace) -> list[tuple]:
     return judges
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> None:
+        """Ends the program with status 2."""
+        self.exit(2, f"agreement.py: {message}; --help shows how\n")
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("labels", nargs="?", metavar="FILE", help="JSONL with labels of people")
@@ -217,9 +225,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     # Exactly one of the two, so that no argument is quietly ignored.
     if bool(args.labels) == bool(args.cache):
-        parser.print_usage(sys.stderr)
-        print("agreement.py: give a file with labels, or --cache FILE", file=sys.stderr)
-        return 2
+        parser.error("give a file with labels, or --cache FILE")
+    if args.export and not args.cache:
+        parser.error("--export writes what is in --cache FILE")
     try:
         if args.cache:
             print_rows(show_cache(args.cache, args.export))
