@@ -49,6 +49,7 @@ import math
 import re
 import statistics
 from collections import Counter
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -391,6 +392,10 @@ def graded_questions(
 ) -> list[Question | Verdict]:
     """One question per criterion, graded 0 to 2; a criterion with a check is decided at once."""
     conversation = render_conversation(example.prompt)
+    # A response is graded by a dozen criteria: its material is made once.
+    shown_conversation = fenced(conversation)
+    shown_response = fenced(response)
+
     questions = []
     for criterion in rubric:
         # Counting is exact and free, whichever judge is used: met is 2 of 2, not met is 0.
@@ -402,8 +407,8 @@ def graded_questions(
         # statement instead.
         prompt = fill(
             GRADE,
-            conversation=fenced(conversation),
-            response=fenced(response),
+            conversation=shown_conversation,
+            response=shown_response,
             statement=clean(criterion.text),
         )
         question = Question(
@@ -585,8 +590,8 @@ class RLER(RubricReward):
             # A prompt may stand in a batch twice; both groups then share one rubric.
             if example.id not in self.visits:
                 if example.id in self.buffers:
-                    # A deep copy: until after_step the old one is valid (decision 5).
-                    buffer = read_buffer(asdict(self.buffers[example.id]))
+                    # A copy: until after_step the old one is valid (decision 5).
+                    buffer = deepcopy(self.buffers[example.id])
                 else:
                     buffer = initial_buffer(example)
                 self.visits[example.id] = Visit(example, buffer, [])
