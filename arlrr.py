@@ -71,6 +71,7 @@ from rar import (
     points_reward,
     score_matrix,
     silence_rule,
+    with_text,
 )
 
 # ---------------------------------------------------------------------- meta-classes
@@ -419,7 +420,7 @@ class GDPO(AxisMean):
         """Advantages [P][G]; class by class they need the verdicts, not the rewards."""
         rewards_of_groups = []
         for _, rollouts in groups:
-            matrix = score_matrix(rollouts)
+            matrix = score_matrix(with_text(rollouts))
             by_class = class_rewards(rollouts[0].criteria, matrix, self.config.class_by)
 
             # Silence pays in no class, although a judge may praise it for what it avoids.

@@ -2,9 +2,9 @@
 
     python data/prepare.py SOURCE --out FILE.jsonl [--max_bad 0.02] [--force]
 
-SOURCE is a .jsonl, .jsonl.gz, .json (one list), .csv or .parquet file, a folder of these, or a data
-set of the Hugging Face hub: owner/name[:config][:split]. Parquet files and the hub need a package
-(pip install datasets).
+SOURCE is a .jsonl, .jsonl.gz, .json (one list), .csv, .tsv or .parquet file, a folder of these, or
+a data set of the Hugging Face hub: owner/name[:config][:split]. Parquet files and the hub need a
+package (pip install datasets).
 
     python data/prepare.py healthbench.jsonl --out healthbench_rows.jsonl
     python data/prepare.py ScaleAI/RaR-Medicine:train --out rar_rows.jsonl
@@ -58,7 +58,7 @@ from rar import DataError, Example, first_value
 
 # ----------------------------------------------------------------------------- where rows come from
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv", ".parquet")
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?::([\w.-]+))?")
 NEEDS_DATASETS = "parquet files and data sets of the hub need a package (pip install datasets)"
 
@@ -108,7 +108,12 @@ def read_source(source: str) -> Iterator[tuple[Place, object]]:
 
 def read_file(path: Path, inside: str) -> Iterator[tuple[Place, object]]:
     """The rows of one file; `inside` is its path below the source."""
-    readers = {".json": read_json_list, ".csv": read_csv, ".parquet": read_parquet}
+    readers = {
+        ".json": read_json_list,
+        ".csv": read_csv,
+        ".tsv": read_csv,
+        ".parquet": read_parquet,
+    }
     reader = readers.get(path.suffix, read_json_lines)
     try:
         for number, row in reader(path):
@@ -128,19 +133,18 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def read_json_list(path: Path) -> Iterator[tuple[int, object]]:
     """The items of a .json file that holds one list."""
-    rows = rar.parse_json(path.read_bytes(), str(path))
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: not a list; a .json file must hold one list of objects")
-    yield from enumerate(rows, 1)
+    for number, (_, row) in enumerate(rar.read_list(path), 1):
+        yield number, row
 
 
 def read_csv(path: Path) -> Iterator[tuple[int, dict]]:
-    """The rows of a CSV file whose first line names the columns."""
+    """The rows of a table as text, with commas or tabs, whose first line names the columns."""
     # Prompts outgrow the module's default of 128 kB per cell.
     csv.field_size_limit(2**31 - 1)
     # The csv module finds its own line ends inside quotes; spreadsheets write a byte-order mark.
     with open(path, newline="", encoding="utf-8-sig") as file:
-        yield from enumerate(csv.DictReader(file), 1)
+        delimiter = "\t" if path.suffix == ".tsv" else ","
+        yield from enumerate(csv.DictReader(file, delimiter=delimiter), 1)
 
 
 def read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
@@ -464,7 +468,7 @@ def quoted(text: str) -> str:
 # ----------------------------------------------------------------------------- descriptions
 
 PREFIX = re.compile(r"\s*(?:(\w+) +criteri(?:a|on) *: *)?(.*)", re.IGNORECASE | re.DOTALL)
-DOES_NOT = re.compile(r"(?:the \w+ )?(?:does not|doesn't)\b", re.IGNORECASE)
+DOES_NOT = re.compile(r"(?:the \w+ )?(?:does not|doesn't|never)\b", re.IGNORECASE)
 # "Does not mention X" names an omission, as the prompt that wrote the data asks: bad when met.
 OMITS = re.compile(
     r"(?:the \w+ )?(?:does not|doesn't) (?:explicitly |clearly |adequately |correctly |properly )?"
@@ -788,8 +792,6 @@ def convert_row(raw: object, place: Place) -> Converted:
     try:
         name = format_name(row, place)
         examples = [rar.parse_example(own, where) for own in FORMATS[name].convert(row, place)]
-        for example in examples:
-            refuse_no_question(example, place)
         lines = [line_of(example) for example in examples]
     except DataError:
         raise
@@ -797,15 +799,6 @@ def convert_row(raw: object, place: Place) -> Converted:
     except (AttributeError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise DataError(f"{where}: a value of the wrong kind ({error})") from None
     return Converted(name, examples, lines)
-
-
-def refuse_no_question(example: Example, place: Place) -> None:
-    """Raises DataError for a prompt that asks nothing."""
-    # A second turn of the assistant, or an answer to silence, is nothing to learn from.
-    last = example.prompt[-1]
-    if last["role"] != "user" or not is_text(last["content"]):
-        rule = "the prompt must end with a message of the user that is not empty"
-        raise DataError(f"{place}: {rule}")
 
 
 def format_name(row: dict, place: Place) -> str:

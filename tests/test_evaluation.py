@@ -225,6 +225,12 @@ def test_multiple_choice_is_accuracy_over_questions():
     assert m["eval_unboxed"] == 1 / 8 and "eval_length_adjusted" not in m
     assert comparing.metrics_table(m).startswith("accuracy")
 
+    # Beside answers in free text, whose length counts as ever.
+    free = Group(example("a"), [answer("Rest.")])
+    alone = rar.evaluate(LexicalJudge(), [free])["eval_length_adjusted"]
+    m = rar.evaluate(LexicalJudge(), [*groups, free])
+    assert m["eval_unboxed"] == 1 / 8 and m["eval_length_adjusted"] == alone
+
 
 def test_a_boxed_letter_is_not_put_to_the_judge():
     rollouts = [answer(r"\boxed{B}"), answer(r"zebra \boxed{A}"), answer("A zebra.")]

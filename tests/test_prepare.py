@@ -403,10 +403,11 @@ def test_a_canary_stays_with_every_run(convert):
     assert {e.canary for e in convert(GPQA)} == {"a mark"}
 
 
-def test_gpqa_as_csv(tmp_path, convert):
+@pytest.mark.parametrize("name, delimiter", [("gpqa.csv", ","), ("gpqa.tsv", "\t")])
+def test_gpqa_as_a_table(tmp_path, convert, name, delimiter):
     columns = [*GPQA, "Pre-Revision Incorrect Answer 1", "Incorrect Answer 3"]
-    with open(tmp_path / "gpqa.csv", "w", newline="", encoding="utf-8-sig") as file:
-        writer = csv.DictWriter(file, columns)
+    with open(tmp_path / name, "w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, columns, delimiter=delimiter)
         writer.writeheader()
         writer.writerow(
             GPQA
@@ -416,8 +417,8 @@ def test_gpqa_as_csv(tmp_path, convert):
                 "Incorrect Answer 3": "",
             }
         )
-    prepare.prepare(str(tmp_path / "gpqa.csv"), str(tmp_path / "csv.jsonl"))
-    examples = rar.read_examples(tmp_path / "csv.jsonl")
+    prepare.prepare(str(tmp_path / name), str(tmp_path / "out.jsonl"))
+    examples = rar.read_examples(tmp_path / "out.jsonl")
     assert [e.rubric for e in examples] == [e.rubric for e in convert(GPQA)]
     assert (
         examples[0].question.startswith('Which\none, "really"?\n\n(A) ')
@@ -630,8 +631,9 @@ def test_a_null_description_does_not_turn_a_sign(convert):
         "category": "Pitfall",
         "description": None,
     }
+    demand = OWN["rubric"][0] | {"category": "Essential"}
     for change in ({}, {"description": "Why this matters."}):
-        [e] = convert(OWN | {"rubric": [*OWN["rubric"], fault | change]})
+        [e] = convert(OWN | {"rubric": [demand, fault | change]})
         assert signed(e)[1] == (fault["text"], -4)
     criterion = {
         "criterion": "Never says when.",
@@ -818,6 +820,9 @@ BAD_WHEN_MET = [
     "Does not identify incorrect statements.",
     "The patient should not be given aspirin.",
     "Does not provide the dose.",
+    "Never tells the reader when to see a doctor.",
+    "The medication should be doubled.",
+    "The immune response should be suppressed.",
 ]
 
 
@@ -862,6 +867,7 @@ def test_what_stays_undecided_is_counted_and_said(tmp_path, capsys):
         "Does not mention fluids.",
         "Does not recommend surgery.",
         "Avoids surgery.",
+        "Never mentions surgery.",
     ]
     items = [
         {"title": "", "description": f"Pitfall Criteria: {text}", "weight": -1}
@@ -869,12 +875,13 @@ def test_what_stays_undecided_is_counted_and_said(tmp_path, capsys):
     ]
     write(tmp_path / "a.jsonl", RELEASED | {"rubric": RELEASED["rubric"] + items})
     assert prepare.main([str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out.jsonl")]) == 0
-    assert "2 pitfalls can be meant either way" in capsys.readouterr().err
+    assert "3 pitfalls can be meant either way" in capsys.readouterr().err
 
 
 def test_nothing_is_undecided_where_the_sign_was_published(tmp_path):
     item = {"text": "Does not suggest delaying fluids.", "weight": -1, "category": "Pitfall"}
-    write(tmp_path / "a.jsonl", OWN | {"rubric": [*OWN["rubric"], item]})
+    demand = OWN["rubric"][0] | {"category": "Essential"}
+    write(tmp_path / "a.jsonl", OWN | {"rubric": [demand, item]})
     report = prepare.prepare(str(tmp_path / "a.jsonl"), str(tmp_path / "out.jsonl"))
     assert (report.written, report.undecided_pitfalls) == (1, 0)
 

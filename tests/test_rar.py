@@ -175,10 +175,18 @@ def test_silence_earns_the_least_of_its_group():
     method_of(LexicalJudge(), "points").score([Group(cold(rubric), [talks, good, silent])])
     assert (talks.reward, good.reward, silent.reward) == (-3.0, 1.0, -3.0)
     # Unscored answers say nothing about what silence deserves.
-    assert rar.silence_rule([talks, silent], [math.nan, 0.7])[1] == 0.0
-    assert rar.silence_rule([good, silent], [0.5, math.nan])[1] == 0.0
-    # Its own sum counts neither way.
-    assert rar.silence_rule([good, silent], [0.5, -0.9])[1] == 0.0
+    assert rar.silence_rule([talks, silent], [math.nan])[1] == 0.0
+    assert rar.silence_rule([silent, good], [0.5]) == [0.0, 0.5]
+    assert rar.silence_rule([silent, silent], []) == [0.0, 0.0]
+
+
+def test_silence_does_not_stand_in_for_a_missing_verdict():
+    """The mean on the second criterion is that of the two answers, not of silence as well."""
+    rubric = [Criterion("Mentions rest.", 3), Criterion("Mentions water.", 1)]
+    judge = Given(1.0, None, 1.0, 1.0, 0.0, 0.0)
+    rollouts = [Rollout("one"), Rollout("two"), Rollout(" ")]
+    method_of(judge, "points").score([Group(cold(rubric), rollouts)])
+    assert [rollout.reward for rollout in rollouts] == [1.0, 1.0, 0.0]
 
 
 # ------------------------------------------------------------------------- the flat batch
@@ -400,6 +408,14 @@ def test_healthbench_rows_agree_with_a_plain_computation(shared):
         (with_criterion(weight=math.nan), "weight nan"),
         (with_criterion(weight=math.inf), "weight inf"),
         (with_criterion(weight=0), "weight 0"),
+        (with_criterion(weight=2e9), "at most 1e9 in size"),
+        ({**GOOD, "prompt": [{"role": "system", "content": "Be kind."}]}, "must end with"),
+        ({**GOOD, "prompt": [{"role": "user", "content": " "}]}, "must end with"),
+        ({**GOOD, "prompt": HEALTHBENCH["prompt"][:2]}, "must end with a message of the user"),
+        (
+            {**GOOD, "rubric": [*GOOD["rubric"], {"text": "Is short.", "weight": 5}]},
+            "1 of 2 criteria have a category",
+        ),
         (with_criterion(weight=True), "weight True"),
         (with_criterion(category="Vital"), "category 'Vital'"),
         (with_criterion(weight=-3), "a Pitfall names a fault"),
@@ -459,6 +475,15 @@ def test_files_of_every_kind(tmp_path):
     (tmp_path / "object.json").write_text("{}")
     with pytest.raises(DataError, match="object.json: not a list"):
         rar.read_examples(tmp_path / "object.json")
+    (tmp_path / "broken.json").write_text("[{")
+    with pytest.raises(DataError, match="broken.json: not JSON; a .json file must hold one list"):
+        rar.read_examples(tmp_path / "broken.json")
+
+
+def test_a_prompt_may_end_with_what_a_tool_said(tmp_path):
+    said = [*HEALTHBENCH["prompt"][:2], {"role": "tool", "content": "39 degrees"}]
+    [example] = rar.read_examples(write(tmp_path / "a.jsonl", {**GOOD, "prompt": said}))
+    assert example.question == "39 degrees"
 
 
 RELEASED = [{"title": "T", "description": "Essential Criteria: Names vitamin C.", "weight": 5}]
@@ -493,11 +518,31 @@ def test_a_table_names_the_command_that_converts_it(tmp_path, name):
         rar.read_examples(path)
 
 
-def test_a_parquet_file_in_a_folder_is_not_passed_over(tmp_path):
+@pytest.mark.parametrize("name", ["two.parquet", "two.csv", "two.tsv"])
+def test_a_table_in_a_folder_is_not_passed_over(tmp_path, name):
     write(tmp_path / "one.jsonl", GOOD)
-    (tmp_path / "two.parquet").write_bytes(b"PAR1")
-    with pytest.raises(DataError, match="two.parquet"):
+    (tmp_path / name).write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=name):
         rar.read_examples(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Never tells the reader when to see a doctor.",
+        "The response never clearly mentions emergency care.",
+        "Never once asks about allergies.",
+        "The medication should be doubled.",
+        "The infection must be left alone.",
+        "The immune response should be suppressed.",
+    ],
+)
+def test_a_fault_that_sounds_like_a_duty_is_never_paid_for(tmp_path, text):
+    assert not rar.names_avoidance(text)
+    fault = {"text": text, "weight": 4, "category": "Pitfall"}
+    row = {**GOOD, "rubric": [*GOOD["rubric"], fault]}
+    with pytest.raises(DataError, match="criterion 2: a Pitfall names a fault .*'Avoids'"):
+        rar.read_examples(write(tmp_path / "a.jsonl", row))
 
 
 def test_a_name_of_the_hub_names_the_command_that_converts_it():

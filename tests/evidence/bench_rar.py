@@ -101,7 +101,7 @@ def bench_scoring(rng: random.Random) -> dict:
         for name in ("explicit", "points"):
             started = time.perf_counter()
             for matrix in step:
-                rar.group_rewards(rar.DESIGNS[name].aggregate, rubric, matrix)
+                rar.group_rewards(rar.DESIGNS[name].response_reward, rubric, matrix)
             milliseconds = 1000 * (time.perf_counter() - started)
             times[f"score_{name}{label}_ms"] = round(milliseconds, 1)
     return times
