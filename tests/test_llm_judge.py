@@ -345,8 +345,11 @@ def test_a_third_of_requests_failing_in_every_way_leaves_no_wrong_verdict(k):
 def test_an_interrupt_ends_the_batch():
     with JudgeServer(script=["unavailable"] * 10_000) as server:
         asking = client(server, patience=600)
-        timer = threading.Timer(0.5, lambda: asking.stopping.set())
-        timer.start()
+
+        def interrupt():
+            asking.stopping.set()
+
+        threading.Timer(0.5, interrupt).start()
         started = time.monotonic()
         with pytest.raises(JudgeError):
             asking.ask(questions(8))

@@ -54,6 +54,7 @@ def judge_agreement(pairs: list[tuple[float | None, bool]]) -> dict:
         else:
             tn += 1
 
+    # Without a single verdict there is no figure, and 0 would look like one.
     n = tp + fp + fn + tn
     result = {"n": len(pairs), "accuracy": None, "kappa": None, "macro_f1": None, "missing": 0.0}
     if pairs:
@@ -83,6 +84,7 @@ def read_labels(path: str) -> list[dict]:
     rows = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
+            # A blank line at the end is no mistake.
             if not line.strip():
                 continue
             where = f"{path}:{number}"
@@ -111,6 +113,7 @@ def judge_labels(judge, rows: list[dict]) -> dict:
     with the length of the response. For a language model also repeatability: the share of rows
     with the same verdict when it is asked again without the cache.
     """
+    # Asked as in training: the same prompt, one statement about one response.
     questions = []
     for row in rows:
         conversation = render_conversation([{"role": "user", "content": row.get("question", "")}])
@@ -163,6 +166,7 @@ def show_cache(path: str, export: str | None) -> list[dict]:
         with open(export, "w", encoding="utf8") as file:
             file.writelines(json.dumps(row) + "\n" for row in cache.rows())
 
+    # By model, because each has its own price.
     rows = []
     for model, calls, prompt_tokens, completion_tokens in cache.costs():
         row = {"model": model, "calls": calls, "prompt_tokens": prompt_tokens}
@@ -228,6 +232,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("give a file with labels, or --cache FILE")
     if args.export and not args.cache:
         parser.error("--export writes what is in --cache FILE")
+    # What a user can mend is one line; anything else is a fault of ours and keeps its traceback.
     try:
         if args.cache:
             print_rows(show_cache(args.cache, args.export))
