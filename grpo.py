@@ -541,6 +541,7 @@ def row_mask(make_mask, mask_function=causal_mask_function, attention_mask=None,
         places = attention_mask.long().cumsum(1) - 1
 
         def in_places(row, head, query, key):
+            """The rule for slots of the cache."""
             return mask_function(row, head, places[row, query], places[row, key])
 
         return make_mask(mask_function=in_places, attention_mask=attention_mask, **kwargs)
@@ -550,6 +551,7 @@ def row_mask(make_mask, mask_function=causal_mask_function, attention_mask=None,
     positions, segments = PACKED.get()
 
     def in_segments(row, head, query, key):
+        """The rule for tokens of packed rows."""
         in_prompt = segments[row, key] == 0
         in_same_segment = segments[row, key] == segments[row, query]
         is_before = key <= query
@@ -601,6 +603,7 @@ def head_logits(model, hidden: torch.Tensor) -> torch.Tensor:
     hidden = hidden.to(model.get_output_embeddings().weight.dtype)[None]  # [1, N, H]
 
     def forward(*args, **kwargs):
+        """In place of the layers'."""
         return HiddenStates(hidden)
 
     # An attribute of the object goes before the method of its class.
