@@ -75,6 +75,8 @@ from rar import (
     DataError,
     Example,
     Group,
+    Matrix,
+    Rubric,
     RubricReward,
     correlation,
     group_rewards,
@@ -388,7 +390,7 @@ short sentence, then the grade. Reply with JSON only:
 
 
 def graded_questions(
-    example: Example, response: str, rubric: list[Criterion]
+    example: Example, response: str, rubric: Rubric
 ) -> list[Question | Verdict]:
     """One question per criterion, graded 0 to 2; a criterion with a check is decided at once."""
     conversation = render_conversation(example.prompt)
@@ -424,7 +426,7 @@ def graded_questions(
     return questions
 
 
-def evolving_reward(rubric: list[Criterion], scores: list[float]) -> float:
+def evolving_reward(rubric: Rubric, scores: list[float]) -> float:
     """S of Eq. 1: sum of w s over the sum of the positive w.
 
     rubric: [K] criteria; scores: [K] grades in {0, 0.5, 1}, none missing (rar.group_rewards fills
@@ -494,7 +496,7 @@ class RLER(RubricReward):
         self.visits: dict[str, Visit] = {}
         self.count = Counter()
 
-    # ---- the hooks, in call order
+    # ---- hooks
 
     def before_step(self, step: int, examples: list[Example], lab=None) -> dict:
         """Notes the step. step: updates done before. There is nothing to decide: no metrics."""
@@ -502,20 +504,18 @@ class RLER(RubricReward):
         self.step = step + 1
         return {}
 
-    def rubric_for(self, example: Example) -> list[Criterion]:
+    def rubric_for(self, example: Example) -> Rubric:
         """The criteria in use, new ones among them."""
         return self.visits[example.id].buffer.in_use
 
     def questions(
-        self, example: Example, response: str, rubric: list[Criterion]
+        self, example: Example, response: str, rubric: Rubric
     ) -> list[Question | Verdict]:
         """Grades from 0 to 2 instead of yes or no."""
         return graded_questions(example, response, rubric)
 
-    def aggregate(
-        self, rubric: list[Criterion], matrix: list[list[float | None]]
-    ) -> list[float]:
-        """Eq. 1 for each rollout. matrix: scores [G][K]; returns [G]."""
+    def aggregate(self, rubric: Rubric, matrix: Matrix) -> list[float]:
+        """Eq. 1: rewards [G] of a group's rollouts with text from their verdicts [G][K]."""
         # Rounded first: the mean that fills in for a missing verdict is one of grades.
         grades = []
         for row in matrix:
@@ -565,7 +565,7 @@ class RLER(RubricReward):
         for prompt_id, buffer in state["buffers"].items():
             self.buffers[prompt_id] = read_buffer(buffer)
 
-    # ---- the step under way
+    # ---- not hooks: the step under way
 
     def score(self, groups: list[Group], show_progress: bool = False) -> None:
         """Proposes criteria, then judges as RubricReward does, with the new criteria in place."""

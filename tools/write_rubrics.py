@@ -161,7 +161,8 @@ def checked_rubric(example: Example, answer: dict) -> list[dict]:
         # The same sentence twice would be paid twice.
         text = checked["text"].strip().lower()
         if text in texts:
-            raise ValueError(f"{shown(number, checked['text'])}: stands there twice")
+            where = item_name(number, checked["text"])
+            raise ValueError(f"{where}: stands there twice")
         texts.add(text)
         rubric.append(checked)
 
@@ -222,7 +223,7 @@ def checked_item(item: object, where: str, quotes: set[tuple]) -> dict:
     return checked
 
 
-def shown(number: int, text: str) -> str:
+def item_name(number: int, text: str) -> str:
     """An item as an error names it."""
     return f"item {number} ({text.strip()[:80]})"
 
