@@ -3,13 +3,17 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from judge_server import JudgeServer
 from safetensors.torch import load_file, save_file
+from test_survival import same_run
 from test_train import lines
 
 import grpo
@@ -18,13 +22,20 @@ import train
 FLAGS = ["--steps", "4", "--prompts_per_step", "3", "--group_size", "4", "--max_new_tokens", "24", "--eval_every", "2", "--save_every", "2", "--prompts", "6", "--lr", "0.01"]
 
 
-def together(world, *flags, script=ROOT / "train.py"):
-    """A script under torchrun; its status and words."""
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def torchrun(world, *flags, script=ROOT / "train.py"):
+    """The command that starts a script in several processes."""
     rendezvous = ["--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world), *rendezvous]
-    command += [str(script), *map(str, flags)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    return [*command, str(script), *map(str, flags)]
+
+
+def together(world, *flags, script=ROOT / "train.py"):
+    """A script under torchrun; its status and words."""
+    command = torchrun(world, *flags, script=script)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT, check=False)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -94,6 +105,40 @@ def test_more_processes_than_prompts(tiny, few, forms, tmp_path):
     status, printed = together(2, *flags, "--out", two)
     assert status == 0, printed
     close(lines(one / "metrics.jsonl"), lines(two / "metrics.jsonl"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["rler", "arlrr"])
+def test_two_processes_that_are_killed_are_the_same_run(tiny, few, forms, tmp_path, method):
+    """Four SIGKILLs of both, at moments drawn over a run; then every bit is as it would have been."""
+    flags = ["--model", str(tiny), "--data", forms, "--eval_data", few, *FLAGS, "--method", method, "--validation", "3"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    started = time.time()
+    status, printed = together(2, *flags, "--out", whole)
+    assert status == 0, printed
+    duration = time.time() - started
+    rng = random.Random(method)
+    for _ in range(4):
+        arguments = ["--resume", cut] if (cut / "config.json").exists() else [*flags, "--out", cut]
+        with open(tmp_path / "log", "a") as log:
+            process = subprocess.Popen(torchrun(2, *arguments), env=ENVIRONMENT, start_new_session=True, stdout=log, stderr=log)
+            try:
+                process.wait(timeout=rng.uniform(0.4, 1.0) * duration)
+            except subprocess.TimeoutExpired:
+                killed = [process.pid, *children(process.pid)]
+                for number in killed:
+                    os.kill(number, signal.SIGKILL)
+                process.wait()
+    arguments = ["--resume", cut] if (cut / "config.json").exists() else [*flags, "--out", cut]
+    status, printed = together(2, *arguments)
+    assert status == 0, printed
+    same_run(whole, cut)
+
+
+def children(parent):
+    """The processes that this one has started: torchrun puts each into a session of its own."""
+    numbers = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [int(number) for number in numbers]
 
 
 def test_an_error_ends_all_of_them_with_one_line(tiny, tmp_path):
