@@ -1190,7 +1190,8 @@ class RunFolder:
         """Writes checkpoint-STEP, then makes `checkpoint` name it. Raises UserError."""
         # The last one is of this step already when a resumed run fails before its first update.
         target = self.path / f"checkpoint-{step}"
-        if not is_first() or find_checkpoint(self.path) == target:
+        last = find_checkpoint(self.path)
+        if not is_first() or (last and target.exists() and last.samefile(target)):
             return
         state = {
             "step": step,
@@ -1216,9 +1217,10 @@ class RunFolder:
             with suppress(OSError):
                 remove(aside)
 
-        # Only now the older ones, and what a kill has left half written.
+        # Only now the older ones, and what a kill has left half written; not a checkpoint-best of
+        # somebody's own.
         for other in self.path.glob("checkpoint-*"):
-            if other != target:
+            if other != target and re.fullmatch(r"checkpoint-\d+(\.tmp)?", other.name):
                 with suppress(OSError):
                     remove(other)
 
@@ -1322,8 +1324,8 @@ def find_checkpoint(folder: Path) -> Path | None:
     return newest
 
 
-def resumed_config(config: Config, given: set[str], folder: Path) -> Config:
-    """The settings of the run in the folder, with what may be given anew. Raises UserError."""
+def read_saved(folder: Path) -> dict:
+    """The settings in a run's config.json, checked like flags. Raises UserError."""
     path = folder / "config.json"
     try:
         saved = json.loads(path.read_bytes())
@@ -1337,7 +1339,15 @@ def resumed_config(config: Config, given: set[str], folder: Path) -> Config:
         # A default in its place could be another experiment.
         lacks = ", ".join(missing[:5])
         raise UserError(f"{path}: lacks {lacks}; edited, or of another version of train.py")
+    for name in names:
+        problem = setting_problem(name, saved[name])
+        if problem:
+            raise UserError(f"{path}: {name} {shown(name, saved[name])}: {problem}")
+    return {name: saved[name] for name in names}
 
+
+def resumed_config(saved: dict, config: Config, given: set[str]) -> Config:
+    """The settings of a run, with what may be given anew. Raises UserError."""
     changed = []
     for name in sorted(given - RESUMABLE):
         value = getattr(config, name)
@@ -1351,21 +1361,15 @@ def resumed_config(config: Config, given: set[str], folder: Path) -> Config:
         advice = "leave them out or start a new run"
         differences = ", ".join(changed)
         raise UserError(
-            f"--resume {folder}: would mix two experiments: {differences}; {advice}"
+            f"--resume {config.resume}: would mix two experiments: {differences}; {advice}"
         )
-
-    # Settings from a file are checked like flags: somebody may have edited it.
-    settings = {name: saved[name] for name in names}
+    settings = dict(saved)
     for name in given:
         settings[name] = getattr(config, name)
-    for name, value in settings.items():
-        problem = setting_problem(name, value)
-        if problem:
-            raise UserError(f"{path}: {name} {shown(name, value)}: {problem}")
     return Config(**settings)
 
 
-def read_state(folder: Path, config: Config) -> dict | None:
+def read_state(folder: Path, save_every: int) -> dict | None:
     """The state in the last checkpoint; None when the run has none yet. Raises UserError."""
     checkpoint = find_checkpoint(folder)
     advice = "put it back, or start a new run"
@@ -1373,7 +1377,7 @@ def read_state(folder: Path, config: Config) -> dict | None:
         # The log is at most one save ahead. Further, there was a checkpoint, and beginning again
         # would drop its steps.
         steps = [row["step"] for row in read_log(folder / "metrics.jsonl")]
-        if steps and max(steps) > config.save_every:
+        if steps and max(steps) > save_every:
             why = f"the log is at step {max(steps)}, but there is no checkpoint"
             raise UserError(f"--resume {folder}: {why}; {advice}")
         return None
@@ -1583,8 +1587,9 @@ def train_in(folder: RunFolder, config: Config, given: set[str], stop: Stop) -> 
     state = None
     step = 0
     if config.resume:
-        config = resumed_config(config, given, folder.path)
-        state = read_state(folder.path, config)
+        saved = read_saved(folder.path)
+        config = resumed_config(saved, config, given)
+        state = read_state(folder.path, saved["save_every"])
     if state:
         step = state["step"]
         last, _ = last_evaluation(folder.path, step)

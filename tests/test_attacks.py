@@ -433,6 +433,42 @@ def test_a_finished_run_that_was_killed_before_its_report_gets_one(base, tmp_pat
     assert "held-out score" in capsys.readouterr().out
 
 
+def test_a_folder_of_somebodys_own_is_not_pruned(base, tmp_path):
+    shutil.copytree(base[1], tmp_path / "run", symlinks=True)
+    shutil.copytree(base[1] / "checkpoint-3", tmp_path / "run" / "checkpoint-best")
+    assert train.main(["--resume", str(tmp_path / "run"), "--steps", "4"]) == 0
+    left = sorted(path.name for path in (tmp_path / "run").glob("checkpoint*"))
+    assert left == ["checkpoint", "checkpoint-4", "checkpoint-best"]
+
+
+def test_a_save_that_failed_at_once_keeps_the_checkpoint_it_began_with(base, tmp_path, monkeypatch):
+    """A resumed run whose first step fails saves nothing: the checkpoint of that step is there already, by any name."""
+    run = tmp_path / "run"
+    shutil.copytree(base[1], run, symlinks=True)
+    (run / "checkpoint").unlink()
+    (run / "checkpoint").symlink_to((run / "checkpoint-3").resolve())
+    before = (run / "checkpoint-3").stat().st_ino
+
+    def fails(*arguments, **more):
+        raise FloatingPointError("the gradient is not finite")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", fails)
+        assert train.main(["--resume", str(run), "--steps", "4"]) == 2
+    assert (run / "checkpoint-3").stat().st_ino == before
+    assert train.main(["--resume", str(run), "--steps", "4"]) == 0
+
+
+def test_a_long_way_to_the_first_checkpoint_is_no_lost_one(base, tmp_path, monkeypatch, capsys):
+    """Killed before the first save of --save_every 100, and resumed with a smaller one, the run begins again."""
+    run = tmp_path / "run"
+    flags = [*base[0], "--save_every", "100", "--out", str(run)]
+    assert interrupted(monkeypatch, 2, lambda: train.main(flags)) == 130
+    assert not (run / "checkpoint").exists() and len(lines(run / "metrics.jsonl")) == 3
+    assert train.main(["--resume", str(run), "--save_every", "1"]) == 0
+    assert [row["step"] for row in lines(run / "metrics.jsonl")] == [0, 1, 2, 3]
+
+
 def test_a_second_interruption_after_a_copy_without_links(base, tmp_path, monkeypatch):
     """The save that follows puts a link where the folder was."""
     shutil.copytree(base[1], tmp_path / "run")
