@@ -277,10 +277,15 @@ def setting_problem(name: str, value) -> str:
 
 
 def shown(name: str, value) -> str:
-    """A setting as it may be shown: without the password in a judge's URL, and not endless."""
+    """A setting as it may be printed: without a password, and not endless."""
     if name in JUDGES and isinstance(value, str):
-        value = ",".join(without_password(url) for url in split_urls(value))
+        value = without_passwords(value)
     return printable(str(value))[:200]
+
+
+def without_passwords(urls: str) -> str:
+    """The URLs of a judge as they may be shown and stored."""
+    return ",".join(without_password(url) for url in split_urls(urls))
 
 
 def split_urls(text: str) -> list[str]:
@@ -1158,7 +1163,7 @@ class RunFolder:
         # A password is given again with --resume; it is in no file.
         settings = asdict(run.config)
         for name in JUDGES:
-            settings[name] = shown(name, settings[name])
+            settings[name] = without_passwords(settings[name])
         text = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
         with writing(self.path, "choose another --out"):
             replace_file(self.path / "prompts.jsonl", json_lines(prompts))

@@ -645,6 +645,7 @@ def test_a_password_in_the_judges_url_is_in_no_file(base, tmp_path, capsys):
         assert train.main([*base[0], *flags, "--judge", url + "\x1b", "--out", str(tmp_path / "other")]) == 2
     shown = capsys.readouterr()
     assert "s3cr" not in shown.out + shown.err
+    assert train.without_passwords(f"http://me:{password}@h/{'x' * 300},offline") == f"http://h/{'x' * 300},offline"
     for path in tmp_path.rglob("*"):
         if path.is_file():
             assert b"s3cr" not in path.read_bytes(), path
