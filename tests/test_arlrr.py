@@ -418,6 +418,19 @@ def test_silence_gets_the_lowest_reward_where_that_is_negative():
     assert rewards_of(judged) == [-2.0, -2.0, 1.0]
 
 
+@pytest.mark.parametrize("kind", [ARLRR, AxisMean, GDPO])
+def test_a_group_that_is_silent_throughout_teaches_nothing(kind):
+    method = kind(LexicalJudge(), settings(kind.__name__.lower()))
+    method.before_step(0, [RAIN])
+    judged = [group(RAIN, "", " "), group(RAIN, "Clouds and warm air.", "No idea.")]
+    method.score(judged)
+    assert rewards_of(judged[0]) == [0.0, 0.0]
+    method.set_advantages(judged)
+    assert [rollout.advantage for rollout in judged[0].rollouts] == [0, 0]
+    assert judged[1].rollouts[0].advantage > 0 > judged[1].rollouts[1].advantage
+    assert method.after_step(judged)["dead"] == 0.5
+
+
 def test_silence_is_not_a_way_out_for_gdpo_either():
     """Its advantages come from the verdicts: what silence is praised for must not count there."""
     safe = example(
