@@ -606,15 +606,19 @@ def head_logits(model, hidden: torch.Tensor) -> torch.Tensor:
         """In place of the layers'."""
         return HiddenStates(hidden)
 
-    # An attribute of the object goes before the method of its class.
+    # Some forwards call the decoder inside the layers. An attribute of an object goes before the
+    # method of its class.
     layers = layers_of(model)
-    layers.forward = forward
+    replaced = (layers, layers.get_decoder())
+    for module in replaced:
+        module.forward = forward
     try:
         # The ids are not looked at, but many forwards want some.
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         return model(ids, use_cache=False).logits[0]
     finally:
-        del layers.forward
+        for module in replaced:
+            vars(module).pop("forward", None)
 
 
 def uniform_numbers(

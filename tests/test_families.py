@@ -28,6 +28,7 @@ COMMON = [
     "olmo2",
     "smollm3",
     "gpt2",
+    "opt",
     "gpt_oss",
     "llama4_text",
 ]
