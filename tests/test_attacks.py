@@ -210,7 +210,10 @@ def test_killed_at_each_file_operation_it_is_the_same_run(server, base, tmp_path
     assert total > 20
     rng = random.Random(1)
     for number in range(1, total):
-        survive(server, base, tmp_path / str(number), [number, rng.randrange(1, total)])
+        kills = [number]
+        if number % 5 == 0:  # sometimes the resumed run is killed as well
+            kills.append(rng.randrange(1, total))
+        survive(server, base, tmp_path / str(number), kills)
         shutil.rmtree(tmp_path / str(number))
 
 
