@@ -4,14 +4,15 @@ A rubric gives a vector of verdicts. Added up they are one number, and answers t
 kind look alike. The paper keeps the classes of criteria (meta-classes) apart and optimises them
 in turn:
 
-    repeat:  choose the next class k             # search, lowest_score, cyclic or random
+    repeat:  choose the next class c             # search, lowest_score, cyclic or random
              for a stage of updates:
-                 roll out G completions for prompts whose rubric has class k
-                 judge the criteria of class k only
-                 r_k(y) = sum_{i in k} p_i v_i(y) / P_k
+                 roll out G completions for prompts whose rubric has class c
+                 judge the criteria of class c only
+                 r_c(y) = sum_{i in c} p_i v_i(y) / (positive points of c)
                  advantages and update as in any GRPO step
 
-             p_i points of criterion i, v_i its verdict, P_k the positive points of class k
+    p_i: points of criterion i; v_i: its verdict.
+    In shapes: P prompts, G completions of a prompt, K criteria, C classes.
 
 What is the paper's. Only its abstract was available to us: rewards are vectors; existing work
 adds them up with fixed weights; ARL-RR optimises one semantic meta-class at a time; adding up
@@ -23,25 +24,24 @@ What is ours. No number, algorithm box or theorem was available, so these decisi
 reading:
 
 1. A class is an axis of HealthBench (or of our data), a category, or any tag of the criteria.
-   r_k is HealthBench's own axis score.
-2. A prompt without a positive criterion in the class has no r_k and is not rolled out.
-3. A stage is a fixed number of updates. Optimiser state and the KL reference carry over from
-   stage to stage.
-4. The search tries one update per class, from the same state, and scores each on a validation
-   slice by the *overall* score; every trial is taken back bit by bit. The best class wins.
-   Classes within one standard error of it are tied with it, and the one trained longest ago
-   goes first. Trials cost rollouts and verdicts, and are counted. Cyclic, random and
-   lowest_score are there to compare with.
-5. r_k can fall to -6 (a rubric with heavy penalties). Where advantages are not divided by the
-   group's std, it is clipped to [-1, 1].
+   r_c is HealthBench's own axis score.
+2. A prompt whose class has penalties only has no r_c (it would be divided by 0 points): it is
+   not rolled out for that class, and these penalties are never trained. With --class_by category
+   all pitfalls drop out. The score by which the search chooses counts them.
+3. A stage is a fixed number of updates (--stage). Optimiser state and the KL reference carry
+   over from stage to stage.
+4. The search tries one update per class, from the same state, and takes each back bit by bit.
+   The best class wins; see `choose_by_search`. Cyclic, random and lowest_score are there to
+   compare with.
+5. r_c has no lower bound: a class with 1 positive point and a penalty of 6 can give -6. Dividing
+   advantages by the group's std (--advantage std) evens this out; without it (mean, none) r_c is
+   clipped to [-1, 1].
 6. The theorem at `contraction` is textbook mathematics. Whether it is the paper's, we cannot
    tell.
 
-AxisMean and GDPO, two methods that use all classes in every step, are here to compare with.
-
     python arlrr.py                                     # the theorem, measured and predicted
     python train.py --method arlrr --schedule search    # also cyclic, random, lowest_score
-    python train.py --method axis_mean                  # also gdpo, points
+    python train.py --method axis_mean                  # also gdpo: all classes in every step
 """
 
 import math
@@ -63,7 +63,6 @@ from rar import (
     Matrix,
     Rubric,
     RubricReward,
-    bootstrap,
     correlation,
     drop_nan,
     group_rewards,
@@ -109,18 +108,6 @@ def tag_value(tags: list[str], kind: str) -> str:
     return ""
 
 
-def check_classes(examples: list[Example], class_by: str) -> None:
-    """Raises DataError when no criterion of the data has a class of this kind."""
-    # All criteria would be of the class "other", and every turn would be the same.
-    for example in examples:
-        for criterion in example.rubric:
-            if class_of(criterion, class_by) != "other":
-                return
-    raise DataError(
-        f"--class_by {class_by}: no criterion has one; use axis, category, or the kind of a tag"
-    )
-
-
 def meta_classes(rubric: Rubric, class_by: str = "axis") -> dict[str, list[int]]:
     """Class -> indices of its criteria, for the classes that have a reward (decision 2).
 
@@ -149,9 +136,444 @@ def select(values: list, indices: list[int]) -> list:
     return [values[i] for i in indices]
 
 
+def classes_by_frequency(examples: list[Example], class_by: str = "axis") -> list[str]:
+    """The classes that have a reward, that of most prompts first; ties by the alphabet."""
+    counts = Counter()
+    for example in examples:
+        for name in meta_classes(example.rubric, class_by):
+            counts[name] += 1
+    return sorted(counts, key=lambda name: (-counts[name], name))
+
+
+def check_classes(examples: list[Example], class_by: str) -> None:
+    """Raises DataError when fewer than two classes of the data have a reward."""
+    # With one class every turn is the same. A misspelt class_by makes all criteria "other".
+    names = classes_by_frequency(examples, class_by)
+    if len(names) < 2:
+        present = f'only "{names[0]}"' if names else "none"
+        raise DataError(
+            f"--class_by {class_by}: two classes with a positive criterion are needed, the data "
+            f"have {present}; use axis, category, or the kind of a tag"
+        )
+
+
+# ---------------------------------------------------------------------- class rewards
+
+
+def class_rewards(
+    rubric: Rubric,
+    matrix: Matrix,
+    class_by: str = "axis",
+) -> dict[str, list[float]]:
+    """Class -> rewards r_c [G] of a group, from its verdicts [G][K].
+
+    Missing verdicts are treated as in rar.group_rewards.
+
+    >>> rubric = [Criterion("", 6, axis="a"), Criterion("", 2, axis="b")]
+    >>> class_rewards(rubric + [Criterion("", -2, axis="b")], [[1, 0, 0], [1, 1, 1]])
+    {'a': [1.0, 1.0], 'b': [0.0, 0.0]}
+    """
+    rewards = {}
+    for name, indices in meta_classes(rubric, class_by).items():
+        # The columns of the matrix that are about criteria of this class.
+        verdicts = []
+        for row in matrix:
+            verdicts.append(select(row, indices))
+        rewards[name] = group_rewards(points_reward, select(rubric, indices), verdicts)
+    return rewards
+
+
+def clip_rewards(rewards: list[float], advantage: str) -> list[float]:
+    """Rewards [G], clipped to [-1, 1] unless advantages are divided by the std (decision 5).
+
+    >>> clip_rewards([0.5, -6.0, math.nan], "mean"), clip_rewards([-6.0], "std")
+    ([0.5, -1.0, nan], [-6.0])
+    """
+    if advantage == "std":
+        return rewards
+
+    # Without the division, one answer with a reward of -6 would outweigh the rest of the batch.
+    clipped = []
+    for reward in rewards:
+        # nan is "not scored" and has to stay nan: min(1.0, nan) would make it 1.0, the best.
+        if math.isnan(reward):
+            clipped.append(reward)
+        else:
+            clipped.append(max(-1.0, min(1.0, reward)))
+    return clipped
+
+
+def dead_share(groups: list[Group]) -> float:
+    """Share of the groups whose rewards have no spread: nothing is learned from them."""
+    dead = []
+    for _, rollouts in groups:
+        rewards = drop_nan([rollout.reward for rollout in rollouts])
+        # A group that was not scored at all is neither dead nor alive.
+        if rewards:
+            dead.append(float(statistics.pstdev(rewards) <= ZERO_STD))
+    return nanmean(dead)
+
+
+# ---------------------------------------------------------------------- the method
+
+
+class ARLRR(RubricReward):
+    """One class per stage: `before_step` chooses it; `pool` and `rubric_for` follow it.
+
+    config: schedule, stage (updates per stage), class_by, seed, advantage. All processes make
+    the same choice: the step, the examples, the seed, the history and the validation scores, on
+    which it depends, are the same in all of them.
+    """
+
+    def __init__(self, judge, config):
+        super().__init__(judge, config)
+        # One entry per stage, {"step", "class", ...}: the updates done before it, its class, and
+        # what the choice was based on.
+        self.history: list[dict] = []
+
+        # The class that is judged now: that of the last stage, or the one that a search tries.
+        self.active_class = ""
+
+    def can_learn_from(self, example: Example) -> bool:
+        """Whether any class of the example has a reward."""
+        return bool(meta_classes(example.rubric, self.config.class_by))
+
+    def before_step(self, step: int, examples: list[Example], lab: "Lab | None" = None) -> dict:
+        """Begins a new stage when the last one has ended; returns the choice as metrics.
+
+        step: updates done so far. lab: lets a schedule run and undo an update, and validate; None
+        under other trainers (tools/adapters.py). Raises DataError when the schedule needs one.
+        """
+        # The end of a stage follows from the step, so there is no counter to save.
+        if self.history and step < self.history[-1]["step"] + self.config.stage:
+            return {"class": self.active_class}
+
+        # Other trainers cannot take an update back, and give us no validation prompts.
+        schedule = self.config.schedule
+        if lab is None and schedule in ("search", "lowest_score"):
+            raise DataError(
+                f"--schedule {schedule} needs train.py; in other trainers use cyclic or random"
+            )
+
+        order = classes_by_frequency(examples, self.config.class_by)
+        chosen, metrics = SCHEDULES[schedule](self, order, lab)
+
+        # In the log, "stage" is the number of the stage; config.stage is its length in updates.
+        self.history.append({"step": step, "class": chosen, **metrics})
+        self.active_class = chosen
+        return {"class": chosen, **metrics, "stage": len(self.history)}
+
+    def pool(self, examples: list[Example]) -> list[Example]:
+        """The prompts that have the active class."""
+        pool = []
+        for example in examples:
+            if self.active_class in meta_classes(example.rubric, self.config.class_by):
+                pool.append(example)
+        return pool
+
+    def rubric_for(self, example: Example) -> Rubric:
+        """The criteria of the active class: the judge is asked about no other."""
+        classes = meta_classes(example.rubric, self.config.class_by)
+        return select(example.rubric, classes[self.active_class])
+
+    def aggregate(self, rubric: Rubric, matrix: Matrix) -> list[float]:
+        """r_c [G]: HealthBench's score, computed within the active class."""
+        rewards = group_rewards(points_reward, rubric, matrix)
+        return clip_rewards(rewards, self.config.advantage)
+
+    def after_step(self, groups: list[Group]) -> dict:
+        """Returns the share of groups without spread, of which small classes have many."""
+        return {"dead": dead_share(groups)}
+
+    def state_dict(self) -> dict:
+        """The history, as plain values: everything else follows from it and the step."""
+        return {"history": deepcopy(self.history)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restores what state_dict gave."""
+        self.history = deepcopy(state["history"])
+        self.active_class = self.history[-1]["class"] if self.history else ""
+
+
+# ---------------------------------------------------------------------- schedules
+
+# A schedule takes the method, the classes that have a reward (most frequent first) and the lab,
+# and returns the class of the next stage and what to log of the choice.
+
+
+def longest_ago(history: list[dict], order: list[str]) -> str:
+    """The class of `order` whose last stage is longest ago; ties by the order.
+
+    >>> longest_ago([{"class": "a"}, {"class": "b"}, {"class": "a"}], ["a", "b"])
+    'b'
+    """
+    # A class that had no turn yet comes before all that had one.
+    last_stage = dict.fromkeys(order, -1)
+    for number, stage in enumerate(history):
+        last_stage[stage["class"]] = number
+
+    # min takes the first of equals, so ties follow the order.
+    return min(order, key=lambda name: last_stage[name])
+
+
+def choose_cyclic(method: ARLRR, order: list[str], lab: "Lab | None") -> tuple[str, dict]:
+    """One class after the other."""
+    return longest_ago(method.history, order), {}
+
+
+def choose_random(method: ARLRR, order: list[str], lab: "Lab | None") -> tuple[str, dict]:
+    """The control: any class, drawn from the seed and the number of the stage."""
+    # A generator of its own: a resumed run draws the same class, and sampling is not disturbed.
+    generator = random.Random(f"{method.config.seed}-{len(method.history)}")
+    return generator.choice(order), {}
+
+
+# What the next two need of the lab (class Lab, below): validate() is one greedy answer per
+# validation prompt, judged by its full rubric; update() is one update by the active class; save()
+# and restore(state) copy and put back all that an update changes. spent() is what they have cost.
+
+
+def choose_lowest_score(method: ARLRR, order: list[str], lab: "Lab") -> tuple[str, dict]:
+    """The class with the lowest mean r_c on the validation prompts.
+
+    Unclipped: a single answer of -6 can make a class the lowest.
+    """
+    # The validation answers were judged by their full rubrics, so every class can be scored.
+    rewards_of_class = defaultdict(list)
+    for example, rollouts in lab.validate():
+        matrix = score_matrix(rollouts)
+        for name, row in class_rewards(example.rubric, matrix, method.config.class_by).items():
+            rewards_of_class[name].extend(row)
+    scores = {name: nanmean(rewards_of_class[name]) for name in order}
+
+    # A class that no validation prompt has cannot be the lowest. Where no class has a score,
+    # there is nothing to choose by, and the classes take turns.
+    scored = drop_nan(scores.values())
+    lowest = order
+    if scored:
+        bound = min(scored) + ZERO_STD
+        lowest = [name for name in order if scores[name] <= bound]
+
+    metrics = {f"validation/{name}": score for name, score in scores.items()}
+    metrics.update(lab.spent())
+    return longest_ago(method.history, lowest), metrics
+
+
+def choose_by_search(method: ARLRR, order: list[str], lab: "Lab") -> tuple[str, dict]:
+    """Looks one update ahead with every class, and takes the best (decision 4).
+
+    A trial is the first update of the stage that it tries: the same weights, batch and random
+    numbers. The best class has the highest mean overall score after its trial. Classes within
+    one standard error of it are tied with it, and the one trained longest ago goes first. With a
+    short validation slice often all are tied: the search is then cyclic, which `search_tied` in
+    the log shows (their number). It cannot decline: when every trial makes the score worse, it
+    takes the class that makes it worse by least.
+
+    Cost per stage: C updates (the winner's is done again by the stage) and C + 1 validations.
+    """
+    # What the gains in the log are measured against.
+    baseline = overall_scores(lab.validate())
+
+    # What every trial starts from.
+    start = lab.save()
+    active_before = method.active_class
+
+    scores_after = {}
+    with progress_bar(len(order), "search", "class") as bar:
+        for name in order:
+            try:
+                method.active_class = name
+                lab.update()
+                scores_after[name] = overall_scores(lab.validate())
+            finally:
+                # Also when the judge fails or the user stops: a checkpoint written then has to
+                # hold the state from before the search.
+                lab.restore(start)
+                method.active_class = active_before
+            bar.update()
+
+    # The choice compares the trials with each other, not with what was before.
+    best = within_one_se(scores_after, order)
+
+    metrics = {}
+    for name, scores in scores_after.items():
+        metrics[f"trial/{name}"] = nanmean([b - a for a, b in zip(baseline, scores)])
+    metrics["search_tied"] = len(best)
+    metrics.update(lab.spent())
+    return longest_ago(method.history, best), metrics
+
+
+def overall_scores(groups: list[Group]) -> list[float]:
+    """HealthBench's score over all classes, for each validation prompt; nan: could not be judged.
+
+    It is not r_c: `Lab.validate` judges the full rubric, penalties of all classes included.
+    """
+    # Validation answers are greedy, so there is one rollout per prompt.
+    scores = []
+    for _, [rollout] in groups:
+        scores.append(rollout.reward)
+    return scores
+
+
+def within_one_se(scores: dict[str, list[float]], order: list[str]) -> list[str]:
+    """The class with the best mean score, and those within one standard error of it.
+
+    scores: class -> overall score of each validation prompt after the class's trial; nan where
+    it could not be judged. The error is that of the paired difference, prompt by prompt.
+
+    >>> scores = {"a": [0.5, 0.5, 0.6], "b": [0.9, 0.8, 0.9], "c": [0.8, 0.9, 0.9]}
+    >>> within_one_se(scores, ["a", "b", "c"])
+    ['b', 'c']
+    """
+    means = {name: nanmean(scores[name]) for name in order}
+
+    # A trial that could not be judged at all is no winner. Where none could be, there is nothing
+    # to choose by, and the classes take turns.
+    judged = [name for name in order if not math.isnan(means[name])]
+    if not judged:
+        return order
+    best = max(judged, key=lambda name: means[name])
+
+    # Prompts differ more than trials do. Paired, what a prompt is worth cancels.
+    tied = []
+    for name in judged:
+        gaps = drop_nan([b - a for a, b in zip(scores[name], scores[best])])
+
+        # Without a prompt that both could be judged on, nothing is known to be a tie.
+        if not gaps:
+            continue
+
+        # A single prompt gives no error: only an equal score is then a tie.
+        error = 0.0
+        if len(gaps) > 1:
+            error = statistics.stdev(gaps) / math.sqrt(len(gaps))
+        if statistics.fmean(gaps) <= error + ZERO_STD:
+            tied.append(name)
+    return tied
+
+
+SCHEDULES = {
+    "search": choose_by_search,
+    "lowest_score": choose_lowest_score,
+    "cyclic": choose_cyclic,
+    "random": choose_random,
+}
+
+# ---------------------------------------------------------------------- what may be tried out
+
+# What a comparison at equal budgets counts, besides seconds.
+COSTS = ("updates", "rollouts", "verdicts", "tokens")
+
+
+class Lab:
+    """What a schedule may try out between two steps, and what that has cost.
+
+    run_update(step)    the run's own update of that step; returns its metrics
+    run_validation()    greedy answers to the validation prompts, judged: groups of one rollout
+    after_restore()     called when old weights are back, for a sampler that has a copy of them
+    """
+
+    def __init__(self, model, optimizer, run_update, run_validation, after_restore):
+        self.model = model
+        self.optimizer = optimizer
+        self.run_update = run_update
+        self.run_validation = run_validation
+        self.after_restore = after_restore
+        self.at(0)
+
+    def at(self, step: int) -> "Lab":
+        """Begins a new account, for the decision before this step."""
+        self.step = step
+        self.cost = Counter()
+        self.started = time.perf_counter()
+        return self
+
+    def save(self) -> dict:
+        """Everything that an update changes, copied: weights, moments, random states."""
+        # state_dict() returns the tensors themselves, which the next update changes in place.
+        weights = {}
+        for name, tensor in self.model.state_dict().items():
+            weights[name] = tensor.detach().clone()
+        state = {
+            "model": weights,
+            "optimizer": deepcopy(self.optimizer.state_dict()),
+            "torch": torch.get_rng_state(),
+            "python": random.getstate(),
+            "cuda": [],
+        }
+
+        # Sampling on a GPU draws from the GPU's own generators.
+        if torch.cuda.is_available():
+            state["cuda"] = torch.cuda.get_rng_state_all()
+        return state
+
+    def restore(self, state: dict) -> None:
+        """Puts back, bit by bit, what `save` copied. The copy can be used again."""
+        with torch.no_grad():
+            for name, tensor in self.model.state_dict().items():
+                tensor.copy_(state["model"][name])
+
+        # A trial that broke off may have left gradients.
+        self.optimizer.zero_grad(set_to_none=True)
+
+        # The optimiser keeps the tensors that it is given and changes them in place: give a copy.
+        self.optimizer.load_state_dict(deepcopy(state["optimizer"]))
+
+        # Without the random states the stage would not begin as its trial did.
+        torch.set_rng_state(state["torch"])
+        random.setstate(state["python"])
+        if state["cuda"]:
+            torch.cuda.set_rng_state_all(state["cuda"])
+        self.after_restore()
+
+    def update(self) -> None:
+        """The update that the run would do now."""
+        metrics = self.run_update(self.step)
+
+        # Counted, because a search pays for its trials in every comparison.
+        self.cost["updates"] += 1
+        self.cost["rollouts"] += metrics["rollouts"]
+        self.cost["verdicts"] += metrics["verdicts"]
+        self.cost["tokens"] += metrics["tokens"]
+
+    def validate(self) -> list[Group]:
+        """Greedy answers to the validation prompts, judged by their full rubrics, not by a class.
+
+        Their rewards are overall scores: rar.points_reward over all criteria.
+        """
+        groups = self.run_validation()
+        for _, rollouts in groups:
+            for rollout in rollouts:
+                self.cost["rollouts"] += 1
+                self.cost["verdicts"] += len(rollout.verdicts)
+                self.cost["tokens"] += len(rollout.ids)
+        return groups
+
+    def spent(self) -> dict:
+        """What this decision has cost so far, as metrics."""
+        metrics = {f"search_{key}": self.cost[key] for key in COSTS}
+        metrics["search_seconds"] = time.perf_counter() - self.started
+        return metrics
+
+
+# ---------------------------------------------------------------------- variance contraction
+
+
 def class_weights(rubric: Rubric, class_by: str = "axis") -> dict[str, float]:
-    """w_k = P_k / P, the weight of class k in HealthBench's score. The weights sum to one."""
-    # Classes without a reward have no positive points, so P is the sum over all the others.
+    """w_c [C]: the positive points of class c in parts of all. They sum to one.
+
+    With them HealthBench's score is R = sum_c w_c r_c, plus the points of classes that have
+    penalties only, which are in no r_c. Here "tone" is such a class, -4 beside 8 points:
+
+    >>> rubric = [Criterion("", 6, axis="a"), Criterion("", 2, axis="b")]
+    >>> rubric += [Criterion("", -2, axis="b"), Criterion("", -4, axis="tone")]
+    >>> scores = [1, 0, 1, 1]
+    >>> class_rewards(rubric, [scores]), class_weights(rubric)
+    ({'a': [1.0], 'b': [-1.0]}, {'a': 0.75, 'b': 0.25})
+    >>> points_reward(rubric, scores), 0.75 * 1.0 + 0.25 * -1.0 + -4 / 8
+    (0.0, 0.0)
+    """
+    # Classes without a reward have no positive points, so this is the sum over all the others.
     total = positive_points(rubric)
     weights = {}
     for name, indices in meta_classes(rubric, class_by).items():
@@ -164,69 +586,36 @@ def positive_points(criteria: Rubric) -> float:
     return sum(criterion.weight for criterion in criteria if criterion.weight > 0)
 
 
-def class_rewards(
-    rubric: Rubric,
-    matrix: Matrix,
-    class_by: str = "axis",
-) -> dict[str, list[float]]:
-    """Class -> rewards r_k [G] of a group, from its verdicts [G][K].
-
-    Missing verdicts are treated as in rar.group_rewards.
-
-    HealthBench's score R is the weighted sum of these, plus the points of classes that have
-    penalties only, which no r_k contains: R = sum_k w_k r_k + remainder.
-
-    >>> rubric = [Criterion("", 6, axis="a"), Criterion("", 2, axis="b")]
-    >>> rubric += [Criterion("", -2, axis="b"), Criterion("", -4, axis="c")]
-    >>> scores = [1, 0, 1, 1]
-    >>> class_rewards(rubric, [scores]), class_weights(rubric)
-    ({'a': [1.0], 'b': [-1.0]}, {'a': 0.75, 'b': 0.25})
-    >>> points_reward(rubric, scores), 0.75 * 1.0 + 0.25 * -1.0 + -4 / 8
-    (0.0, 0.0)
-    """
-    rewards = {}
-    for name, indices in meta_classes(rubric, class_by).items():
-        # The columns of the matrix that are about criteria of this class.
-        verdicts = []
-        for row in matrix:
-            verdicts.append(select(row, indices))
-        rewards[name] = group_rewards(points_reward, select(rubric, indices), verdicts)
-    return rewards
-
-
-# ---------------------------------------------------------------------- variance contraction
-
-
 def contraction(weights: list[float], rewards: list[list[float]]) -> tuple[float, float]:
-    """(Var(R), sum_k w_k Var(r_k)) over a group, where R = sum_k w_k r_k.
+    """(Var(R), sum_c w_c Var(r_c)) over a group, where R = sum_c w_c r_c.
 
-    weights: [K], summing to one. rewards: [K][G].
+    weights: [C], summing to one. rewards: [C][G].
 
-    The first is never larger (Cauchy-Schwarz, then Jensen), and the gap is the weighted
-    disagreement of the classes:
+    The theorem: the first is never larger, because the gap is a weighted sum of variances,
 
-        sum_k w_k Var(r_k) - Var(R) = sum_{k<l} w_k w_l Var(r_k - r_l)
+        sum_c w_c Var(r_c) - Var(R) = sum_{c<d} w_c w_d Var(r_c - r_d)
 
-    With equal spreads, equal weights 1/K and mean correlation rho:
+    With equal spreads, equal weights 1/C and mean correlation rho:
 
-        Var(R) = (1/K + (1 - 1/K) rho) Var(r_k)
+        Var(R) = (1/C + (1 - 1/C) rho) Var(r_c)
 
     Five classes that have nothing to do with each other leave a fifth of the variance.
 
     What it means for learning: without division by the std, the update shrinks with std(R).
-    With the division, the shrinking itself cancels; what remains is that the *direction* is
-    diluted (corr(r_k, R) < 1) and that the judge's noise weighs more.
+    With the division, the shrinking itself cancels. What remains is that the *direction* is
+    diluted, corr(r_c, R) < 1, and that noise which all verdicts of an answer share, such as a
+    liking for long answers, is not averaged away: its rho is 1.
 
     >>> w = [0.5, 0.3, 0.2]
     >>> r = [[0.0, 1.0, 1.0, 0.0], [0.5, 0.5, 1.0, 0.0], [1.0, 0.0, 0.25, 0.5]]
     >>> of_sum, of_classes = contraction(w, r)
     >>> gap = 0.0
-    >>> for k, l in [(0, 1), (0, 2), (1, 2)]:
-    ...     gap += w[k] * w[l] * statistics.pvariance([a - b for a, b in zip(r[k], r[l])])
+    >>> for c, d in [(0, 1), (0, 2), (1, 2)]:
+    ...     gap += w[c] * w[d] * statistics.pvariance([a - b for a, b in zip(r[c], r[d])])
     >>> round(of_sum, 4), round(of_classes, 4), abs(of_classes - of_sum - gap) < 1e-12
     (0.0817, 0.1898, True)
     """
-    # R of each rollout: the rewards are [K][G], so a column holds one rollout's classes.
+    # R of each rollout: the rewards are [C][G], so a column holds one rollout's classes.
     combined = []
     for column in zip(*rewards):
         combined.append(sum(w * r for w, r in zip(weights, column)))
@@ -234,6 +623,11 @@ def contraction(weights: list[float], rewards: list[list[float]]) -> tuple[float
     # What the classes vary by, each on its own.
     of_classes = sum(w * statistics.pvariance(r) for w, r in zip(weights, rewards))
     return statistics.pvariance(combined), of_classes
+
+
+# A first reader can stop here: what follows is measured or compared with, and is not ARL-RR.
+
+# ---------------------------------------------------------------------- all classes at once
 
 
 def contraction_metrics(
@@ -244,8 +638,8 @@ def contraction_metrics(
 
     judged: (rubric, verdicts [G][K]) per group. Means over those without a missing verdict:
 
-      var_ratio                    Var(sum_k w_k r_k) / sum_k w_k Var(r_k) with w_k = P_k / P;
-                                   a mean of ratios, so it is biased low in small groups
+      var_ratio                    Var(sum_c w_c r_c) / sum_c w_c Var(r_c); as a mean of ratios it
+                                   is biased low in small groups of positively correlated classes
       std_scalar, std/<class>      std within the group
       dead_scalar, dead/<class>    share of groups without any spread
       corr/<a>/<b>                 correlation of two classes within a group
@@ -288,20 +682,6 @@ def contraction_metrics(
     return {key: nanmean(values[key]) for key in sorted(values)}
 
 
-def dead_share(groups: list[Group]) -> float:
-    """Share of the groups whose rewards have no spread: nothing is learned from them."""
-    dead = []
-    for _, rollouts in groups:
-        rewards = drop_nan([rollout.reward for rollout in rollouts])
-        # A group that was not scored at all is neither dead nor alive.
-        if rewards:
-            dead.append(float(statistics.pstdev(rewards) <= ZERO_STD))
-    return nanmean(dead)
-
-
-# ---------------------------------------------------------------------- all classes at once
-
-
 def mean_over_classes(rewards: dict[str, list[float]]) -> list[float]:
     """[G]: every class counts alike, however many points it has.
 
@@ -309,26 +689,6 @@ def mean_over_classes(rewards: dict[str, list[float]]) -> list[float]:
     [0.75, 0.25]
     """
     return [statistics.fmean(row) for row in zip(*rewards.values())]
-
-
-def clip_rewards(rewards: list[float], advantage: str) -> list[float]:
-    """Rewards [G], clipped to [-1, 1] unless advantages are divided by the std (decision 5).
-
-    >>> clip_rewards([0.5, -6.0, math.nan], "mean"), clip_rewards([-6.0], "std")
-    ([0.5, -1.0, nan], [-6.0])
-    """
-    if advantage == "std":
-        return rewards
-
-    # Without the division, one answer with a reward of -6 would outweigh the rest of the batch.
-    clipped = []
-    for reward in rewards:
-        # nan is "not scored" and has to stay nan: min(1.0, nan) would make it 1.0, the best.
-        if math.isnan(reward):
-            clipped.append(reward)
-        else:
-            clipped.append(max(-1.0, min(1.0, reward)))
-    return clipped
 
 
 def normalise(rewards: list[float]) -> list[float]:
@@ -385,10 +745,7 @@ def gdpo(groups: list[dict[str, list[float]]]) -> list[list[float]]:
 
 
 class AxisMean(RubricReward):
-    """A scalar reward to compare with: the mean of the class rewards.
-
-    It weighs the classes as cyclic turns do, all alike, but adds them up.
-    """
+    """A scalar reward: the mean of the class rewards, however many points a class has."""
 
     def can_learn_from(self, example: Example) -> bool:
         """Whether any class of the example has a reward."""
@@ -413,7 +770,8 @@ class AxisMean(RubricReward):
 class GDPO(AxisMean):
     """All classes at once, each normalised by itself, see `gdpo`.
 
-    The rewards in the log are the mean of the classes; nothing is learned from them.
+    `reward` and `dead` in the log are those of AxisMean, the mean of the classes; nothing is
+    learned from them.
     """
 
     def advantages(self, groups: list[Group]) -> list[list[float]]:
@@ -423,345 +781,13 @@ class GDPO(AxisMean):
             matrix = score_matrix(with_text(rollouts))
             by_class = class_rewards(rollouts[0].criteria, matrix, self.config.class_by)
 
-            # Silence pays in no class, although a judge may praise it for what it avoids.
+            # Once more, class by class: `score` has applied the rule to the mean only, and the
+            # verdicts used here are of the rollouts with text.
             rewards = {}
             for name, row in by_class.items():
                 rewards[name] = silence_rule(rollouts, row)
             rewards_of_groups.append(rewards)
         return gdpo(rewards_of_groups)
-
-
-# ---------------------------------------------------------------------- the method
-
-
-class ARLRR(RubricReward):
-    """One class per stage: `before_step` chooses it; `pool` and `rubric_for` follow it.
-
-    config: schedule, stage, class_by, seed, advantage. All processes make the same choice,
-    because it depends on nothing but the step, the examples, the seed, the history and the
-    validation scores, which all of them share.
-    """
-
-    def __init__(self, judge, config):
-        super().__init__(judge, config)
-        # Per stage {"step", "class", ...}: the updates done before it, its class, and what the
-        # choice was based on.
-        self.history: list[dict] = []
-
-        # The class that is judged now: that of the last stage, or the one that a search tries.
-        self.active_class = ""
-
-    def can_learn_from(self, example: Example) -> bool:
-        """Whether any class of the example has a reward."""
-        return bool(meta_classes(example.rubric, self.config.class_by))
-
-    def before_step(self, step: int, examples: list[Example], lab: "Lab | None" = None) -> dict:
-        """Begins a new stage when the last one has ended; returns the choice as metrics.
-
-        step: updates done so far. lab: what a schedule may try out, None in other people's
-        trainers. Raises DataError when the schedule needs one.
-        """
-        # The end of a stage follows from the step, so there is no counter to save.
-        if self.history and step < self.history[-1]["step"] + self.config.stage:
-            return {"class": self.active_class}
-
-        # Other people's trainers cannot take an update back, and give us no validation prompts.
-        schedule = self.config.schedule
-        if lab is None and schedule in ("search", "lowest_score"):
-            raise DataError(
-                f"--schedule {schedule} needs train.py; in other trainers use cyclic or random"
-            )
-
-        order = classes_by_frequency(examples, self.config.class_by)
-        chosen, metrics = SCHEDULES[schedule](self, order, lab)
-
-        self.history.append({"step": step, "class": chosen, **metrics})
-        self.active_class = chosen
-        return {"class": chosen, **metrics, "stage": len(self.history)}
-
-    def pool(self, examples: list[Example]) -> list[Example]:
-        """The prompts that have the active class."""
-        pool = []
-        for example in examples:
-            if self.active_class in meta_classes(example.rubric, self.config.class_by):
-                pool.append(example)
-        return pool
-
-    def rubric_for(self, example: Example) -> Rubric:
-        """The criteria of the active class: the judge is asked about no other."""
-        classes = meta_classes(example.rubric, self.config.class_by)
-        return select(example.rubric, classes[self.active_class])
-
-    def aggregate(self, rubric: Rubric, matrix: Matrix) -> list[float]:
-        """r_k [G]: HealthBench's score, computed within the active class."""
-        rewards = group_rewards(points_reward, rubric, matrix)
-        return clip_rewards(rewards, self.config.advantage)
-
-    def after_step(self, groups: list[Group]) -> dict:
-        """Returns the share of groups without spread, of which small classes have many."""
-        return {"dead": dead_share(groups)}
-
-    def state_dict(self) -> dict:
-        """The history, as plain values: everything else follows from it and the step."""
-        return {"history": deepcopy(self.history)}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Restores what state_dict gave."""
-        self.history = deepcopy(state["history"])
-        self.active_class = self.history[-1]["class"] if self.history else ""
-
-
-# ---------------------------------------------------------------------- schedules
-
-
-def classes_by_frequency(examples: list[Example], class_by: str = "axis") -> list[str]:
-    """The classes that have a reward, that of most prompts first; ties by the alphabet."""
-    counts = Counter()
-    for example in examples:
-        for name in meta_classes(example.rubric, class_by):
-            counts[name] += 1
-    return sorted(counts, key=lambda name: (-counts[name], name))
-
-
-def longest_ago(history: list[dict], order: list[str]) -> str:
-    """The class of `order` whose last stage is longest ago; ties by the order.
-
-    >>> longest_ago([{"class": "a"}, {"class": "b"}, {"class": "a"}], ["a", "b"])
-    'b'
-    """
-    # A class that had no turn yet comes before all that had one.
-    last_stage = dict.fromkeys(order, -1)
-    for number, stage in enumerate(history):
-        last_stage[stage["class"]] = number
-
-    # min takes the first of equals, so ties follow the order.
-    return min(order, key=lambda name: last_stage[name])
-
-
-def choose_cyclic(method: ARLRR, order: list[str], lab: "Lab | None") -> tuple[str, dict]:
-    """One class after the other."""
-    return longest_ago(method.history, order), {}
-
-
-def choose_random(method: ARLRR, order: list[str], lab: "Lab | None") -> tuple[str, dict]:
-    """The control: any class, drawn from the seed and the number of the stage."""
-    # A generator of its own: a resumed run draws the same class, and sampling is not disturbed.
-    generator = random.Random(f"{method.config.seed}-{len(method.history)}")
-    return generator.choice(order), {}
-
-
-def choose_lowest_score(method: ARLRR, order: list[str], lab: "Lab") -> tuple[str, dict]:
-    """The class with the lowest score on the validation prompts."""
-    # The validation answers were judged by their full rubrics, so every class can be scored.
-    rewards_of_class = defaultdict(list)
-    for example, rollouts in lab.validate():
-        matrix = score_matrix(rollouts)
-        for name, row in class_rewards(example.rubric, matrix, method.config.class_by).items():
-            rewards_of_class[name].extend(row)
-    scores = {name: nanmean(rewards_of_class[name]) for name in order}
-
-    # A class that no validation prompt has cannot be the lowest. Where no class has a score,
-    # there is nothing to choose by, and the classes take turns.
-    scored = drop_nan(scores.values())
-    lowest = order
-    if scored:
-        bound = min(scored) + ZERO_STD
-        lowest = [name for name in order if scores[name] <= bound]
-
-    metrics = {f"validation/{name}": score for name, score in scores.items()}
-    metrics.update(lab.spent())
-    return longest_ago(method.history, lowest), metrics
-
-
-def choose_by_search(method: ARLRR, order: list[str], lab: "Lab") -> tuple[str, dict]:
-    """Looks one update ahead with every class, and takes the best (decision 4).
-
-    Every trial begins with the weights, batch and random numbers that the stage would begin
-    with. The search cannot decline: when every trial makes the score worse, it takes the class
-    that makes it worse by least.
-    """
-    # What every trial starts from and every gain is measured against.
-    start = lab.save()
-    active_before = method.active_class
-    baseline = overall_scores(lab.validate())
-
-    scores_after = {}
-    with progress_bar(len(order), "search", "class") as bar:
-        for name in order:
-            try:
-                method.active_class = name
-                lab.update()
-                scores_after[name] = overall_scores(lab.validate())
-            finally:
-                # Also when the judge fails or the user stops: a checkpoint written then has to
-                # hold the state from before the search.
-                lab.restore(start)
-                method.active_class = active_before
-            bar.update()
-
-    # The gains are for the log: the choice compares the trials with each other, not with what
-    # was before.
-    metrics = {}
-    for name, scores in scores_after.items():
-        metrics[f"trial/{name}"] = nanmean([b - a for a, b in zip(baseline, scores)])
-    metrics.update(lab.spent())
-
-    best = within_one_se(scores_after, order)
-    return longest_ago(method.history, best), metrics
-
-
-def overall_scores(groups: list[Group]) -> list[float]:
-    """The overall score of each validation prompt; nan where it could not be judged."""
-    # Validation answers are greedy, so there is one rollout per prompt.
-    scores = []
-    for _, [rollout] in groups:
-        scores.append(rollout.reward)
-    return scores
-
-
-def within_one_se(scores: dict[str, list[float]], order: list[str]) -> list[str]:
-    """The class with the best mean score, and those within one standard error of it.
-
-    scores: class -> overall score of each validation prompt after the class's trial; nan where
-    it could not be judged. The error is that of the paired difference, prompt by prompt.
-
-    >>> scores = {"a": [0.5, 0.5, 0.6], "b": [0.9, 0.8, 0.9], "c": [0.8, 0.9, 0.9]}
-    >>> within_one_se(scores, ["a", "b", "c"])
-    ['b', 'c']
-    """
-    means = {}
-    for name in order:
-        mean = nanmean(scores[name])
-        # A trial that could not be judged at all is no winner.
-        means[name] = -math.inf if math.isnan(mean) else mean
-    best = max(order, key=lambda name: means[name])
-
-    # Prompts differ more than trials do. Paired, what a prompt is worth cancels.
-    tied = []
-    for name in order:
-        gaps = drop_nan([b - a for a, b in zip(scores[name], scores[best])])
-        error = 0.0
-        if len(gaps) > 1:
-            error = statistics.stdev(gaps) / math.sqrt(len(gaps))
-
-        # With a single prompt there is no error to be estimated: only an equal score is a tie.
-        # Without a prompt that both could be judged on, nothing is known to be a tie.
-        is_close = bool(gaps) and statistics.fmean(gaps) <= error + ZERO_STD
-        if name == best or is_close:
-            tied.append(name)
-    return tied
-
-
-SCHEDULES = {
-    "search": choose_by_search,
-    "lowest_score": choose_lowest_score,
-    "cyclic": choose_cyclic,
-    "random": choose_random,
-}
-
-# ---------------------------------------------------------------------- what may be tried out
-
-
-def snapshot(model, optimizer) -> dict:
-    """Everything that an update changes, copied: weights, moments, random states."""
-    # state_dict() returns the tensors themselves, which the next update changes in place.
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        weights[name] = tensor.detach().clone()
-    state = {
-        "model": weights,
-        "optimizer": deepcopy(optimizer.state_dict()),
-        "torch": torch.get_rng_state(),
-        "python": random.getstate(),
-        "cuda": [],
-    }
-
-    # Sampling on a GPU draws from the GPU's own generators.
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def restore(model, optimizer, state: dict) -> None:
-    """Puts back, bit by bit, what `snapshot` copied. The snapshot can be used again."""
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            tensor.copy_(state["model"][name])
-
-    # A trial that broke off may have left gradients.
-    optimizer.zero_grad(set_to_none=True)
-
-    # The optimiser keeps the tensors that it is given and changes them in place: give a copy.
-    optimizer.load_state_dict(deepcopy(state["optimizer"]))
-
-    # Without the random states the stage would not begin as its trial did.
-    torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-# What a comparison at equal budgets counts, besides seconds.
-COSTS = ("updates", "rollouts", "verdicts", "tokens")
-
-
-class Lab:
-    """What a schedule may try out between two steps, and what that has cost.
-
-    run_update(step)    the run's own update of that step; returns its metrics
-    run_validation()    greedy answers to the validation prompts, judged: groups of one rollout
-    after_restore()     called when old weights are back, for a sampler that has a copy of them
-    """
-
-    def __init__(self, model, optimizer, run_update, run_validation, after_restore):
-        self.model = model
-        self.optimizer = optimizer
-        self.run_update = run_update
-        self.run_validation = run_validation
-        self.after_restore = after_restore
-        self.at(0)
-
-    def at(self, step: int) -> "Lab":
-        """Begins a new account, for the decision before this step."""
-        self.step = step
-        self.cost = Counter()
-        self.started = time.perf_counter()
-        return self
-
-    def save(self) -> dict:
-        """The state to come back to."""
-        return snapshot(self.model, self.optimizer)
-
-    def restore(self, state: dict) -> None:
-        """Takes back every update since `save`."""
-        restore(self.model, self.optimizer, state)
-        self.after_restore()
-
-    def update(self) -> None:
-        """The update that the run would do now."""
-        metrics = self.run_update(self.step)
-
-        # Counted, because a search pays for its trials in every comparison.
-        self.cost["updates"] += 1
-        self.cost["rollouts"] += metrics["rollouts"]
-        self.cost["verdicts"] += metrics["verdicts"]
-        self.cost["tokens"] += metrics["tokens"]
-
-    def validate(self) -> list[Group]:
-        """Greedy answers to the validation prompts, judged by their full rubrics."""
-        groups = self.run_validation()
-        for _, rollouts in groups:
-            for rollout in rollouts:
-                self.cost["rollouts"] += 1
-                self.cost["verdicts"] += len(rollout.verdicts)
-                self.cost["tokens"] += len(rollout.ids)
-        return groups
-
-    def spent(self) -> dict:
-        """What this decision has cost so far, as metrics."""
-        metrics = {f"search_{key}": self.cost[key] for key in COSTS}
-        metrics["search_seconds"] = time.perf_counter() - self.started
-        return metrics
 
 
 # ---------------------------------------------------------------------- demo
@@ -773,12 +799,8 @@ def simulate(
     group_size: int,
     n_groups: int,
     rng: random.Random,
-) -> tuple[float, float, float, float]:
-    """Variance contraction of made-up classes of unit spread and correlation rho.
-
-    Returns (Var(R) / Var(r_k), low and high end of its 95 % bootstrap interval over groups,
-    corr(r_k, R)).
-    """
+) -> tuple[float, float]:
+    """(Var(R) / Var(r_c), corr(r_c, R)) of made-up classes of unit spread and correlation rho."""
     weights = [1 / n_classes] * n_classes
     variances_of_sum = []
     variances_of_classes = []
@@ -792,20 +814,16 @@ def simulate(
             row = [math.sqrt(rho) * s + math.sqrt(1 - rho) * rng.gauss(0, 1) for s in shared]
             rewards.append(row)
 
-        # One class per group is enough: by symmetry all follow the sum alike.
         of_sum, of_classes = contraction(weights, rewards)
         variances_of_sum.append(of_sum)
         variances_of_classes.append(of_classes)
-        scalar = mean_over_classes(dict(enumerate(rewards)))
+
+        # One class per group is enough: by symmetry all follow the sum alike.
+        scalar = [statistics.fmean(column) for column in zip(*rewards)]
         correlations.append(correlation(rewards[0], scalar))
 
-    # A ratio of sums, not a mean of ratios, which is biased in small groups. Its error is that
-    # of mean(Var(R) - ratio * Var(r_k)), which is 0, divided by mean(Var(r_k)).
-    ratio = sum(variances_of_sum) / sum(variances_of_classes)
-    pairs = zip(variances_of_sum, variances_of_classes)
-    low, high = bootstrap([of_sum - ratio * of_classes for of_sum, of_classes in pairs])
-    scale = statistics.fmean(variances_of_classes)
-    return ratio, low / scale + ratio, high / scale + ratio, nanmean(correlations)
+    # A ratio of sums, not a mean of ratios, which is biased in small groups.
+    return sum(variances_of_sum) / sum(variances_of_classes), nanmean(correlations)
 
 
 def demo(
@@ -816,31 +834,29 @@ def demo(
 ) -> list[tuple[float, ...]]:
     """Prints the theorem on made-up classes, measured and predicted.
 
-    Returns (rho, Var(R) / Var(r_k) measured, low, high, predicted, corr(r_k, R) measured,
-    predicted) per rho.
+    Returns (rho, Var(R) / Var(r_c) measured, predicted, corr(r_c, R) measured, predicted) per rho.
     """
     print(f"{n_classes} classes, {n_groups} groups of {group_size}, seed {seed}")
-    print("R = mean of the classes; in brackets the 95 % bootstrap interval over groups\n")
-    print("  rho   Var(R) / mean Var(r_k)                    corr(r_k, R)")
-    print("        measured                  1/K+(1-1/K)rho  measured  predicted")
+    print("R = mean of the classes\n")
+    print("  rho   Var(R) / mean Var(r_c)      corr(r_c, R)")
+    print("        measured  1/C+(1-1/C)rho    measured  predicted")
 
     # From classes that have nothing in common to classes that are all the same.
     rng = random.Random(seed)
     table = []
     for rho in (0.0, 0.3, 0.6, 1.0):
-        ratio, low, high, corr = simulate(rho, n_classes, group_size, n_groups, rng)
+        ratio, corr = simulate(rho, n_classes, group_size, n_groups, rng)
 
-        # By the theorem, and for classes of equal spread corr(r_k, R) is the root of the ratio.
+        # By the theorem, and for classes of equal spread corr(r_c, R) is the root of the ratio.
         predicted = 1 / n_classes + (1 - 1 / n_classes) * rho
         predicted_corr = math.sqrt(predicted)
-        interval = f"({low:.3f} to {high:.3f})"
         print(
-            f"  {rho:.1f}   {ratio:.3f} {interval}    {predicted:.3f}           "
+            f"  {rho:.1f}   {ratio:.3f}     {predicted:.3f}             "
             f"{corr:.3f}     {predicted_corr:.3f}"
         )
-        table.append((rho, ratio, low, high, predicted, corr, predicted_corr))
+        table.append((rho, ratio, predicted, corr, predicted_corr))
     print("\nDividing advantages by the group's std undoes the shrinking,")
-    print("not the dilution of corr(r_k, R).")
+    print("not the dilution of corr(r_c, R).")
     print("The correlation is predicted for infinitely many answers: a group of 8 is a bit off.")
     return table
 

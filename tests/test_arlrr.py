@@ -58,7 +58,7 @@ SNOW = example("snow", ("Mentions crystals.", 2, "completeness"))
 
 
 def plainly(criteria, scores):
-    """r_k said in the simplest way: what was earned, over what could be earned."""
+    """r_c said in the simplest way: what was earned, over what could be earned."""
     earned, possible = 0.0, 0.0
     for criterion, score in zip(criteria, scores):
         earned += criterion.weight * score
@@ -135,11 +135,11 @@ def test_contraction_holds_on_real_rubrics_without_a_penalty_only_class(shared):
 def test_the_theorem_is_measured_as_predicted(capsys):
     rows = arlrr.demo(n_groups=400)
     assert len(rows) == 4
-    for rho, measured, low, high, predicted, corr, _ in rows:
+    for rho, measured, predicted, corr, predicted_corr in rows:
         assert predicted == pytest.approx(0.2 + 0.8 * rho)
         assert measured == pytest.approx(predicted, abs=0.03)
-        assert low <= measured <= high
         assert corr <= 1 + 1e-12
+        assert corr == pytest.approx(predicted_corr, abs=0.05)
     assert "predicted" in capsys.readouterr().out
 
 
@@ -198,7 +198,8 @@ class ScriptedLab:
         self.calls.append(self.trial)
 
     def validate(self):
-        """After a trial of class k every prompt scores scores[k]; without a trial scores[""]."""
+        """After a trial of class c every prompt scores scores[c]; without a trial scores[""]."""
+        self.calls.append("validate")
         groups = []
         for score in self.scores[self.trial]:
             groups.append(group(RAIN, "text"))
@@ -281,14 +282,32 @@ def test_search_takes_the_best_trial_and_calls_noise_a_tie():
     first = method.history[0]
     assert first["trial/completeness"] == pytest.approx(0.35)
     assert first["trial/accuracy"] == pytest.approx(0.1)
-    trials = ["accuracy", "restore start", "completeness", "restore start"]
-    assert lab.calls[:5] == ["save", *trials]
+    assert first["search_tied"] == 1
+
+    # The state is saved after the first validation, so that every trial begins alike.
+    trials = ["accuracy", "validate", "restore start", "completeness", "validate", "restore start"]
+    assert lab.calls[:8] == ["validate", "save", *trials]
 
     # Means 0.5 and 0.525, and differences prompt by prompt that are much larger.
     noisy = {"": [0.1] * 4, "accuracy": [0.2, 0.9, 0.1, 0.8], "completeness": [0.9, 0.2, 0.8, 0.2]}
     method = alternating("search", stage=1)
     lab = ScriptedLab(noisy, method)
     assert turns(method, [RAIN, ICE], lab, 4) == ["accuracy", "completeness"] * 2
+    assert method.history[0]["search_tied"] == 2
+
+
+def test_a_search_in_which_nothing_could_be_judged_takes_turns():
+    """The first class of the order won every time."""
+    unjudged = {"a": [math.nan] * 3, "b": [math.nan] * 3}
+    assert arlrr.within_one_se(unjudged, ["a", "b"]) == ["a", "b"]
+    assert arlrr.within_one_se(unjudged | {"c": [math.nan, 0.1, 0.2]}, ["a", "b", "c"]) == ["c"]
+
+    method = alternating("search", stage=1)
+    scores = {"": [math.nan] * 2, "accuracy": [math.nan] * 2, "completeness": [math.nan] * 2}
+    lab = ScriptedLab(scores, method)
+    assert turns(method, [RAIN, ICE], lab, 4) == ["accuracy", "completeness"] * 2
+    assert method.history[0]["search_tied"] == 2
+    assert math.isnan(method.history[0]["trial/accuracy"])
 
 
 def test_search_cannot_decline():
@@ -500,8 +519,34 @@ def test_classes_from_any_tag(shared):
     assert sorted(turns(method, examples, None, 2)) == ["cluster", "example"]
     built_in = rar.read_examples(ROOT / "data" / "train.jsonl")
     assert "Essential" in arlrr.classes_by_frequency(built_in, "category")
-    with pytest.raises(DataError, match="--class_by axes: no criterion has one"):
+    needed = "--class_by axes: two classes with a positive criterion are needed"
+    with pytest.raises(DataError, match=f'{needed}, the data have only "other"; use axis'):
         arlrr.check_classes(examples, "axes")
+
+
+def test_one_class_is_none():
+    """Every turn would be the same, whatever the schedule."""
+    arlrr.check_classes([RAIN], "axis")
+    arlrr.check_classes([ICE, SNOW], "axis")
+    # One class in all criteria, and a second class that has penalties only.
+    for examples in ([SNOW], [ICE]):
+        with pytest.raises(DataError, match="two classes with a positive criterion are needed"):
+            arlrr.check_classes(examples, "axis")
+
+    # The only class that is named has penalties only: what is left is "other".
+    rubric = [Criterion("States A.", 3), Criterion("Mentions B.", -2, axis="tone")]
+    with pytest.raises(DataError, match='the data have only "other"'):
+        arlrr.check_classes([Example("one", [], rubric)], "axis")
+    with pytest.raises(DataError, match="the data have none"):
+        arlrr.check_classes([Example("one", [], rubric[1:])], "axis")
+
+
+def test_pitfalls_are_a_category_that_is_never_trained():
+    """The score by which a search chooses counts them nevertheless."""
+    rubric = [Criterion("States A.", 4, category="Essential")]
+    rubric += [Criterion("Mentions B.", -2, category="Pitfall")]
+    assert arlrr.meta_classes(rubric, "category") == {"Essential": [0]}
+    assert rar.points_reward(rubric, [1, 1]) == 0.5
 
 
 def test_the_subclasses_override_only_where_their_papers_differ():
@@ -686,7 +731,7 @@ def test_every_method_trains(tiny, few, forms, tmp_path, method):
     [
         (["--validation", "100"], "--validation 100: only"),
         (["--schedule", "sometimes"], "--schedule"),
-        (["--class_by", "axes"], "--class_by axes: no criterion has one"),
+        (["--class_by", "axes"], "--class_by axes: two classes with a positive criterion are needed"),
         (["--stage", "0"], "--stage 0: give at least 1"),
     ],
 )

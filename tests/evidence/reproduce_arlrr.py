@@ -10,8 +10,8 @@ rubric). Two comparisons, because an update of the alternating arms needs a fift
 
 The arms with "mean" do not divide advantages by the group's std: if variance contraction is why
 alternation helps, it should help more there. `axis_mean` is the scalar that weighs all classes
-alike, as taking turns does. Contraction is measured on the rollouts of the scalar arm, which are
-judged by their whole rubrics.
+alike. Contraction is measured on the rollouts of the scalar arm, which are judged by their whole
+rubrics.
 
 Intervals and p-values are those of intervals.py: prompts and seeds are resampled together, and
 p-values hold for all arms.
@@ -270,7 +270,7 @@ def contraction_table(out: Path, runs: dict[str, list[int]], logs: dict) -> None
     """Variance contraction in the scalar arm, and groups without spread in every arm."""
     steps = measured_contraction(out, runs["scalar"])
     names = {
-        "var_ratio": "Var(R) / sum w Var(r_k)",
+        "var_ratio": "Var(R) / sum w Var(r_c)",
         "std_scalar": "std of R in a group",
         "dead_scalar": "groups without spread in R",
     }
@@ -366,7 +366,7 @@ def structure(examples: list[rar.Example], class_by: str = "axis") -> list[dict]
     """One row per class: its criteria, its prompts, and what judging a stage of it costs.
 
     class, items; share: of all criteria; negative: share with a negative weight; prompts: share
-    that can be rolled out for it; items_per_prompt and one_item: of these; weight: mean w_k;
+    that can be rolled out for it; items_per_prompt and one_item: of these; weight: mean w_c;
     verdicts: a stage's per prompt, in parts of those that the full rubric needs.
     """
     criteria_of = defaultdict(lambda: defaultdict(list))
