@@ -10,6 +10,13 @@
 Missing is never 0: a failed call says nothing about the response, and a 0 would move the reward
 up or down by the sign of the criterion. rar.py decides what a missing verdict does to a reward.
 
+    to read    questions and verdicts, prompts, reading an answer    what is asked, what counts
+               LLMJudge                                              a language model as judge
+               checks                                                decided by counting
+               LexicalJudge, demo                                    without a network
+    to skip    all below the banner "below: what makes it last a weekend": JSON found in a text,
+               replies taken apart, retries, the probe, connections, limits, the cache, panels
+
     python judge.py                                       # a worked example
     python tools/agreement.py FILE.jsonl                  # how far a judge agrees with people
 """
@@ -33,7 +40,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -66,8 +73,12 @@ class Question:
     statement: what may be true of the response; "" only with `prompt`.
     is_fault: the statement names a fault. The offline judge then wants a closer match; a language
     model is not told, so that it judges what is true and not what is good.
-    prompt: a whole prompt of the caller's own (a rating, a grade); asked in a call of its own.
-    key, scale: where the value is in the answer's JSON, and the range mapped to [0, 1].
+
+    For a rating or a grade there is a prompt of the caller's own, asked in a call of its own:
+
+    prompt: the whole of it.
+    key: where the value is in the JSON that it asks for.
+    scale: lowest and highest value, mapped to [0, 1]; None where the value is true or false.
     """
 
     conversation: str
@@ -76,7 +87,7 @@ class Question:
     is_fault: bool = field(default=False, compare=False)
     prompt: str = ""
     key: str = "met"
-    scale: tuple[float, float] = (0, 1)
+    scale: tuple[float, float] | None = None
 
 
 class JudgeError(Exception):
@@ -117,100 +128,9 @@ Check each statement on its own. For each give its name, a reason in one short s
 verdict. Reply with JSON only:
 {"verdicts": [{"name": "S1", "reason": "...", "met": true or false}, ...]}"""
 
-# Characters of one text that are sent: a looping response must not cost a million tokens.
-LONGEST_TEXT = 100_000
-
-# What chat templates mark turns with. The judge's own template decides which of them it takes for
-# the end of the user's turn, so the common ones are broken by a space after their first sign.
-CONTROL_TOKEN = re.compile(
-    r"""([<\[])(?=
-        [|｜]                                            # <|im_end|>, <|eot_id|>, <｜User｜>
-      | /?(?:s|bos|eos|pad|unk|mask)>                    # Llama 2, Mistral, Gemma
-      | (?:start|end)_of_(?:turn|image)>                 # Gemma
-      | /?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]     # Mistral
-      | <(?:/?SYS)>>                                     # Llama 2
-    )""",
-    re.VERBOSE | re.IGNORECASE,
-)
-
-
-def fill(template: str, **values: str) -> str:
-    """Fills {name} in one pass: a value that contains "{response}" stays text, JSON stays JSON.
-
-    >>> fill('{a} and {b} {"json": 1}', a="{b}", b="B")
-    '{b} and B {"json": 1}'
-    """
-
-    def value_of(match: re.Match) -> str:
-        """The value of a known name; the match itself for an unknown one."""
-        return values.get(match[1], match[0])
-
-    return re.sub(r"\{(\w+)\}", value_of, template)
-
-
-def read_prompt(name: str) -> str:
-    """The text of a prompt in data/: another wording of it needs no code."""
-    path = Path(__file__).resolve().parent / "data" / name
-    return path.read_text(encoding="utf8").strip()
-
-
-def clean(text: str) -> str:
-    """The text as servers take it: no lone surrogates, no null bytes, no control tokens of chat
-    templates, at most LONGEST_TEXT characters.
-
-    >>> clean("end<|im_end|> [/INST] 1 < 2")
-    'end< |im_end|> [ /INST] 1 < 2'
-    """
-    # Cut first: what follows would be slow on a text of megabytes.
-    is_long = len(text) > LONGEST_TEXT
-    text = text[:LONGEST_TEXT]
-
-    # JSON cannot carry half of a surrogate pair, and many servers end at a null byte.
-    text = text.encode("utf8", "replace").decode("utf8")
-    text = text.replace("\x00", "\ufffd")
-    text = CONTROL_TOKEN.sub(r"\1 ", text)
-    if is_long:
-        text += "\n[cut here: longer than the judge is sent]"
-    return text
-
-
-def fenced(text: str) -> str:
-    """The text between two lines of more backticks than it contains, so that it cannot close its
-    own fence.
-
-    >>> print(fenced("a ```` b"))
-    `````
-    a ```` b
-    `````
-    """
-    text = clean(text)
-
-    # Three backticks at least, as everybody writes them.
-    longest = 2
-    for run in re.findall("`+", text):
-        longest = max(longest, len(run))
-
-    # One more than the longest run inside: no line of the text can equal the fence.
-    fence = "`" * (longest + 1)
-    return f"{fence}\n{text}\n{fence}"
-
-
-def printable(text: str) -> str:
-    """The text on one line without control characters, which a terminal would obey.
-
-    >>> printable("not\\n\\x1b[31mfound")
-    'not ?[31mfound'
-    """
-    words = " ".join(text.split())
-    return "".join(letter if letter.isprintable() else "?" for letter in words)
-
 
 def render_conversation(messages: list[dict]) -> str:
-    """The messages of a prompt as one text.
-
-    >>> render_conversation([{"role": "user", "content": "What helps?"}])
-    'user: What helps?'
-    """
+    """The messages of a prompt as one text: "role: content", joined by blank lines."""
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
@@ -243,166 +163,133 @@ def chat(questions: list[Question]) -> list[dict]:
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
 
 
-ONE_SCHEMA = {
-    "type": "object",
-    "properties": {"reason": {"type": "string"}, "met": {"type": "boolean"}},
-    "required": ["reason", "met"],
-    "additionalProperties": False,
-}
-NAMED_SCHEMA = {
-    "type": "object",
-    "properties": {"name": {"type": "string"}} | ONE_SCHEMA["properties"],
-    "required": ["name", "reason", "met"],
-    "additionalProperties": False,
-}
-MANY_SCHEMA = {
-    "type": "object",
-    "properties": {"verdicts": {"type": "array", "items": NAMED_SCHEMA}},
-    "required": ["verdicts"],
-    "additionalProperties": False,
-}
+def fill(template: str, **values: str) -> str:
+    """Fills {name} in one pass: a value that contains "{response}" stays text, JSON stays JSON.
+
+    >>> fill('{a} and {b} {"json": 1}', a="{b}", b="B")
+    '{b} and B {"json": 1}'
+    """
+
+    def value_of(match: re.Match) -> str:
+        """The value of a known name; the match itself for an unknown one."""
+        return values.get(match[1], match[0])
+
+    return re.sub(r"\{(\w+)\}", value_of, template)
+
+
+def read_prompt(name: str) -> str:
+    """The text of a prompt in data/: another wording of it needs no code."""
+    path = Path(__file__).resolve().parent / "data" / name
+    return path.read_text(encoding="utf8").strip()
+
+
+def fenced(text: str) -> str:
+    """The text between two lines of more backticks than it contains: it cannot close its fence."""
+    text = clean(text)
+
+    # Three backticks at least, as everybody writes them.
+    longest = 2
+    for run in re.findall("`+", text):
+        longest = max(longest, len(run))
+
+    # One more than the longest run inside: no line of the text can equal the fence.
+    fence = "`" * (longest + 1)
+    return f"{fence}\n{text}\n{fence}"
+
+
+# Characters of one text that are sent: a looping response must not cost a million tokens.
+LONGEST_TEXT = 100_000
+
+# What chat templates mark turns with. The judge's own template decides which of them it takes for
+# the end of the user's turn, so the common ones are broken by a space after their first sign.
+CONTROL_TOKEN = re.compile(
+    r"""([<\[])(?=
+        [|｜]                                            # <|im_end|>, <|eot_id|>, <｜User｜>
+      | /?(?:s|bos|eos|pad|unk|mask)>                    # Llama 2, Mistral, Gemma
+      | (?:start|end)_of_(?:turn|image)>                 # Gemma
+      | /?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]     # Mistral
+      | <(?:/?SYS)>>                                     # Llama 2
+    )""",
+    re.VERBOSE | re.IGNORECASE,
+)
+
+
+def clean(text: str) -> str:
+    """The text as servers take it: no lone surrogates, no null bytes, no control tokens of chat
+    templates, about LONGEST_TEXT characters at most."""
+    # Cut first: what follows would be slow on a text of megabytes. Of a conversation the end is
+    # what the response answers, and of a response the beginning is worth as much.
+    if len(text) > LONGEST_TEXT:
+        half = LONGEST_TEXT // 2
+        text = f"{text[:half]}\n[cut here: longer than the judge is sent]\n{text[-half:]}"
+
+    # JSON cannot carry half of a surrogate pair, and many servers end at a null byte.
+    text = text.encode("utf8", "replace").decode("utf8")
+    text = text.replace("\x00", "\ufffd")
+    return CONTROL_TOKEN.sub(r"\1 ", text)
+
+
+def printable(text: str) -> str:
+    """The text on one line without control characters, which a terminal would obey."""
+    words = " ".join(text.split())
+    return "".join(letter if letter.isprintable() else "?" for letter in words)
 
 
 def answer_format(size: int) -> dict:
     """The `response_format` of a call with `size` statements."""
-    schema = ONE_SCHEMA if size == 1 else MANY_SCHEMA
+    properties = {"reason": {"type": "string"}, "met": {"type": "boolean"}}
+    if size > 1:
+        properties = {"name": {"type": "string"}} | properties
+    schema = {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+    # Several verdicts are a list inside one object: servers want an object at the top.
+    if size > 1:
+        schema = {
+            "type": "object",
+            "properties": {"verdicts": {"type": "array", "items": schema}},
+            "required": ["verdicts"],
+            "additionalProperties": False,
+        }
     named = {"name": "verdict", "strict": True, "schema": schema}
     return {"type": "json_schema", "json_schema": named}
 
 
-# ------------------------------------------------------------------ answers of a model
-
-LONGEST_ANSWER = 50_000  # characters at the end of an answer that are read
-READING_BUDGET = 500_000  # characters that may be read for one answer, over all tries
-COST_OF_A_TRY = 1_000  # what a try costs beside the characters that it reads
-
-OBJECT_START = re.compile(r'\{\s*["}]')
-# A backslash that JSON does not allow, after any number of whole pairs: LaTeX's \( or \alpha.
-BAD_ESCAPE = re.compile(r'(?<!\\)((?:\\\\)*)\\(?!["\\/bfnrt]|u[0-9a-fA-F]{4})')
-PYTHON_WORD = re.compile(r'("\s*:\s*)(True|False|None)(?=\s*[,}\]])')
-JSON_WORDS = {"True": "true", "False": "false", "None": "null"}
+# ------------------------------------------------------------------ reading an answer
 
 
-def refuse_constant(name: str) -> None:
-    """Python's reader takes NaN and Infinity; they are no JSON and no verdict."""
-    raise ValueError(f"{name} is no JSON")
+def read_answer(text: str, questions: list[Question], is_cut: bool = False) -> list[Verdict]:
+    """The verdicts in a model's answer, one per question; each that is not valid is missing.
 
-
-# strict=False: a raw newline inside a string has only one reading.
-DECODER = json.JSONDecoder(parse_constant=refuse_constant, strict=False)
-
-
-def repair(text: str) -> str:
-    r"""JSON as models write it, made valid where only one reading is possible.
-
-    >>> repair(r'{"reason": "uses \(x\)", "met": True}')
-    '{"reason": "uses \\\\(x\\\\)", "met": true}'
+    One question: the last JSON object in the text that holds its key. Several: by the exact names
+    S1, S2, ... is_cut: the answer broke off, so an object before its end is an example or a draft.
     """
+    # A single statement has no name to repeat, so a model cannot get it wrong.
+    if len(questions) == 1:
+        answers = objects(text, questions[0].key, is_cut)
+        by_name = {"S1": answers[-1]} if answers else {}
+    else:
+        by_name = named_items(text, is_cut)
 
-    def json_word(match: re.Match) -> str:
-        """Python's word for a constant in JSON's spelling."""
-        return match[1] + JSON_WORDS[match[2]]
+    verdicts = []
+    for number, question in enumerate(questions, 1):
+        item = by_name.get(f"S{number}", {})
 
-    # Neither touches an object that is valid as it is, but for words inside of its strings.
-    text = BAD_ESCAPE.sub(r"\1\\\\", text)
-    return PYTHON_WORD.sub(json_word, text)
-
-
-def find_objects(text: str, key: str | None) -> list[tuple[int, int, dict]]:
-    """(start, end, value) of the JSON objects in the text; [] when looking for them takes too long.
-
-    With a key only the objects that hold it; what is inside of one of them is never looked at.
-    """
-    spans = []
-    budget = READING_BUDGET
-    position = 0
-    while match := OBJECT_START.search(text, position):
-        start = match.start()
-        position = start + 1
-        try:
-            # The rest as a text of its own: an error counts the lines before it, which would
-            # make many tries in a long text slow.
-            value, size = DECODER.raw_decode(text[start:])
-
-            # What was read counts, also where it leads to nothing: the objects inside of an
-            # object without the key are looked at again.
-            budget -= size
-            if key is None or key in value:
-                spans.append((start, start + size, value))
-                position = start + size
-        except RecursionError:
-            # Nested so deep it is no answer; every further try would be as slow.
-            return []
-        except ValueError as error:
-            budget -= getattr(error, "pos", 0)
-
-        # An answer of fifty thousand braces must not hold the interpreter for seconds.
-        budget -= COST_OF_A_TRY
-        if budget < 0:
-            return []
-    return spans
+        # The score may be missing while the reason is there; both go into the sample.
+        score = to_score(item.get(question.key), question.scale)
+        reason = printable(clean(str(item.get("reason", ""))[:300]))
+        verdicts.append(Verdict(score, reason))
+    return verdicts
 
 
-def objects(text: str, key: str | None = None) -> list[dict]:
-    """The JSON objects in a model's answer, in order, wherever they are: in prose, in fences.
-
-    key: only those that hold it, also inside of others. Objects within <think> do not count, and
-    none counts when the key occurs again after the last one: what was meant is then open.
-
-    >>> objects('Example: {"met": true}. So: ```{"reason": "no {x}", "met": false}```', "met")
-    [{'met': True}, {'reason': 'no {x}', 'met': False}]
-    >>> objects('{"result": {"met": true}}', "met"), objects('<think>{"met": true}', "met")
-    ([{'met': True}], [])
-    >>> objects('{"reason": "quotes </think>", "met": true}', "met")
-    [{'reason': 'quotes </think>', 'met': True}]
-    >>> objects('For example {"met": true}. My answer: {"met": fal', "met")
-    []
-    """
-    # The answer is at the end; what comes before may be pages of reasoning.
-    text = repair(text[-LONGEST_ANSWER:])
-    spans = find_objects(text, key)
-    if not spans:
-        return []
-
-    # A broken answer after a whole example must not leave the example as the verdict.
-    if key is not None and text.rfind(f'"{key}"') > spans[-1][1]:
-        return []
-
-    values = []
-    for start, end, value in spans:
-        # Only tags outside of the object enclose it: a reason may quote a response that thinks.
-        is_opened = text.rfind("<think>", 0, start) > text.rfind("</think>", 0, start)
-        is_closed_later = text.find("</think>", end) >= 0
-        if not is_opened and not is_closed_later:
-            values.append(value)
-    return values
-
-
-def to_score(value: object, scale: tuple[float, float]) -> float | None:
-    """A judge's value as a score in [0, 1]; None when it is not of the right kind and range.
-
-    >>> [to_score(value, (0, 1)) for value in (True, False, "true", 1)]
-    [1.0, 0.0, None, None]
-    >>> [to_score(value, (1, 10)) for value in (10, 1, 11, True, "7")]
-    [1.0, 0.0, None, None, None]
-    """
-    # A yes/no question wants a real true or false; a rating wants a number, and to Python True
-    # is a number.
-    if scale == (0, 1):
-        return float(value) if isinstance(value, bool) else None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    # A rating off the scale may be of another scale, so it is not moved onto this one.
-    low, high = scale
-    if not low <= value <= high:
-        return None
-    return (value - low) / (high - low)
-
-
-def named_items(text: str) -> dict[str, dict]:
+def named_items(text: str, is_cut: bool) -> dict[str, dict]:
     """The entries of the last list of "verdicts" in a text, by name."""
     # Of several lists the last counts, as of several objects.
-    answers = objects(text, "verdicts")
+    answers = objects(text, "verdicts", is_cut)
     items = answers[-1]["verdicts"] if answers else []
     if not isinstance(items, list):
         return {}
@@ -416,51 +303,1072 @@ def named_items(text: str) -> dict[str, dict]:
     return by_name
 
 
-def read_answer(text: str, questions: list[Question]) -> list[Verdict]:
-    """The verdicts in a model's answer, one per question; each that is not valid is missing.
+def to_score(value: object, scale: tuple[float, float] | None) -> float | None:
+    """A judge's value as a score in [0, 1]; None when it is not of the right kind and range."""
+    # A yes/no question wants a real true or false; a rating wants a number, and to Python True
+    # is a number.
+    if scale is None:
+        return float(value) if isinstance(value, bool) else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    # A rating off the scale may be of another scale, so it is not moved onto this one.
+    low, high = scale
+    if not low <= value <= high:
+        return None
+    return (value - low) / (high - low)
 
-    One question: the last object that holds its key. Several: by the exact names S1, S2, ...
+
+# ------------------------------------------------------------------ a language model as judge
+
+
+class Reading(NamedTuple):
+    """What was read in an answer."""
+
+    value: object  # None: nothing
+    is_usable: bool
+    problem: str = ""  # what the model is told when it is asked once more
+
+
+class Outcome(NamedTuple):
+    """What became of one call: a usable value, or a kind of failure and what was read so far."""
+
+    value: object
+    failure: str
+    reply: "Reply"
+
+
+class LLMJudge:
+    """Asks a language model behind an OpenAI-compatible server.
+
+    What can happen to a question, and what becomes of it:
+
+        kind         cause                                      the client
+        ----------   ----------------------------------------   ---------------------------------
+        transport    no connection, time-out, 408, 409, 425,    asks again with growing pauses,
+                     429, 5xx                                   for `patience` seconds
+        refused      a filter, or the model declines; a 400     gives this question up
+                     or other 4xx that no words explain
+        too_long     does not fit into the model's context      asks for shorter answers first
+        truncated    answer cut off                             asks once more, for four times
+                                                                the tokens
+        unparsable   no valid verdict in the answer; three      asks once more, as plain text and
+                     times no reply of a chat server            warmer, or with the reason
+        JudgeError   no access (401, 403, 407), no credit       ends the batch, in the server's
+                     (402), nothing there (404, 405, 410),      words
+                     moved (3xx); a 400 or other 4xx for
+                     20 responses in a row
+
+    All but the last leave a missing verdict whose reason is the kind; JudgeError comes as well
+    when more than max_missing of a batch is missing. A single missing verdict ends no run.
+
+    The key comes from JUDGE_API_KEY and goes into one header, nowhere else. That header has room
+    for one login: with a key, a user name and password in the URL are not sent.
     """
-    # A single statement has no name to repeat, so a model cannot get it wrong.
-    if len(questions) == 1:
-        answers = objects(text, questions[0].key)
-        by_name = {"S1": answers[-1]} if answers else {}
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        k: int = 1,
+        cache_path: str | None = None,
+        max_missing: float = 0.1,
+        workers: int = 64,
+        max_tokens: int = 512,
+        temperature: float = 0.0,
+        timeout: tuple[float, float] = (10, 120),
+        patience: float = 300,
+        rpm: float = 0,
+        tpm: float = 0,
+    ):
+        """url: base URL such as http://localhost:8000/v1; a user name and password may be in it.
+
+        k: statements per call, 0 for all of a response's (at HealthBench's sizes an eighth of the
+        text, at the price of verdicts that may lean on each other). max_tokens: of an answer, per
+        statement. timeout: seconds to connect and for a whole reply. patience: seconds after which
+        a question that only meets faults is given up, and all of a batch when none was answered
+        for so long. rpm, tpm: requests and tokens per minute, 0 for no limit. Raises JudgeError.
+        """
+        # Servers with one model take any name, others none but the right one.
+        if not model:
+            message = "--judge needs --judge_model: the name under which the server knows its model"
+            raise JudgeError(message)
+        self.model = model
+        self.k = k
+        self.max_missing = max_missing
+        self.max_tokens = max_tokens
+        self.temperature = temperature
+
+        # All that may fail below a question is theirs.
+        self.server = ChatServer(url, model, workers, timeout, patience, Limiter(rpm, tpm))
+        self.shown = self.server.shown
+        self.cache = Cache(cache_path)
+        self.stats = Counter()
+        self.lock = threading.Lock()
+
+    def ask(self, questions: list[Question], show_progress: bool = False) -> list[Verdict]:
+        """Verdicts in the order of the questions, in one concurrent batch. Raises JudgeError."""
+        verdict_of = {}
+
+        def work(group: list[Question]) -> None:
+            """One call; workers write different keys."""
+            verdict_of.update(zip(group, self.ask_together(group)))
+
+        # All calls of a step at once: with a few at a time the server would be idle.
+        self.server.run(work, self.group(questions), show_progress)
+
+        # A batch that was stopped from outside leaves questions that nobody asked.
+        silence = Verdict(None, "transport")
+        verdicts = [verdict_of.get(question, silence) for question in questions]
+        self.check_missing(verdicts)
+        return verdicts
+
+    def write(
+        self,
+        prompts: list[str],
+        read: Callable[[int, dict], object],
+        max_tokens: int = 2048,
+        show_progress: bool = False,
+    ) -> list:
+        """Has the model write a JSON object for each prompt; None where it failed.
+
+        read(index of the prompt, object) makes of it what the caller wants, and raises ValueError
+        with a reason if it cannot: the model is told the reason and asked once more. The last
+        usable object of an answer counts. Equal prompts are asked once. Raises JudgeError.
+        """
+        # Equal prompts share one call, but each has a reader's state of its own.
+        indexes = {}
+        for index, prompt in enumerate(prompts):
+            indexes.setdefault(prompt, []).append(index)
+        results = [None] * len(prompts)
+
+        def work(prompt: str) -> None:
+            """One call, whose object every index with this prompt reads."""
+            first, *others = indexes[prompt]
+            written = self.write_one(prompt, first, read, max_tokens)
+            if written is None:
+                return
+            results[first], value = written
+            for index in others:
+                with suppress(ValueError):
+                    results[index] = read(index, value)
+
+        self.server.run(work, list(indexes), show_progress)
+        return results
+
+    def probe(self) -> str:
+        """Finds out what the server can do, with one call; returns a line for the log.
+
+        The first `ask` does it when nobody did. Raises JudgeError, with the likely mend, when the
+        judge cannot be used.
+        """
+        return self.server.probe()
+
+    def take_stats(self) -> dict:
+        """Metrics since the last time: calls, cache hits, retries, missing by kind, tokens."""
+        # Taken and emptied in one go, so that no call is counted twice or never.
+        with self.lock:
+            stats = self.stats
+            self.stats = Counter()
+
+        # These two are there in every step, so that a plot has no holes.
+        metrics = {"judge_cache_hits": 0, "judge_asked_again": 0}
+        for name, number in stats.items():
+            metrics[f"judge_{name}"] = number
+        return metrics | self.server.take_stats()
+
+    # ---- a batch
+
+    def group(self, questions: list[Question]) -> list[list[Question]]:
+        """The questions of each call: prompts alone, up to k statements about one response."""
+        calls = []
+        shared = {}
+
+        # fromkeys: each question once, in the order in which they came.
+        for question in dict.fromkeys(questions):
+            if question.prompt:
+                calls.append([question])
+            else:
+                about = (question.conversation, question.response)
+                shared.setdefault(about, []).append(question)
+
+        for group in shared.values():
+            # k = 0: all statements about a response in one call.
+            k = self.k or len(group)
+            for start in range(0, len(group), k):
+                calls.append(group[start : start + k])
+        return calls
+
+    def check_missing(self, verdicts: list[Verdict]) -> None:
+        """Counts the missing verdicts by kind. Raises JudgeError when they are too many."""
+        missing = Counter()
+        for verdict in verdicts:
+            if verdict.score is None:
+                missing[verdict.reason] += 1
+        for kind, number in missing.items():
+            self.count(f"missing_{kind}", number)
+
+        # A reward made of few verdicts is noise; better no step than a step on noise. But one
+        # verdict says nothing about the judge, however small the batch.
+        allowed = max(1, self.max_missing * len(verdicts))
+        if missing.total() > allowed:
+            kinds = ", ".join(f"{number} {kind}" for kind, number in missing.most_common())
+            last = self.server.last_problem
+            if last:
+                last = f" (last: {last})"
+            raise JudgeError(
+                f"{missing.total()} of {len(verdicts)} verdicts are missing ({kinds}), more than "
+                f"the allowed share of {self.max_missing:.0%}; look after the judge at "
+                f"{self.shown}{last}, then go on with --resume"
+            )
+
+    def count(self, name: str, number: int = 1) -> None:
+        """Adds to one of the step's counters; many workers call it."""
+        with self.lock:
+            self.stats[name] += number
+
+    # ---- one call: the cache, the question, the answer, one second try
+
+    def ask_together(self, questions: list[Question]) -> list[Verdict]:
+        """The verdicts of one call: the first valid verdict of each statement counts, and a second
+        answer only fills gaps."""
+        first = questions[0]
+        messages = chat(questions)
+
+        # The cache comes before the probe of the server: a repeated run needs no server.
+        key = self.cache_key(messages, self.max_tokens, first.key, first.scale)
+        stored = self.cache.get(key)
+        if stored is not None:
+            self.count("cache_hits")
+            return [Verdict(score, reason) for score, reason in stored["verdicts"]]
+
+        def read(reply: "Reply", before: list[Verdict] | None) -> Reading:
+            """The verdicts in an answer, beside those of the answer before."""
+            verdicts = read_answer(reply.text, questions, reply.finish == "length")
+            if before is not None:
+                for index, verdict in enumerate(before):
+                    if verdict.score is not None:
+                        verdicts[index] = verdict
+            has_all = all(verdict.score is not None for verdict in verdicts)
+            return Reading(verdicts, has_all)
+
+        # All answers may be as long as one would be alone.
+        request = Request(
+            messages,
+            max_tokens=self.max_tokens * len(questions),
+            temperature=self.temperature,
+            about=first.prompt or (first.conversation, first.response),
+            response_format=None if first.prompt else answer_format(len(questions)),
+        )
+        outcome = self.settle(request, read)
+        if not outcome.failure:
+            # Missing verdicts are never stored: the next run asks again.
+            asked = [question.statement or question.prompt[:200] for question in questions]
+            self.store(key, {"verdicts": outcome.value}, asked, outcome.reply)
+
+        # A half usable answer keeps its usable half.
+        missing = Verdict(None, outcome.failure)
+        if outcome.value is None:
+            return [missing] * len(questions)
+        return [missing if verdict.score is None else verdict for verdict in outcome.value]
+
+    def write_one(
+        self,
+        prompt: str,
+        index: int,
+        read: Callable[[int, dict], object],
+        max_tokens: int,
+    ) -> tuple | None:
+        """(what `read` made, the object) of one prompt; None when the model failed."""
+        messages = [{"role": "user", "content": prompt}]
+        key = self.cache_key(messages, max_tokens)
+        stored = self.cache.get(key)
+        if stored is not None:
+            # A reader that has changed may reject what it once took; then the model is asked.
+            with suppress(ValueError):
+                made = read(index, stored["written"])
+                self.count("cache_hits")
+                return made, stored["written"]
+
+        def read_last(reply: "Reply", before: object) -> Reading:
+            """The last object that `read` takes, or the reason why it took none."""
+            problem = "it holds no JSON object"
+            for value in reversed(objects(reply.text, None, reply.finish == "length")):
+                try:
+                    return Reading((read(index, value), value), True)
+                except ValueError as error:
+                    problem = str(error)
+            return Reading(None, False, problem)
+
+        # Writers answer in their own form: no schema is asked for.
+        request = Request(messages, max_tokens, self.temperature, about=prompt)
+        outcome = self.settle(request, read_last)
+        if outcome.failure:
+            self.count(f"missing_{outcome.failure}")
+            return None
+
+        # What `read` made is not always JSON, so the cache gets the object itself.
+        self.store(key, {"written": outcome.value[1]}, [prompt], outcome.reply)
+        return outcome.value
+
+    def settle(self, request: "Request", read: Callable) -> Outcome:
+        """Asks, at most twice, until the answer is usable.
+
+        read(reply, value read in the answer before) -> Reading.
+        """
+        first = self.server.complete(request)
+        if first.kind != "answer":
+            return Outcome(None, first.kind, first)
+        reading = read(first, None)
+        if reading.is_usable:
+            if request.response_format:
+                self.server.learn_format(is_structured=first.is_structured)
+            return Outcome(reading.value, "", first)
+
+        # Twice, not more: what two different requests do not bring, a third seldom does.
+        self.count("asked_again")
+        second = self.server.complete(self.second_request(request, first, reading.problem))
+        first_was_cut = first.finish == "length"
+        if second.kind == "too_long" and first_was_cut:
+            # The first request fitted, so it is the longer answer for which there is no room.
+            return Outcome(reading.value, "truncated", second)
+        if second.kind != "answer":
+            return Outcome(reading.value, second.kind, second)
+
+        reading = read(second, reading.value)
+        if not reading.is_usable:
+            kind = "truncated" if second.finish == "length" else "unparsable"
+            return Outcome(reading.value, kind, second)
+        # An answer that was only too short says nothing against the schema.
+        if request.response_format and not first_was_cut:
+            self.server.learn_format(is_structured=False)
+        return Outcome(reading.value, "", second)
+
+    def second_request(self, request: "Request", reply: "Reply", problem: str) -> "Request":
+        """The request changed where it went wrong."""
+        # A schema may be what went wrong, so the second request is without one.
+        again = request._replace(response_format=None, max_tokens=reply.max_tokens)
+        if reply.finish == "length":
+            # The server has counted the prompt, so what is left of its context is no guess.
+            return again._replace(
+                max_tokens=4 * reply.max_tokens,
+                least_tokens=reply.max_tokens,
+                prompt_tokens=reply.prompt_tokens,
+            )
+        if problem:
+            # The model sees its own answer and the reason, as a person would.
+            words = f"Your answer cannot be used: {problem}. "
+            words += "Give the whole JSON object again, corrected."
+            answer = {"role": "assistant", "content": clean(reply.text)}
+            reason = {"role": "user", "content": words}
+            return again._replace(messages=[*request.messages, answer, reason])
+
+        # At temperature 0 the same words would come back.
+        return again._replace(temperature=max(self.temperature, 0.5))
+
+    def cache_key(self, messages: list[dict], max_tokens: int, *reading) -> str:
+        """A hash of all that decides an answer and how it is read."""
+        # The server's address is not among them: a model that moved is the same model.
+        settings = [self.model, self.temperature, max_tokens, messages, *reading]
+        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+
+    def store(self, key: str, value: dict, asked: list[str], reply: "Reply") -> None:
+        """Puts a usable answer into the cache, with what an audit wants to know."""
+        about = {"model": self.model, "asked": asked, "text": reply.text[:2000]}
+        about["prompt_tokens"] = reply.prompt_tokens
+        about["completion_tokens"] = reply.completion_tokens
+        self.cache.add(key, value, about)
+
+
+# ------------------------------------------------------------------ words and sentences
+
+# Words without content of their own. The last two lines are the frame that criteria are written
+# in ("The response states that ..."): without them every criterion would ask for "states".
+SMALL_WORDS = """
+a an the and or but if then than so of in on at to for from by with without about as into over
+under between is are was were be been being am do does did doing have has had having will would
+shall should can could may might must not no nor it its this that these those there here he she
+they them their his her your yours we our us i me my mine what which who whom whose when where why
+how all any both each few more most other some such only own same too very just also one however
+therefore because while during
+response answer reader user you states state mentions mention explains explain advises advise
+recommends recommend suggests suggest says say tells tell claims claim notes note describes
+describe includes include"""
+STOP = set(SMALL_WORDS.split())
+
+# Everyday names of one idea, which criteria and answers use for each other. Few on purpose: wider
+# lists (any "professional", any "visit") lower the agreement with physicians. Of the emergency
+# numbers only one that is no usual dose.
+SYNONYMS = {
+    "physician": "doctor",
+    "gp": "doctor",
+    "clinician": "doctor",
+    "ambulance": "emergency",
+    "911": "emergency",
+    "medication": "medicine",
+    "drug": "medicine",
+    "tablet": "medicine",
+    "pill": "medicine",
+    "seeing": "see",
+    "seen": "see",
+    "consult": "see",
+}
+# A crude stem: the longest of these endings goes, if at least four letters stay.
+ENDING = re.compile(
+    "(?<=.{4})(ization|ational|(ive|ful)?ness|ations?|ments?|(ing|ed)?ly|ies|ing|ers?|e[ds]?|[sy])$"
+)
+LIST_MARK = re.compile(r"^\s*(?:[-*•–]|\d{1,2}[.)])(?:\s+|$)")
+SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+|(?<=[。！？])")
+
+
+def content_words(text: str) -> list[str]:
+    """Stemmed content words in order, numbers included. A word is a run of letters or digits.
+
+    >>> content_words("States that the patient should see a physician about resting.")
+    ['patient', 'see', 'doctor', 'rest']
+    """
+    words = []
+    for word in re.findall(r"[^\W_]+", text.lower()):
+        # Single Latin letters carry nothing; single signs of other scripts and digits do.
+        is_letter = len(word) == 1 and word.isascii() and not word.isdigit()
+        if word in STOP or is_letter:
+            continue
+
+        # The synonym first: stems are not in the table.
+        words.append(ENDING.sub("", SYNONYMS.get(word, word)))
+    return words
+
+
+def sentences(text: str) -> list[str]:
+    """Sentences and list lines. A dot ends a sentence only before a space, so "2.5 g" is whole."""
+    parts = []
+    for line in text.split("\n"):
+        # A list number's dot ends no sentence.
+        line = LIST_MARK.sub("", line)
+        for sentence in SENTENCE_END.split(line):
+            sentence = sentence.strip()
+            if re.search(r"\w", sentence):
+                parts.append(sentence)
+    return parts
+
+
+# ------------------------------------------------------------------ checks, decided by counting
+
+
+class Check(NamedTuple):
+    """A check taken apart: `name operator number`, `name`, or `name "text" "text"`."""
+
+    name: str
+    operator: str = ""
+    number: float = 0.0
+    words: tuple[str, ...] = ()
+
+
+def check_verdict(check: str, response: str, asked_text: str = "") -> Verdict:
+    r"""The exact verdict of a check, whichever judge is used. An empty response meets no check.
+
+    asked_text: the last message's text, for `copied` and `hedged`. Raises ValueError (parse_check).
+
+    >>> check_verdict("sentences <= 1", "Take 2.5 ml.")
+    Verdict(score=1.0, reason='sentences 1')
+    >>> check_verdict('boxed "B" "Iron"', r"So \boxed{\text{lead}}")
+    Verdict(score=0.0, reason="boxed 'lead'")
+    """
+    name, operator, number, words = parse_check(check)
+    rule = CHECKS[name]
+
+    # Silence has no form to be praised for.
+    if not response.strip():
+        return Verdict(0.0, "empty response")
+
+    if rule.kind == "measure":
+        value = rule.function(response, asked_text)
+        met = compare(value, operator, number)
+        reason = f"{name} {round(value, 2):g}"
+    elif rule.kind == "predicate":
+        met = rule.function(response)
+        reason = f"counted: {name}"
     else:
-        by_name = named_items(text)
+        met = rule.function(response, words)
+        reason = f"looks for {words[0]!r}"
 
-    verdicts = []
-    for number, question in enumerate(questions, 1):
-        item = by_name.get(f"S{number}", {})
+    # Two say what they have seen.
+    if name == "ends_complete":
+        reason = f"ends {response.rstrip()[-12:]!r}"
+    if name == "boxed":
+        inside = boxed_text(response)
+        reason = "no boxed answer" if inside is None else f"boxed {inside[:40]!r}"
+    return Verdict(float(met), printable(reason))
 
-        # The score may be missing while the reason is there; both go into the sample.
-        score = to_score(item.get(question.key), question.scale)
-        reason = printable(clean(str(item.get("reason", ""))[:300]))
-        verdicts.append(Verdict(score, reason))
-    return verdicts
+
+COMPARISON = re.compile(r"(\w+)\s*(<=|>=|==|<|>)\s*(\d+(?:\.\d+)?)")
+QUOTED = re.compile(r'(\w+)((?:\s+"(?:[^"\\]|\\.)*")+)')
+ONE_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
+
+
+@lru_cache(maxsize=10_000)
+def parse_check(check: str) -> Check:
+    """A check taken apart. Raises ValueError that lists the known ones.
+
+    >>> parse_check("words <= 40")
+    Check(name='words', operator='<=', number=40.0, words=())
+    """
+    text = check.strip()
+    if text in CHECKS and CHECKS[text].kind == "predicate":
+        return Check(text)
+
+    match = COMPARISON.fullmatch(text)
+    if match and match[1] in CHECKS and CHECKS[match[1]].kind == "measure":
+        return Check(match[1], match[2], float(match[3]))
+
+    match = QUOTED.fullmatch(text)
+    if match and match[1] in CHECKS and CHECKS[match[1]].kind == "text":
+        # Quoted as in JSON, so that a text may hold a quotation mark.
+        with suppress(ValueError):
+            words = tuple(json.loads(word) for word in ONE_QUOTED.findall(match[2]))
+            return Check(match[1], words=words)
+
+    # A typing error must not become a criterion that nothing meets.
+    known = ", ".join(rule.example for rule in CHECKS.values())
+    raise ValueError(f"unknown check {printable(text)[:80]!r}; known are: {known}")
+
+
+def compare(value: float, operator: str, number: float) -> bool:
+    """Whether `value operator number` holds."""
+    # Spelled out: a check is read from data, and nothing of it is ever evaluated.
+    if operator == "<=":
+        return value <= number
+    if operator == ">=":
+        return value >= number
+    if operator == "<":
+        return value < number
+    if operator == ">":
+        return value > number
+    return value == number
+
+
+# Measures take the response and what was asked. The last four are shares from 0 to 1.
+
+
+def count_characters(response: str, asked_text: str) -> float:
+    """Characters, spaces included."""
+    return len(response)
+
+
+def count_words(response: str, asked_text: str) -> float:
+    """Words, separated by spaces."""
+    return len(response.split())
+
+
+def count_sentences(response: str, asked_text: str) -> float:
+    """Sentences and list lines."""
+    return len(sentences(response))
+
+
+def count_paragraphs(response: str, asked_text: str) -> float:
+    """Blocks of text between empty lines."""
+    blocks = re.split(r"\n\s*\n", response)
+    return sum(bool(block.strip()) for block in blocks)
+
+
+def count_items(response: str, asked_text: str) -> float:
+    """List lines that say something: a bare "3." is none."""
+    count = 0
+    for line in response.split("\n"):
+        if LIST_MARK.match(line) and re.search(r"\w", LIST_MARK.sub("", line)):
+            count += 1
+    return count
+
+
+def count_questions(response: str, asked_text: str) -> float:
+    """Question marks."""
+    return response.count("?") + response.count("？")
+
+
+def repetition(response: str, asked_text: str = "") -> float:
+    """Share of word triples that occurred before: 0 in ordinary short text, towards 1 in loops."""
+    # Triples: pairs of words repeat in any text, and loops repeat much more.
+    words = re.findall(r"\w+", response.lower())
+    triples = list(zip(words, words[1:], words[2:]))
+    # Fewer than three words cannot repeat.
+    if not triples:
+        return 0.0
+    return 1 - len(set(triples)) / len(triples)
+
+
+def keyword_share(response: str, asked_text: str) -> float:
+    """Share of words that are not small words ("the", "is"): 0.45 to 0.7 in sentences.
+
+    0 for fewer than eight words: a short answer may be a name.
+    """
+    # All words, single letters too: this is about how a text is strung together.
+    words = re.findall(r"[^\W_]+", response.lower())
+    if len(words) < 8:
+        return 0.0
+    return sum(word not in STOP for word in words) / len(words)
+
+
+def copied_share(response: str, asked_text: str) -> float:
+    """Share of the content words that are the question's."""
+    # As stems: who only changes an ending has copied.
+    words = content_words(response)
+    asked = set(content_words(asked_text))
+    if not words:
+        return 0.0
+    return sum(word in asked for word in words) / len(words)
+
+
+HEDGE = re.compile(
+    r"\b(it depends|depends on|may or may not|might|perhaps|possibly|varies|in some cases"
+    r"|hard to say)\b",
+    re.IGNORECASE,
+)
+
+
+def hedged_share(response: str, asked_text: str) -> float:
+    """Share of the sentences that hedge and add fewer than three content words."""
+    asked = set(content_words(asked_text))
+    # One hedge in a long answer is no fault; a share of them is.
+    spoken = sentences(response)
+    hedged = 0
+    for sentence in spoken:
+        # A hedge that goes on to say something is honest caution, no fault.
+        added = set(content_words(sentence)) - asked
+        if HEDGE.search(sentence) and len(added) < 3:
+            hedged += 1
+    return hedged / max(len(spoken), 1)
+
+
+# Predicates take the response alone.
+
+
+def ends_complete(response: str) -> bool:
+    """The last line ends in final punctuation and is more than a bare list number ("3.")."""
+    # Quotation marks and brackets may follow the final sign.
+    last = response.rstrip().rpartition("\n")[2]
+    is_ended = re.search(r"[.!?。！？…][\"'”’)\]*]*$", last)
+    says_something = re.search(r"\w", LIST_MARK.sub("", last))
+    return bool(is_ended and says_something)
+
+
+def addresses_reader(response: str) -> bool:
+    """Says "you" or a form of it."""
+    # Whole words: "youth" is no address.
+    return bool(re.search(r"\byou(r|rs|rself)?\b", response, re.IGNORECASE))
+
+
+EXAMPLE_WORDS = re.compile(
+    r"\b(for example|for instance|such as|e\.g\.|(an|one|another) example (is|of|would))",
+    re.IGNORECASE,
+)
+
+
+def gives_example(response: str) -> bool:
+    """Introduces an example in words: "for example", "such as", ..."""
+    return bool(EXAMPLE_WORDS.search(response))
+
+
+# The others look for one of several texts.
+
+
+def contains(response: str, words: tuple[str, ...]) -> bool:
+    """Holds one of the texts, whatever their case."""
+    return any(word.lower() in response.lower() for word in words)
+
+
+def mentions(response: str, words: tuple[str, ...]) -> bool:
+    """Holds all content words of one of the texts, in any form that has the same stem."""
+    # As stems, so that "infections" mentions an infection.
+    spoken = set(content_words(response))
+    return any(set(content_words(word)) <= spoken for word in words)
+
+
+def starts_with(response: str, words: tuple[str, ...]) -> bool:
+    """Begins with one of the texts, whatever their case."""
+    return response.strip().lower().startswith(tuple(word.lower() for word in words))
+
+
+def ends_with(response: str, words: tuple[str, ...]) -> bool:
+    """Ends with one of the texts, whatever their case."""
+    return response.strip().lower().endswith(tuple(word.lower() for word in words))
+
+
+def boxed(response: str, words: tuple[str, ...]) -> bool:
+    """The last box holds one of the texts: an option's letter, in brackets or not, or its words."""
+    inside = boxed_text(response)
+    if inside is None:
+        return False
+    # "B", "(B)", "B.", "B: Iron" name the letter.
+    letter = re.match(r"\(?([A-Z])(?:[).:]|\s*$)", inside)
+    for word in words:
+        if len(word) == 1 and word.isupper():
+            # A letter is a letter: the option "B" is not met by an answer whose text is "b".
+            if letter and letter[1] == word:
+                return True
+        elif word.strip(" .").lower() == inside.lower():
+            return True
+    return False
+
+
+def boxed_text(response: str) -> str | None:
+    r"""What is in the last \boxed{...}, without dress; None when there is no box.
+
+    >>> boxed_text(r"\boxed{A} or \boxed{\textbf{\text{(B)}}}"), boxed_text("B")
+    ('(B)', None)
+    """
+    # One pass, with the braces that are open: boxes hold any number of braces.
+    boxed = None
+    opened = []
+    for match in re.finditer(r"(\\boxed\s*)?\{|\}", response):
+        if match[0] != "}":
+            opened.append(match)
+        elif opened:
+            opening = opened.pop()
+            if opening[1]:
+                boxed = response[opening.end() : match.start()]
+    if boxed is None:
+        return None
+
+    # Dress such as \text{...} or \mathrm{...} is no part of the answer; few wear more than two.
+    for _ in range(4):
+        boxed = re.sub(r"\\\w+\s*\{([^{}]*)\}", r"\1", boxed)
+    return boxed.strip(" .$")
+
+
+class Rule(NamedTuple):
+    """How a check is decided. kind: "measure", "predicate" or "text", which have the three forms
+    of Check in this order."""
+
+    kind: str
+    function: Callable
+    example: str
+
+
+CHECKS = {
+    "characters": Rule("measure", count_characters, "characters <= 280"),
+    "words": Rule("measure", count_words, "words <= 40"),
+    "sentences": Rule("measure", count_sentences, "sentences <= 3"),
+    "paragraphs": Rule("measure", count_paragraphs, "paragraphs == 1"),
+    "items": Rule("measure", count_items, "items >= 3"),
+    "questions": Rule("measure", count_questions, "questions >= 1"),
+    "repetition": Rule("measure", repetition, "repetition > 0.2"),
+    "keywords": Rule("measure", keyword_share, "keywords > 0.75"),
+    "copied": Rule("measure", copied_share, "copied > 0.5"),
+    "hedged": Rule("measure", hedged_share, "hedged > 0.3"),
+    "ends_complete": Rule("predicate", ends_complete, "ends_complete"),
+    "addresses_reader": Rule("predicate", addresses_reader, "addresses_reader"),
+    "gives_example": Rule("predicate", gives_example, "gives_example"),
+    "contains": Rule("text", contains, 'contains "fresh air"'),
+    "mentions": Rule("text", mentions, 'mentions "infection"'),
+    "starts_with": Rule("text", starts_with, 'starts_with "Yes"'),
+    "ends_with": Rule("text", ends_with, 'ends_with "."'),
+    "boxed": Rule("text", boxed, 'boxed "B" "Iron"'),
+}
+
+
+# ------------------------------------------------------------------ the offline stand-in
+
+
+class LexicalJudge:
+    """A stand-in for a judge: compares words, understands nothing, can be fooled by stuffing them.
+
+    Deterministic, no network, tens of microseconds per verdict.
+
+    >>> LexicalJudge().ask([Question("", "Rest well.", "Mentions rest.")])
+    [Verdict(score=1.0, reason='1/1 content words: rest')]
+    """
+
+    def ask(self, questions: list[Question], show_progress: bool = False) -> list[Verdict]:
+        """Verdicts in the order of the questions. Raises JudgeError for one without a statement."""
+        verdicts = []
+        with progress_bar(len(questions), "judge", show=show_progress) as bar:
+            for question in questions:
+                # A grade cannot be found by comparing words, and no number would be honest.
+                if not question.statement:
+                    message = "the offline judge compares words with a statement"
+                    raise JudgeError(message + "; for a rating or a grade give a model: --judge")
+                about = (question.statement, question.response, question.is_fault)
+                verdicts.append(lexical_verdict(*about))
+                bar.update()
+        return verdicts
+
+    def probe(self) -> str:
+        """A line for the log, as of a model."""
+        return "judge offline: compares words, understands nothing"
+
+    def take_stats(self) -> dict:
+        """Nothing to account for: no calls, no tokens."""
+        return {}
+
+
+PASSAGE = 3  # sentences read together; the facts of one criterion stand close to each other
+COVERED = 0.4  # share of the criterion's content words that counts as "says so"
+# The same for a fault: an answer that merely stays on the subject shares words with its pitfalls.
+COVERED_FAULT = 0.75
+# Words at the beginning of a statement that turn it round.
+NEGATION = re.compile(
+    r"""^(?:
+        (?:the\ (?:response|answer|explanation|solution)\ )?
+        (?: avoids? | avoiding | refrains?\ from | never | do\ not | is\ free\ of
+          | (?:should|must)\ (?:not|never|avoid|refrain\ from)
+          | does\ not\ (?:incorrectly|wrongly|falsely|mistakenly) )
+      | (?:the\ response\ )? (?: does\ not | doesn't )
+    )\b\s*""",
+    re.VERBOSE | re.IGNORECASE,
+)
+
+
+def lexical_verdict(statement: str, response: str, is_fault: bool = False) -> Verdict:
+    """The offline verdict: whether a passage of the response shares enough of the statement's
+    content words; the other way round where the statement begins with a negation.
+
+    Score 1.0 or 0.0, None for a statement without content words. An empty response meets no
+    statement, negated or not, and commits no fault. PASSAGE and COVERED were chosen on 200
+    statements that physicians have labelled (K-QA).
+    """
+    negation = NEGATION.match(statement)
+
+    # Judge what is forbidden, then turn the verdict round.
+    inside = statement[negation.end() :] if negation else statement
+    wanted = set(content_words(inside))
+    if not wanted:
+        return Verdict(None, "the criterion has no content words")
+    # Who says nothing has avoided nothing.
+    if not response.strip():
+        return Verdict(0.0, "no text")
+
+    # Hits count once per sentence, and close together: words of a criterion that are
+    # scattered over a long answer do not state it.
+    hits_per_sentence = []
+    for sentence in sentences(response):
+        hits_per_sentence.append(wanted & set(content_words(sentence)))
+    best = set()
+    for start in range(len(hits_per_sentence)):
+        window = hits_per_sentence[start : start + PASSAGE]
+        hits = set().union(*window)
+        if len(hits) > len(best):
+            best = hits
+
+    # Two negations cancel: the inside of a good "avoids" is a fault, and the inside of a fault
+    # such as "does not mention rest" is something good. A fault wants the closer match.
+    names_fault = is_fault != bool(negation)
+    threshold = COVERED_FAULT if names_fault else COVERED
+    score = float(len(best) / len(wanted) >= threshold)
+    reason = f"{len(best)}/{len(wanted)} content words"
+    if best:
+        reason += f": {', '.join(sorted(best)[:6])}"
+    if negation:
+        return Verdict(1 - score, "not: " + reason)
+    return Verdict(score, reason)
+
+
+def demo() -> int:
+    """The offline judge at work, and fooled; checks; then what a model would be sent."""
+    response = (
+        "Rest and drink plenty of water. If the fever lasts more than three days, see a doctor. "
+        "Then you should"
+    )
+    water = "Advises drinking enough water during a fever."
+    print(f"Response: {response}\n")
+    for statement in (
+        water,
+        "Advises seeing a physician if the fever lasts longer than three days.",
+        "Recommends antibiotics against a viral infection.",
+        "Does not recommend antibiotics.",
+    ):
+        show_verdict(statement, lexical_verdict(statement, response))
+
+    # One example of every check there is: a list to copy from.
+    print("\nChecks are decided by counting, whichever judge is used:\n")
+    for rule in CHECKS.values():
+        verdict = check_verdict(rule.example, response, "What helps against a fever?")
+        show_verdict(rule.example, verdict)
+
+    # What no stand-in can see, so that nobody takes it for a judge.
+    stuffed = "fever water drink doctor days physician three"
+    print(f"\nThe offline judge, fooled by stuffed words: {stuffed!r}\n")
+    show_verdict(water, lexical_verdict(water, stuffed))
+
+    print("\nWhat a language model is sent:\n")
+    conversation = render_conversation([{"role": "user", "content": "What helps against a fever?"}])
+    print(chat([Question(conversation, response, water)])[1]["content"])
+    return 0
+
+
+def show_verdict(statement: str, verdict: Verdict) -> None:
+    """One line of the demo."""
+    word = "met" if verdict.score else "not met"
+    print(f"  {word:<8} {statement}   ({verdict.reason})")
+
+
+# ==================================================================================================
+# ---- below: what makes it last a weekend; a first reader can stop here
+# ==================================================================================================
+
+# ------------------------------------------------------------------ JSON in a model's answer
+
+LONGEST_ANSWER = 50_000  # characters at the end of an answer that are read
+
+
+def objects(text: str, key: str | None = None, is_cut: bool = False) -> list[dict]:
+    """The JSON objects in a model's answer, in order, wherever they are: in prose, in fences.
+
+    key: only those that hold it, also inside of others. is_cut: only one that ends the text.
+    Objects within <think> do not count. None counts when it is open what was meant: the last one
+    is inside of an object that is no JSON, or the key occurs once more after it.
+
+    >>> objects('Example: {"met": true}. So: ```{"reason": "no {x}", "met": false}```', "met")
+    [{'met': True}, {'reason': 'no {x}', 'met': False}]
+    """
+    # The answer is at the end; what comes before may be pages of reasoning.
+    text = repair(text[-LONGEST_ANSWER:])
+    spans, broken = find_objects(text, key)
+    if not spans or is_open(text, key, spans, broken):
+        return []
+    last = spans[-1]
+    if is_cut:
+        # Nothing but the end of a fence may follow.
+        spans = [] if text[last.end :].strip("`\n ") else [last]
+
+    values = []
+    for span in spans:
+        # Only tags outside of the object enclose it: a reason may quote a response that thinks.
+        opened = text.rfind("<think>", 0, span.start)
+        closed = text.rfind("</think>", 0, span.start)
+        is_closed_later = text.find("</think>", span.end) >= 0
+        if opened <= closed and not is_closed_later:
+            values.append(span.value)
+    return values
+
+
+class Span(NamedTuple):
+    """An object in a text: text[start:end] is its JSON."""
+
+    start: int
+    end: int
+    value: dict
+
+
+OBJECT_START = re.compile(r'\{\s*["}]')
+# The form that our prompts ask for, which models repeat. It is no JSON and no answer.
+OUR_FORM = re.compile(r'\{(?:"verdicts": \[\{)?(?:"name": "S1", )?"reason": "\.\.\."')
+READING_BUDGET = 500_000  # characters that may be read for one answer, over all tries
+COST_OF_A_TRY = 1_000  # what a try costs beside the characters that it reads
+
+
+def find_objects(text: str, key: str | None) -> tuple[list[Span], int]:
+    """(the JSON objects in a text, where the first that is no JSON begins); no objects when
+    looking for them takes too long.
+
+    With a key only the objects that hold it; what is inside of one of them is never looked at.
+    """
+    spans = []
+    broken = len(text)
+    budget = READING_BUDGET
+    position = 0
+    while match := OBJECT_START.search(text, position):
+        start = match.start()
+        position = start + 1
+        try:
+            # The rest as a text of its own: an error counts the lines before it, which would
+            # make many tries in a long text slow.
+            value, size = DECODER.raw_decode(text[start:])
+            if key is None or key in value:
+                spans.append(Span(start, start + size, value))
+                position = start + size
+        except RecursionError:
+            # Nested so deep it is no answer; every further try would be as slow.
+            return [], broken
+        except ValueError as error:
+            size = getattr(error, "pos", 0)
+            if not OUR_FORM.match(text, start):
+                broken = min(broken, start)
+
+        # What was read counts, also where it leads to nothing: an answer of fifty thousand
+        # braces must not hold the interpreter for seconds.
+        budget -= size + COST_OF_A_TRY
+        if budget < 0:
+            return [], broken
+    return spans, broken
+
+
+def is_open(text: str, key: str | None, spans: list[Span], broken: int) -> bool:
+    """Whether it is open what was meant, because an answer with the key is no JSON."""
+    # A broken answer after a whole example must not leave the example as the verdict.
+    last = spans[-1]
+    if key is not None and f'"{key}"' in text[last.end :]:
+        return True
+
+    # Nor may a response be judged by what it says: a reason that quotes it without escaping the
+    # quotation marks is no JSON, and what it quotes may be a verdict.
+    around = ""
+    position = broken
+    for span in spans:
+        around += text[position : span.start]
+        position = max(position, span.end)
+    has_key = key is not None and f'"{key}"' in around
+    return has_key or around.count("{") > around.count("}")
+
+
+# A backslash that JSON does not allow, after any number of whole pairs: LaTeX's \( or \alpha.
+BAD_ESCAPE = re.compile(r'(?<!\\)((?:\\\\)*)\\(?!["\\/bfnrt]|u[0-9a-fA-F]{4})')
+PYTHON_WORD = re.compile(r'("\s*:\s*)(True|False|None)(?=\s*[,}\]])')
+JSON_WORDS = {"True": "true", "False": "false", "None": "null"}
+
+
+def repair(text: str) -> str:
+    """JSON as models write it, made valid where only one reading is possible."""
+
+    def json_word(match: re.Match) -> str:
+        """Python's word for a constant in JSON's spelling."""
+        return match[1] + JSON_WORDS[match[2]]
+
+    # Neither touches an object that is valid as it is, but for words inside of its strings.
+    text = BAD_ESCAPE.sub(r"\1\\\\", text)
+    return PYTHON_WORD.sub(json_word, text)
+
+
+def refuse_constant(name: str) -> None:
+    """Python's reader takes NaN and Infinity; they are no JSON and no verdict."""
+    raise ValueError(f"{name} is no JSON")
+
+
+# strict=False: a raw newline inside a string has only one reading.
+DECODER = json.JSONDecoder(parse_constant=refuse_constant, strict=False)
 
 
 # ------------------------------------------------------------------ a server's reply
 
 
 class Reply(NamedTuple):
-    """What a server's reply means. `kind` decides what happens next:
+    """What a server's reply means, and what ChatServer.complete makes of it:
 
-    answer      `text` is what the model wrote, `finish` why it ended
-    refused     of this question: a filter, or the model declines
-    too_long    of this question: it does not fit into the model's context
-    rejected    of this request, and why is open: a setting, the question, or the judge
-    denied      of the judge: no access, no such model, no credit, a wrong address
-    busy        ask again, after `wait` seconds where the server names a time
-    odd         no reply that a chat server gives
+    kind        meaning                                      becomes
+    ---------   ------------------------------------------   -------------------------------------
+    answer      `text` is what the model wrote               answer
+    refused     of this question: a filter, or the model     refused
+                declines
+    too_long    of this question: it does not fit into the   asked again for shorter answers, then
+                model's context                              too_long
+    rejected    of this request, and why is open: a          asked again without its schema, then
+                setting, the question, or the judge          refused; JudgeError by evidence
+    denied      of the judge: no access, no such model, no   JudgeError
+                credit, a wrong address
+    busy        try later, after `wait` seconds where the    asked again, transport when the
+                server names a time                          patience is over
+    odd         no reply that a chat server gives            asked again, unparsable at the third
     """
 
     kind: str
     text: str = ""  # the answer, or else the server's words
     status: int = 0
-    finish: str = ""
+    finish: str = ""  # why the answer ended; "length": it was cut off
     wait: float | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+
+    # Of the request that was answered in the end:
+    max_tokens: int = 0
+    is_structured: bool = False
 
 
 FILTER_WORDS = re.compile(
@@ -488,8 +1396,6 @@ def take_apart(status: int, headers: dict, body: bytes) -> Reply:
     'yes'
     >>> take_apart(200, {}, b'{"error": {"code": 429, "message": "slow down"}}').kind
     'busy'
-    >>> [take_apart(200, {}, body).kind for body in (b"<html>", b'{"choices": [null]}', b"5")]
-    ['odd', 'odd', 'odd']
     """
     # Bytes that are no text are no reason to lose the rest. Some servers begin with the mark of
     # the byte order, which no reader of JSON takes.
@@ -623,11 +1529,7 @@ def read_refusal(status: int, headers: dict, words: str) -> Reply:
 
 
 def retry_after(value: str) -> float | None:
-    """Seconds that a Retry-After header asks for, given as a number or as a date; None if neither.
-
-    >>> [retry_after(value) for value in ("2.5", "soon", "-1", "nan")]
-    [2.5, None, None, None]
-    """
+    """Seconds that a Retry-After header asks for, as a number or as a date; None if neither."""
     try:
         seconds = float(value)
     except ValueError:
@@ -643,110 +1545,74 @@ def retry_after(value: str) -> float | None:
     return seconds
 
 
-# ------------------------------------------------------------------ a language model as judge
+# ------------------------------------------------------------------ a server that lasts
+
+LEAST_TOKENS = 64  # of an answer that is still worth asking for
 
 
-@dataclass
-class Call:
-    """One thing to ask a server: what is sent, and how the answer's text becomes a value."""
+class Request(NamedTuple):
+    """What a server is asked, before it is fitted to what the server can do."""
 
     messages: list[dict]
-    max_tokens: int
-    key: str  # in the cache
-    asked: list[str]  # for the cache's reader: the statements, or the prompt
-    read: Callable[[str], tuple]  # text -> (value for the cache or None, what is wrong or "")
+    max_tokens: int  # of the answer
+    temperature: float
+    about: Hashable  # requests about one thing are no evidence of their own against the judge
     response_format: dict | None = None
+    least_tokens: int = LEAST_TOKENS  # a shorter answer is not asked for
+    prompt_tokens: int = 0  # where a server has counted the messages
 
 
 # The question that finds out what a server can do.
 PROBE = Question("user: What helps against thirst?", "Drink water.", "Mentions water.")
+PROBE_TOKENS = 512
 PROBE_PATIENCE = 30  # seconds that a server which is starting up is waited for
 FORMAT_PATIENCE = 2  # the same while it is asked for structured output
-LEAST_TOKENS = 64  # of an answer that is still worth asking for
-REJECTIONS = 20  # in a row, without an answer between them: then the judge is at fault
-ODD_REPLIES = 3  # in a row to one question
 RESCUES = 8  # answers in a row that only plain text gave: then structured output is not used
-SHORTEST_KEY = 8  # characters of a key that is looked for in answers
+REJECTIONS = 20  # things in a row, without an answer between them: then the judge is at fault
+ODD_REPLIES = 3  # in a row to one request
 LONGEST_WAIT = 30  # seconds between two tries, also where the server asks for more
+SHORTEST_KEY = 8  # characters; a shorter key is a stand-in, and may be a part of any word
 CONTEXT_WORDS = re.compile(r"context (?:length|size)\D{0,30}(\d{3,8})", re.IGNORECASE)
 # Where servers tell a model's context length in their list of models.
 CONTEXT_KEYS = ("max_model_len", "loaded_context_length", "context_length", "context_window")
 
 
-class LLMJudge:
-    """Asks a language model behind an OpenAI-compatible server.
-
-    What can happen to a question, and what becomes of it:
-
-        kind         cause                                      the client
-        ----------   ----------------------------------------   ---------------------------------
-        transport    no connection, time-out, 429, 5xx          asks again with growing pauses,
-                                                                 for `patience` seconds
-        refused      a filter, or the model declines; the       gives this question up
-                     server rejects this request only
-        too_long     does not fit into the model's context      asks for shorter answers first
-        truncated    answer cut off                             asks once more, for four times
-                                                                 the tokens
-        unparsable   no valid verdict in the answer             asks once more, as plain text and
-                                                                 warmer, or with the reason
-        JudgeError   no access (401, 403), no such model        ends the batch, in the server's
-                     (404), no credit, every request rejected   words
-
-    All but the last leave a missing verdict whose reason is the kind; JudgeError comes as well
-    when more than max_missing of a batch is missing.
-
-    The key comes from JUDGE_API_KEY and goes into one header, nowhere else.
-    """
+class ChatServer:
+    """An OpenAI-compatible server, asked by many threads: what fails is asked again, what it
+    cannot do is found out once, and what is wrong with all of it ends the batch."""
 
     def __init__(
         self,
         url: str,
         model: str,
-        k: int = 1,
-        cache_path: str | None = None,
-        max_missing: float = 0.1,
-        workers: int = 64,
-        max_tokens: int = 512,
-        temperature: float = 0.0,
-        timeout: tuple[float, float] = (10, 120),
-        patience: float = 300,
-        rpm: float = 0,
-        tpm: float = 0,
+        workers: int,
+        timeout: tuple[float, float],
+        patience: float,
+        limiter: "Limiter",
     ):
-        """url: base URL such as http://localhost:8000/v1; a user name and password may be in it.
-
-        k: statements per call, 0 for all of a response's (at HealthBench's sizes an eighth of the
-        text, at the price of verdicts that may lean on each other). max_tokens: of an answer, per
-        statement. timeout: seconds to connect and for a whole reply. patience: seconds after which
-        a question that only meets faults is given up, and all of a batch when none was answered
-        for so long. rpm, tpm: requests and tokens per minute, 0 for no limit. Raises JudgeError.
-        """
+        """The settings are LLMJudge's. Raises JudgeError for an URL or a key that is none."""
         self.address = Address(url)
         self.shown = self.address.shown
-
-        # Servers with one model take any name, others none but the right one.
-        if not model:
-            message = "--judge needs --judge_model: the name under which the server knows its model"
-            raise JudgeError(message)
         self.model = model
-        self.k = k
-        self.cache = Cache(cache_path)
-        self.max_missing = max_missing
         self.workers = workers
-        self.max_tokens = max_tokens
-        self.temperature = temperature
         self.timeout = timeout
         self.patience = patience
-        self.limiter = Limiter(rpm, tpm)
+        self.limiter = limiter
 
-        self.secret = read_key()
-
-        # A key is for the model's server, a login in the URL for a gate before it.
+        # One header, so one login: a key is for the model's server, and goes before the login in
+        # the URL, which is for a gate before it.
+        self.key = read_key()
         self.headers = {}
-        if self.secret:
-            self.headers["Authorization"] = f"Bearer {self.secret}"
+        if self.key:
+            self.headers["Authorization"] = f"Bearer {self.key}"
         elif self.address.basic:
             self.headers["Authorization"] = f"Basic {self.address.basic}"
+
+        # What is never shown. A short key is none.
+        self.secrets = [secret for secret in self.address.secrets if secret]
+        self.masks_key = len(self.key) >= SHORTEST_KEY
+        if self.masks_key:
+            self.secrets.append(self.key)
 
         # What the first call finds out about the server.
         self.profile = ""
@@ -754,11 +1620,11 @@ class LLMJudge:
         self.structured = True
         self.token_field = "max_tokens"
         self.sends_temperature = True
-        self.context = None  # tokens
+        self.context = 0  # tokens; 0 where it is not known
         self.models = []
 
         # The evidence by which a refusal of one question and of the judge are told apart.
-        self.rejections = 0
+        self.rejected = set()
         self.rescues = 0
         self.last_problem = ""
 
@@ -771,135 +1637,7 @@ class LLMJudge:
         self.stats = Counter()
         self.latency = []
 
-    # ---- what the methods call
-
-    def ask(self, questions: list[Question], show_progress: bool = False) -> list[Verdict]:
-        """Verdicts in the order of the questions, in one concurrent batch. Raises JudgeError."""
-        verdict_of = {}
-
-        def work(group: list[Question]) -> None:
-            """One call; workers write different keys."""
-            verdict_of.update(zip(group, self.ask_together(group)))
-
-        # All calls of a step at once: with a few at a time the server would be idle.
-        self.run(work, self.group(questions), show_progress)
-
-        # A batch that was stopped from outside leaves questions that nobody asked.
-        silence = Verdict(None, "transport")
-        verdicts = [verdict_of.get(question, silence) for question in questions]
-        self.check_missing(verdicts)
-        return verdicts
-
-    def write(
-        self,
-        prompts: list[str],
-        read: Callable[[int, dict], object],
-        max_tokens: int = 2048,
-        show_progress: bool = False,
-    ) -> list:
-        """Has the model write a JSON object for each prompt; None where it failed.
-
-        read(index of the prompt, object) makes of it what the caller wants, and raises ValueError
-        with a reason if it cannot: the model is told the reason and asked once more. The last
-        usable object of an answer counts. Equal prompts are asked once. Raises JudgeError.
-        """
-        # Equal prompts share one call, but each has a reader's state of its own.
-        indexes = {}
-        for index, prompt in enumerate(prompts):
-            indexes.setdefault(prompt, []).append(index)
-        results = [None] * len(prompts)
-
-        def work(prompt: str) -> None:
-            """One call, whose object every index with this prompt reads."""
-            first, *others = indexes[prompt]
-            written = self.write_one(prompt, first, read, max_tokens)
-            if written is None:
-                return
-            results[first], value = written
-            for index in others:
-                with suppress(ValueError):
-                    results[index] = read(index, value)
-
-        self.run(work, list(indexes), show_progress)
-        return results
-
-    def probe(self) -> str:
-        """Finds out what the server can do, with one call; returns a line for the log.
-
-        The first `ask` does it when nobody did. Raises JudgeError, with the likely mend, when the
-        judge cannot be used.
-        """
-        # Still none: no reply at all came back. Better told now than after a first rollout.
-        if not self.profile:
-            patience = min(self.patience, PROBE_PATIENCE)
-            self.run(self.find_out, [patience], show_progress=False)
-        if not self.profile:
-            message = f"the judge at {self.shown} does not answer: {self.last_problem}"
-            raise JudgeError(message + self.mend(0, self.last_problem))
-        return self.profile
-
-    def take_stats(self) -> dict:
-        """Metrics since the last time: calls, cache hits, retries, missing by kind, tokens."""
-        # Taken and emptied in one go, so that no call is counted twice or never.
-        with self.lock:
-            stats = self.stats
-            times = sorted(self.latency)
-            self.stats = Counter()
-            self.latency = []
-
-        # These are there in every step, so that a plot has no holes.
-        counters = ("calls", "cache_hits", "retries", "asked_again")
-        metrics = {}
-        for name in (*counters, "prompt_tokens", "completion_tokens"):
-            metrics[f"judge_{name}"] = stats.pop(name, 0)
-
-        # What remains are the missing verdicts by kind.
-        for name, number in stats.items():
-            metrics[f"judge_{name}"] = number
-        metrics["judge_p50_seconds"] = percentile(times, 0.5)
-        metrics["judge_p95_seconds"] = percentile(times, 0.95)
-        return metrics
-
-    # ---- a batch
-
-    def group(self, questions: list[Question]) -> list[list[Question]]:
-        """The questions of each call: prompts alone, up to k statements about one response."""
-        calls = []
-        shared = {}
-
-        # fromkeys: each question once, in the order in which they came.
-        for question in dict.fromkeys(questions):
-            if question.prompt:
-                calls.append([question])
-            else:
-                about = (question.conversation, question.response)
-                shared.setdefault(about, []).append(question)
-
-        for group in shared.values():
-            # k = 0: all statements about a response in one call.
-            k = self.k or len(group)
-            for start in range(0, len(group), k):
-                calls.append(group[start : start + k])
-        return calls
-
-    def check_missing(self, verdicts: list[Verdict]) -> None:
-        """Counts the missing verdicts by kind. Raises JudgeError when they are too many."""
-        missing = Counter()
-        for verdict in verdicts:
-            if verdict.score is None:
-                missing[verdict.reason] += 1
-        for kind, number in missing.items():
-            self.count(f"missing_{kind}", number)
-
-        # A reward made of few verdicts is noise; better no step than a step on noise.
-        if missing.total() > self.max_missing * len(verdicts):
-            kinds = ", ".join(f"{number} {kind}" for kind, number in missing.most_common())
-            last = f" (last: {self.last_problem})" if self.last_problem else ""
-            raise JudgeError(
-                f"{missing.total()} of {len(verdicts)} verdicts are missing ({kinds}), more than "
-                f"the allowed share of {self.max_missing:.0%}; look after the judge at "
-                f"{self.shown}{last}, then go on with --resume"
-            )
+    # ---- a batch of calls in threads
 
     def run(self, work: Callable, calls: list, show_progress: bool) -> None:
         """work(call) for all calls, `workers` at a time; the first error ends the batch."""
@@ -980,189 +1718,18 @@ class LLMJudge:
         made.__cause__ = error
         return made
 
-    # ---- one call: the cache, the questions, the answers
-
-    def ask_together(self, questions: list[Question]) -> list[Verdict]:
-        """The verdicts of one call; what a second answer leaves out is taken from the first."""
-        first = questions[0]
-        messages = chat(questions)
-        key = self.cache_key(messages, self.max_tokens, first.key, first.scale)
-
-        # The cache comes before the probe of the server: a repeated run needs no server.
-        stored = self.cache.get(key)
-        if stored is not None:
-            self.count("cache_hits")
-            return [Verdict(score, reason) for score, reason in stored["verdicts"]]
-
-        best = [Verdict(None)] * len(questions)
-
-        def read(text: str) -> tuple[dict | None, str]:
-            """Adds an answer's verdicts to the best so far: usable once none is missing."""
-            for index, verdict in enumerate(read_answer(text, questions)):
-                if best[index].score is None:
-                    best[index] = verdict
-            is_whole = all(verdict.score is not None for verdict in best)
-            return ({"verdicts": best} if is_whole else None), ""
-
-        # All answers may be as long as one would be alone.
-        call = Call(
-            messages,
-            max_tokens=self.max_tokens * len(questions),
-            key=key,
-            asked=[question.statement or question.prompt[:200] for question in questions],
-            read=read,
-            response_format=None if first.prompt else answer_format(len(questions)),
-        )
-        kind = self.settle(call)
-
-        # A half usable answer keeps its usable half.
-        verdicts = []
-        for verdict in best:
-            verdicts.append(verdict if verdict.score is not None else Verdict(None, kind))
-        return verdicts
-
-    def write_one(
-        self,
-        prompt: str,
-        index: int,
-        read: Callable[[int, dict], object],
-        max_tokens: int,
-    ) -> tuple | None:
-        """(what `read` made, the object) of one prompt; None when the model failed."""
-        messages = [{"role": "user", "content": prompt}]
-        key = self.cache_key(messages, max_tokens)
-        stored = self.cache.get(key)
-        if stored is not None:
-            # A reader that has changed may reject what it once took; then the model is asked.
-            with suppress(ValueError):
-                made = read(index, stored["written"])
-                self.count("cache_hits")
-                return made, stored["written"]
-
-        # What `read` made is not always JSON, so the cache gets the object itself.
-        results = []
-
-        def read_last(text: str) -> tuple[dict | None, str]:
-            """The last object that `read` takes, or the reason why it took none."""
-            problem = "it holds no JSON object"
-            for value in reversed(objects(text)):
-                try:
-                    results.append((read(index, value), value))
-                    return {"written": value}, ""
-                except ValueError as error:
-                    problem = str(error)
-            return None, problem
-
-        # Writers answer in their own form: no schema is asked for.
-        kind = self.settle(Call(messages, max_tokens, key, [prompt], read_last))
-        if kind:
-            self.count(f"missing_{kind}")
-            return None
-        return results[-1]
-
-    def cache_key(self, messages: list[dict], max_tokens: int, *reading) -> str:
-        """A hash of all that decides an answer and how it is read."""
-        # The server's address is not among them: a model that moved is the same model.
-        settings = [self.model, self.temperature, max_tokens, messages, *reading]
-        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-
-    def settle(self, call: Call) -> str:
-        """Asks, at most twice, until the answer is usable. Returns "" or the kind of failure."""
-        if not self.is_ready():
-            return "transport"
-
-        # Twice, not more: what two different requests do not bring, a third seldom does.
-        body = self.first_body(call)
-        floor = LEAST_TOKENS
-        was_cut = False
-        for attempt in (1, 2):
-            reply = self.request(body, floor)
-            # The first request fitted, so it is the longer answer for which there is no room.
-            if reply.kind == "too_long" and was_cut:
-                return "truncated"
-            if reply.kind != "answer":
-                return reply.kind
-
-            value, problem = call.read(reply.text)
-            if value is not None:
-                if call.response_format and not was_cut:
-                    self.learn_from(is_plain="response_format" not in body)
-                self.store(call, value, reply)
-                return ""
-
-            # Not usable. Why decides what is changed for the second request.
-            was_cut = reply.finish == "length"
-            if attempt == 1:
-                self.count("asked_again")
-                floor = body[self.token_field] if was_cut else LEAST_TOKENS
-                body = self.second_body(call, body, reply, problem)
-        return "truncated" if was_cut else "unparsable"
-
-    def store(self, call: Call, value: dict, reply: Reply) -> None:
-        """Puts a usable answer into the cache."""
-        about = {"model": self.model, "asked": call.asked, "text": reply.text[:2000]}
-        about["prompt_tokens"] = reply.prompt_tokens
-        about["completion_tokens"] = reply.completion_tokens
-        self.cache.add(call.key, value, about)
-
-    # ---- one call: what is sent
-
-    def first_body(self, call: Call) -> dict:
-        """The first request of a call, within what the server can do."""
-        body = {"model": self.model, "messages": call.messages}
-        body[self.token_field] = self.fit(call.max_tokens, call.messages)
-
-        # Left out where the server only knows its own.
-        if self.sends_temperature:
-            body["temperature"] = self.temperature
-        if call.response_format and self.structured:
-            body["response_format"] = call.response_format
-        return body
-
-    def second_body(self, call: Call, body: dict, reply: Reply, problem: str) -> dict:
-        """The second request, changed where the first went wrong; always as plain text."""
-        # A schema may be what went wrong, so the second request is without one.
-        body = dict(body)
-        body.pop("response_format", None)
-        if reply.finish == "length":
-            tokens = 4 * body[self.token_field]
-            if self.context and reply.prompt_tokens:
-                # The server has counted the prompt, so what is left is no guess.
-                room = max(self.context - reply.prompt_tokens, LEAST_TOKENS)
-                tokens = min(tokens, room)
-            body[self.token_field] = tokens
-        elif problem:
-            again = f"Your answer cannot be used: {problem}. "
-            again += "Give the whole JSON object again, corrected."
-
-            # The model sees its own answer and the reason, as a person would.
-            answer = {"role": "assistant", "content": clean(reply.text)}
-            body["messages"] = [*call.messages, answer, {"role": "user", "content": again}]
-        elif self.sends_temperature:
-            # At temperature 0 the same words would come back.
-            body["temperature"] = max(self.temperature, 0.5)
-        return body
-
-    def fit(self, tokens: int, messages: list[dict]) -> int:
-        """The tokens asked for, within the context where the server tells its length."""
-        if not self.context:
-            return tokens
-        # Four characters per token in English, fewer elsewhere; where three are too many the
-        # server says so and `request` asks for less.
-        prompt_tokens = estimate_tokens(messages, 3)
-        return max(LEAST_TOKENS, min(tokens, self.context - prompt_tokens))
-
     # ---- one request: retries
 
-    def request(self, body: dict, floor: int, patience: float | None = None) -> Reply:
-        """The reply to one request, asked again while the server is busy. Its kind is "answer",
-        "refused", "too_long", "unparsable" or "transport"; "rejected" only while probing.
+    def complete(self, request: Request) -> Reply:
+        """The reply to one request, of the kind "answer", "refused", "too_long", "unparsable" or
+        "transport" (the table of Reply). Raises JudgeError on a refusal of the judge."""
+        if not self.is_ready():
+            return Reply("transport", "stopped")
+        return self.complete_within(request, self.patience)
 
-        floor: answers shorter than this are not asked for. Raises JudgeError on a refusal of the
-        judge.
-        """
-        # The probe has a shorter patience than a batch.
-        patience = self.patience if patience is None else patience
+    def complete_within(self, request: Request, patience: float) -> Reply:
+        """`complete` without the probe; to the probe's request "rejected" is a reply as well."""
+        body = self.make_body(request)
         started = None
         wait = 0.1
         odd = 0
@@ -1184,11 +1751,11 @@ class LLMJudge:
                 if self.profile and "response_format" in body:
                     del body["response_format"]
                     continue
-                return self.weigh(reply)
+                return self.weigh(reply, request)
             if reply.kind == "too_long":
                 self.learn_context(reply.text)
                 # Prompt and answer share the context, so a shorter answer may still fit.
-                if body[self.token_field] // 2 <= floor:
+                if body[self.token_field] // 2 <= request.least_tokens:
                     return reply
                 body[self.token_field] //= 2
                 continue
@@ -1207,13 +1774,38 @@ class LLMJudge:
                 # for nothing and gets a storm of requests, another asks for years.
                 pause = max(pause, min(reply.wait, LONGEST_WAIT, patience / 4))
 
-            # When nobody has been answered for so long the others have waited for us, too.
-            waiting_since = min(started, self.last_reply_at)
-            if time.monotonic() + pause - waiting_since > patience:
+            # Patience runs from this question's start, or from the last reply to anybody if that
+            # is older: a dead server costs the batch its patience once.
+            silent_since = min(started, self.last_reply_at)
+            if time.monotonic() + pause - silent_since > patience:
                 return reply._replace(kind="transport")
             if self.stopping.wait(pause):
                 return reply._replace(kind="transport")
             self.count("retries")
+
+    def make_body(self, request: Request) -> dict:
+        """The request within what the server can do."""
+        tokens = request.max_tokens
+        if self.context:
+            # Four characters per token in English, fewer elsewhere; where three are too many the
+            # server says so and is asked for less.
+            prompt_tokens = request.prompt_tokens
+            if not prompt_tokens:
+                prompt_tokens = estimate_tokens(request.messages, 3)
+            tokens = max(LEAST_TOKENS, min(tokens, self.context - prompt_tokens))
+        body = {"model": self.model, "messages": request.messages, self.token_field: tokens}
+
+        # Left out where the server only knows its own.
+        if self.sends_temperature:
+            body["temperature"] = request.temperature
+        if request.response_format and self.structured:
+            body["response_format"] = request.response_format
+        return body
+
+    def wait_for_turn(self, body: dict) -> bool:
+        """Waits until the limits per minute let this request start; False when the batch ends."""
+        pause = self.limiter.reserve(estimate_tokens(body["messages"], 4) + body[self.token_field])
+        return not (pause and self.stopping.wait(pause))
 
     def send(self, body: dict) -> Reply:
         """One request and its reply, taken apart; "busy" when there is none."""
@@ -1224,12 +1816,8 @@ class LLMJudge:
             return Reply("busy", self.hide(str(error)))
         reply = take_apart(status, headers, content)
         self.account(reply, body, time.monotonic() - began)
-        return reply
-
-    def wait_for_turn(self, body: dict) -> bool:
-        """Waits until the limits per minute let this request start; False when the batch ends."""
-        pause = self.limiter.reserve(estimate_tokens(body["messages"], 4) + body[self.token_field])
-        return not (pause and self.stopping.wait(pause))
+        is_structured = "response_format" in body
+        return reply._replace(max_tokens=body[self.token_field], is_structured=is_structured)
 
     def exchange(self, method: str, path: str, body: dict | None) -> tuple[int, dict, bytes]:
         """One exchange over an idle connection, or over a new one. Raises WireError."""
@@ -1245,29 +1833,29 @@ class LLMJudge:
         finally:
             self.idle.append(connection)
 
-        # A server may repeat our header in an error, or even in an answer. A short key is a
-        # stand-in where none is needed, and may be a part of any word.
-        if len(self.secret) >= SHORTEST_KEY:
-            content = content.replace(self.secret.encode(), b"***")
+        # A server may repeat our header in an error, or even in an answer.
+        if self.masks_key:
+            content = content.replace(self.key.encode(), b"***")
         return status, headers, content
 
     # ---- refusals: of this question, or of the judge
 
-    def weigh(self, reply: Reply) -> Reply:
+    def weigh(self, reply: Reply, request: Request) -> Reply:
         """A rejected request (400, 422, ...): the question's fault or the judge's? By evidence.
 
-        Raises JudgeError when none of the last twenty requests was answered.
+        Raises JudgeError when twenty responses in a row were rejected, with no answer between.
         """
         # The first call of a run looks for what the server does not take; when nothing of it
         # helps it is the judge who refuses, and `find_out` says so.
         if not self.profile:
             return reply
 
-        # One question that is not taken among many that are: the question's fault.
+        # One response that is not taken among many that are: the response's fault, however many
+        # criteria it is judged by.
         with self.lock:
-            self.rejections += 1
-            rejections = self.rejections
-        if rejections >= REJECTIONS:
+            self.rejected.add(request.about)
+            rejected = len(self.rejected)
+        if rejected >= REJECTIONS:
             raise self.denied(reply)
         return reply._replace(kind="refused")
 
@@ -1285,9 +1873,8 @@ class LLMJudge:
 
     def hide(self, text: str) -> str:
         """The text without key, password and login."""
-        for secret in (self.secret, *self.address.secrets):
-            if secret:
-                text = text.replace(secret, "***")
+        for secret in self.secrets:
+            text = text.replace(secret, "***")
         return text
 
     def mend(self, status: int, words: str) -> str:
@@ -1296,7 +1883,7 @@ class LLMJudge:
         if QUOTA_WORDS.search(words):
             return "; the account behind JUDGE_API_KEY has no credit left"
         if status in (401, 403):
-            return "; is JUDGE_API_KEY right?" if self.secret else "; does it need JUDGE_API_KEY?"
+            return "; is JUDGE_API_KEY right?" if self.key else "; does it need JUDGE_API_KEY?"
         # The server's own list is better advice than any guess.
         if self.models and self.model not in self.models:
             names = ", ".join(self.models[:10])
@@ -1308,6 +1895,18 @@ class LLMJudge:
         return ""
 
     # ---- what the server can do
+
+    def probe(self) -> str:
+        """LLMJudge.probe."""
+        if not self.profile:
+            patience = min(self.patience, PROBE_PATIENCE)
+            self.run(self.find_out, [patience], show_progress=False)
+
+        # Still none: no reply at all came back. Better told now than after a first rollout.
+        if not self.profile:
+            message = f"the judge at {self.shown} does not answer: {self.last_problem}"
+            raise JudgeError(message + self.mend(0, self.last_problem))
+        return self.profile
 
     def is_ready(self) -> bool:
         """Whether the server was probed; the first worker does it while the others wait."""
@@ -1328,37 +1927,38 @@ class LLMJudge:
         Leaves the profile empty when no reply comes for `patience` seconds. Raises JudgeError.
         """
         self.list_models()
+        reply = self.find_settings(min(FORMAT_PATIENCE, patience))
 
-        # Each round gives up one thing that the server may not take, so it ends.
-        was_silent = False
-        while True:
-            # Some servers fail whenever they are asked for structured output, so it is not
-            # waited for as long as for an answer in plain text.
-            limit = min(FORMAT_PATIENCE, patience) if self.structured else patience
-            reply = self.ask_probe(limit)
-            # This refusal is of the probe's question: the judge may take others.
-            if is_readable_probe(reply) or reply.kind in ("refused", "too_long"):
-                break
-            was_silent = was_silent or reply.kind == "transport"
-            if not self.give_up_one(reply):
-                break
-
+        # Some servers fail whenever they are asked for structured output, so one that is still
+        # starting up is waited for in plain text, and asked for structured output once it lives.
         if reply.kind == "transport":
+            self.structured = False
+            reply = self.find_settings(patience)
             self.structured = True
-            return
+            if reply.kind == "transport":
+                return
+            again = self.ask_probe(min(FORMAT_PATIENCE, patience))
+            self.structured = is_readable_probe(again)
+
+        # Nothing that was given up has helped.
         if reply.kind in ("rejected", "unparsable"):
             raise self.denied(reply)
-
-        # A server that was still starting up is asked once more for structured output.
-        if was_silent:
-            self.structured = True
-            self.structured = is_readable_probe(self.ask_probe(min(FORMAT_PATIENCE, patience)))
         self.profile = self.describe_server(reply)
+
+    def find_settings(self, patience: float) -> Reply:
+        """Asks the probe's question, with one thing less each time that the server does not take
+        it; the last reply."""
+        while True:
+            reply = self.ask_probe(patience)
+            # A refusal or a length is of the probe's question: the judge may take others.
+            is_settled = reply.kind in ("refused", "too_long", "transport")
+            if is_settled or is_readable_probe(reply) or not self.give_up_one(reply):
+                return reply
 
     def ask_probe(self, patience: float) -> Reply:
         """The reply to the probe's question, asked as questions are asked now."""
-        call = Call(chat([PROBE]), self.max_tokens, "", [], None, answer_format(1))
-        return self.request(self.first_body(call), LEAST_TOKENS, patience)
+        request = Request(chat([PROBE]), PROBE_TOKENS, 0.0, "probe", answer_format(1))
+        return self.complete_within(request, patience)
 
     def give_up_one(self, reply: Reply) -> bool:
         """Gives up one thing that the server may not take; False when nothing is left."""
@@ -1380,57 +1980,44 @@ class LLMJudge:
 
     def list_models(self) -> None:
         """Notes the names of the server's models and our model's context, where it tells them."""
-        value = None
-        with suppress(WireError, ValueError, RecursionError):
-            status, _, content = self.exchange("GET", "/models", None)
-            value = json.loads(content) if status == 200 else None
-
-        # A list that is not there, or not a list of models, tells nothing.
-        models = value.get("data") if isinstance(value, dict) else None
         self.models = []
-        if not isinstance(models, list):
-            return
-        for model in models:
-            if not isinstance(model, dict) or not isinstance(model.get("id"), str):
-                continue
-            name = printable(model["id"])
-            self.models.append(name)
-            # Another model's context is of no use.
-            if name != self.model:
-                continue
-            for key in CONTEXT_KEYS:
-                if token_count(model.get(key)):
-                    self.context = self.context or token_count(model[key])
+        # A list that is not there, or not a list of models, tells nothing.
+        with suppress(WireError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            _, _, content = self.exchange("GET", "/models", None)
+            for model in json.loads(content)["data"]:
+                name = printable(model["id"])
+                self.models.append(name)
+                # Another model's context is of no use.
+                if name != self.model:
+                    continue
+                for key in CONTEXT_KEYS:
+                    if not self.context:
+                        self.context = token_count(model.get(key))
 
     def describe_server(self, reply: Reply) -> str:
         """What the probe has shown, as one line for the log."""
-        parts = ["structured output" if self.structured else "plain text"]
-        parts.append(self.token_field)
-        if self.sends_temperature:
-            parts.append(f"temperature {self.temperature:g}")
-        else:
-            parts.append("its own temperature")
-        parts.append(f"context {self.context}" if self.context else "context unknown")
+        form = "structured output" if self.structured else "plain text"
+        temperature = "our temperature" if self.sends_temperature else "its own temperature"
+        context = f"context {self.context}" if self.context else "context unknown"
+        line = f"judge {self.model} at {self.shown}: {form}, {self.token_field}, {temperature}"
+        line += f", {context}"
 
         # What looks wrong is said now, while somebody looks at the terminal.
         if reply.finish == "length":
-            parts.append(f"but its first answer was cut off at {self.max_tokens} tokens")
-        elif reply.kind != "answer":
-            parts.append(f"but it answers the first question with {self.describe(reply)}")
+            line += f", but its first answer was cut off at {PROBE_TOKENS} tokens"
         elif not is_readable_probe(reply):
-            words = self.hide(printable(reply.text))[:80]
-            parts.append(f"but its first answer holds no verdict: {words!r}")
-        return f"judge {self.model} at {self.shown}: {', '.join(parts)}"
+            line += f", but its first answer holds no verdict: {self.describe(reply)[:100]}"
+        return line
 
-    def learn_from(self, is_plain: bool) -> None:
-        """Stops asking for structured output where only plain text gives answers."""
+    def learn_format(self, is_structured: bool) -> None:
+        """Stops asking for structured output where only plain text gives answers.
+
+        is_structured: whether the usable answer came with structured output.
+        """
         if not self.structured:
             return
         with self.lock:
-            if is_plain:
-                self.rescues += 1
-            else:
-                self.rescues = 0
+            self.rescues = 0 if is_structured else self.rescues + 1
             if self.rescues < RESCUES or not self.structured:
                 return
 
@@ -1453,7 +2040,7 @@ class LLMJudge:
             if reply.kind not in ("busy", "odd"):
                 self.last_reply_at = time.monotonic()
             if reply.kind == "answer":
-                self.rejections = 0
+                self.rejected.clear()
 
             # What the probe costs is not the batch's.
             if reply.status == 200 and reply.kind != "odd" and self.profile:
@@ -1471,6 +2058,21 @@ class LLMJudge:
         """Adds to one of the step's counters; many workers call it."""
         with self.lock:
             self.stats[name] += number
+
+    def take_stats(self) -> dict:
+        """What the server was asked since the last time, and how long it took."""
+        # Taken and emptied in one go, so that no call is counted twice or never.
+        with self.lock:
+            stats = self.stats
+            times = sorted(self.latency)
+            self.stats = Counter()
+            self.latency = []
+        metrics = {}
+        for name in ("calls", "retries", "prompt_tokens", "completion_tokens"):
+            metrics[f"judge_{name}"] = stats[name]
+        metrics["judge_p50_seconds"] = percentile(times, 0.5)
+        metrics["judge_p95_seconds"] = percentile(times, 0.95)
+        return metrics
 
 
 def is_readable_probe(reply: Reply) -> bool:
@@ -1505,88 +2107,7 @@ def percentile(ordered: list[float], share: float) -> float | None:
     return ordered[int(share * len(ordered))]
 
 
-class Panel:
-    """Several judges as one: each verdict is the mean of those given.
-
-    >>> panel = Panel([LexicalJudge(), LexicalJudge()])
-    >>> panel.ask([Question("", "Rest well.", "Mentions rest.")])[0].score
-    1.0
-    >>> panel.take_stats()["judge_disagreement"]
-    0.0
-    """
-
-    def __init__(self, judges: list):
-        """judges: at least one; where rubrics have to be written, the first that can write does.
-
-        Raises JudgeError when two of them would share their cached answers.
-        """
-        self.judges = judges
-        self.split = 0
-        self.compared = 0
-
-        # Answers are cached by the model's name: two servers with one name would agree always.
-        place_of = {}
-        for judge in judges:
-            if isinstance(judge, LLMJudge):
-                place = place_of.setdefault(judge.model, judge.shown)
-                if place != judge.shown:
-                    message = f"two judges are called {judge.model}, at {place} and {judge.shown}"
-                    raise JudgeError(message + "; start each server with a name of its own")
-
-        # An offline judge has no `write`, and methods look for it.
-        for judge in reversed(judges):
-            if hasattr(judge, "write"):
-                self.write = judge.write
-
-    def ask(self, questions: list[Question], show_progress: bool = False) -> list[Verdict]:
-        """Verdicts in the order of the questions; missing where all miss. Raises JudgeError."""
-        # One after the other: each of them is a concurrent batch already.
-        answers = [judge.ask(questions, show_progress) for judge in self.judges]
-        verdicts = []
-        for given in zip(*answers):
-            scores = [verdict.score for verdict in given if verdict.score is not None]
-            reasons = [verdict.reason for verdict in given]
-
-            # A judge that gives no verdict has no vote.
-            score = sum(scores) / len(scores) if scores else None
-            verdicts.append(Verdict(score, " | ".join(reasons)))
-
-            # They disagree when one says more likely true and another more likely not.
-            if len(scores) > 1:
-                self.compared += 1
-                if min(scores) < 0.5 <= max(scores):
-                    self.split += 1
-        return verdicts
-
-    def probe(self) -> str:
-        """The lines of the judges that are probed."""
-        lines = [judge.probe() for judge in self.judges if hasattr(judge, "probe")]
-        return "\n".join(lines)
-
-    def take_stats(self) -> dict:
-        """The judges' numbers added up, the slowest one's times, and the share of questions that
-        they answer differently (None when no two answered)."""
-        metrics = {}
-        for judge in self.judges:
-            for name, value in judge.take_stats().items():
-                # A time is None in a step without calls.
-                before = metrics.get(name)
-                if before is None or value is None:
-                    metrics[name] = value if before is None else before
-                elif name.endswith("_seconds"):
-                    metrics[name] = max(before, value)
-                else:
-                    metrics[name] = before + value
-        metrics["judge_disagreement"] = self.split / self.compared if self.compared else None
-        self.split = 0
-        self.compared = 0
-        return metrics
-
-
-# ------------------------------------------------------------------ below the client: the wire
-
-# What follows, up to the words, knows nothing of questions and verdicts: connections with a
-# deadline, limits per minute, answers on disk.
+# ------------------------------------------------------------------ the wire
 
 # Gates before hosted models turn away who gives no name. Nothing compressed: a few kilobytes can
 # become gigabytes.
@@ -1605,8 +2126,6 @@ class WireError(Exception):
 
 def without_password(url: str) -> str:
     """The URL as it may be shown: no user name, no password, no query.
-
-    Credentials end at the last "@", because people put passwords into URLs as they are.
 
     >>> without_password("https://me:p@ss/w@rd@host:8000/v1?key=secret")
     'https://host:8000/v1'
@@ -1842,14 +2361,14 @@ class Limiter:
                 self.next_tokens += tokens * self.seconds_per_token
 
 
-# ------------------------------------------------------------------ below the client: the cache
+# ------------------------------------------------------------------ the cache
 
 
 class Cache:
     """Answers in an SQLite file: a cache, and a log for audits. Missing verdicts are not stored.
 
     Several runs may share the file. Each answer is a transaction of its own, so a kill loses only
-    the calls under way; nothing is read into memory.
+    the calls under way; nothing is read into memory. tools/agreement.py shows what is in it.
 
     >>> cache = Cache(None)
     >>> cache.add("key", {"verdicts": [[1.0, "says so"]]}, {"model": "m"})
@@ -1858,21 +2377,20 @@ class Cache:
     """
 
     def __init__(self, path: str | None):
-        """path: a name whose ending becomes .sqlite; None for a cache in memory.
+        """path: of the file, as it is; None for a cache in memory.
 
-        Answers in a .jsonl file of the same name, as earlier versions wrote them, are taken over
-        once. Raises JudgeError when the file cannot be used.
+        Answers in a .jsonl file, as earlier versions wrote them, are ignored, and that is said.
+        Raises JudgeError when the file cannot be used.
         """
         self.lock = threading.Lock()
-
-        # One ending, whatever an old command line says.
-        self.path = ":memory:" if path is None else str(Path(path).with_suffix(".sqlite"))
+        self.path = ":memory:" if path is None else str(path)
         try:
             if path is not None:
-                Path(self.path).absolute().parent.mkdir(parents=True, exist_ok=True)
+                Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
+                old = Path(path).with_suffix(".jsonl")
+                if old.is_file() and not Path(path).exists():
+                    print(f"judge: {old}, of an earlier version, is ignored", file=sys.stderr)
             self.database = self.open()
-            if path is not None:
-                self.take_over(Path(path).with_suffix(".jsonl"))
         except (OSError, sqlite3.Error) as error:
             raise JudgeError(f"the judge's cache {self.path}: {error}") from None
 
@@ -1922,621 +2440,86 @@ class Cache:
         except sqlite3.Error as error:
             raise JudgeError(f"the judge's cache {self.path}: {error}") from None
 
-    def take_over(self, old: Path) -> None:
-        """Stores the answers of an earlier version's JSONL file, once."""
-        # SQLite keeps one number for its user: here 1 once the old file was read.
-        is_done = self.database.execute("PRAGMA user_version").fetchone()[0]
-        if is_done or not old.is_file():
-            return
 
-        # One transaction: a kill leaves the old file as the only one, to be read again.
-        taken = 0
-        with open(old, "rb") as file:
-            self.database.execute("BEGIN IMMEDIATE")
-            for line in file:
-                # Lines that a kill cut off, or of another form, are skipped.
-                with suppress(ValueError, KeyError, TypeError, AttributeError):
-                    self.take_over_row(json.loads(line))
-                    taken += 1
-            self.database.execute("PRAGMA user_version = 1")
-            self.database.execute("COMMIT")
-        print(f"judge: {taken} answers taken over from {old} into {self.path}", file=sys.stderr)
+# ------------------------------------------------------------------ several judges as one
 
-    def take_over_row(self, row: dict) -> None:
-        """Stores one answer of an earlier version; a row of another form raises."""
-        # Two kinds of answers: an object that the model wrote, or verdicts.
-        if "written" in row:
-            answer = {"written": dict(row["written"])}
-            asked = [row.get("prompt", "")]
-        else:
-            verdicts = []
-            for verdict in row["verdicts"]:
-                verdicts.append([float(verdict["score"]), str(verdict["reason"])])
-            answer = {"verdicts": verdicts}
-            asked = row.get("statements", [])
 
-        # All else is for the reader of an audit and may be missing.
-        usage = row.get("usage") or {}
-        about = {"model": str(row.get("model", "")), "asked": asked}
-        about["text"] = str(row.get("answer", ""))
-        about["prompt_tokens"] = token_count(usage.get("prompt_tokens"))
-        about["completion_tokens"] = token_count(usage.get("completion_tokens"))
-        self.add(str(row["key"]), answer, about)
+class Panel:
+    """Several judges as one: each verdict is the mean of those given.
 
-    def rows(self) -> Iterator[dict]:
-        """All answers as plain values, for an export."""
-        query = "SELECT key, model, asked, text, answer, prompt_tokens, completion_tokens, time"
-
-        # Read as it is written out: an export of millions of rows takes no memory.
-        for row in self.database.execute(f"{query} FROM answers ORDER BY time"):
-            key, model, asked, text, answer, prompt_tokens, completion_tokens, when = row
-            usage = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
-            values = {"key": key, "model": model, "time": when, "usage": usage}
-            values["statements"] = json.loads(asked)
-            values["answer"] = text
-            yield values | json.loads(answer)
-
-    def costs(self) -> list[tuple]:
-        """(model, calls, prompt tokens, completion tokens) of each model."""
-        query = "SELECT model, COUNT(*), SUM(prompt_tokens), SUM(completion_tokens)"
-        return self.database.execute(f"{query} FROM answers GROUP BY model").fetchall()
-
-
-# ------------------------------------------------------------------ words and sentences
-
-# Words without content of their own. The last two lines are the frame that criteria are written
-# in ("The response states that ..."): without them every criterion would ask for "states".
-SMALL_WORDS = """
-a an the and or but if then than so of in on at to for from by with without about as into over
-under between is are was were be been being am do does did doing have has had having will would
-shall should can could may might must not no nor it its this that these those there here he she
-they them their his her your yours we our us i me my mine what which who whom whose when where why
-how all any both each few more most other some such only own same too very just also one however
-therefore because while during
-response answer reader user you states state mentions mention explains explain advises advise
-recommends recommend suggests suggest says say tells tell claims claim notes note describes
-describe includes include"""
-STOP = set(SMALL_WORDS.split())
-
-# Everyday names of one idea, which criteria and answers use for each other. Few on purpose: wider
-# lists (any "professional", any "visit") lower the agreement with physicians.
-SYNONYMS = {
-    "physician": "doctor",
-    "gp": "doctor",
-    "clinician": "doctor",
-    "ambulance": "emergency",
-    "911": "emergency",
-    "112": "emergency",
-    "999": "emergency",
-    "medication": "medicine",
-    "drug": "medicine",
-    "tablet": "medicine",
-    "pill": "medicine",
-    "seeing": "see",
-    "seen": "see",
-    "consult": "see",
-}
-# A crude stem: the longest of these endings goes, if at least four letters stay.
-ENDING = re.compile(
-    "(?<=.{4})(ization|ational|(ive|ful)?ness|ations?|ments?|(ing|ed)?ly|ies|ing|ers?|e[ds]?|[sy])$"
-)
-LIST_MARK = re.compile(r"^\s*(?:[-*•–]|\d{1,2}[.)])(?:\s+|$)")
-SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+|(?<=[。！？])")
-
-
-def content_words(text: str) -> list[str]:
-    """Stemmed content words in order, numbers included. A word is a run of letters or digits.
-
-    >>> content_words("States that the patient should see a physician.")
-    ['patient', 'see', 'doctor']
-    >>> content_words("recommending infections infection rest resting")
-    ['recommend', 'infection', 'infection', 'rest', 'rest']
-    """
-    words = []
-    for word in re.findall(r"[^\W_]+", text.lower()):
-        # Single Latin letters carry nothing; single signs of other scripts and digits do.
-        is_letter = len(word) == 1 and word.isascii() and not word.isdigit()
-        if word in STOP or is_letter:
-            continue
-
-        # The synonym first: stems are not in the table.
-        words.append(ENDING.sub("", SYNONYMS.get(word, word)))
-    return words
-
-
-def sentences(text: str) -> list[str]:
-    """Sentences and list lines. A dot ends a sentence only before a space, so "2.5 g" is whole.
-
-    >>> sentences("Rest. Drink 2.5 litres!\\n1. Sleep\\n2. Eat")
-    ['Rest.', 'Drink 2.5 litres!', 'Sleep', 'Eat']
-    """
-    parts = []
-    for line in text.split("\n"):
-        # A list number's dot ends no sentence.
-        line = LIST_MARK.sub("", line)
-        for sentence in SENTENCE_END.split(line):
-            sentence = sentence.strip()
-            if re.search(r"\w", sentence):
-                parts.append(sentence)
-    return parts
-
-
-# ------------------------------------------------------------------ checks, decided by counting
-
-# The measures take the response and the question. The last four are shares from 0 to 1.
-
-
-def count_characters(response: str, question: str) -> float:
-    """Characters, spaces included."""
-    return len(response)
-
-
-def count_words(response: str, question: str) -> float:
-    """Words, separated by spaces."""
-    return len(response.split())
-
-
-def count_sentences(response: str, question: str) -> float:
-    """Sentences and list lines."""
-    return len(sentences(response))
-
-
-def count_paragraphs(response: str, question: str) -> float:
-    """Blocks of text between empty lines."""
-    blocks = re.split(r"\n\s*\n", response)
-    return sum(bool(block.strip()) for block in blocks)
-
-
-def count_items(response: str, question: str) -> float:
-    """List lines that say something: a bare "3." is none."""
-    count = 0
-    for line in response.split("\n"):
-        if LIST_MARK.match(line) and re.search(r"\w", LIST_MARK.sub("", line)):
-            count += 1
-    return count
-
-
-def count_questions(response: str, question: str) -> float:
-    """Question marks."""
-    return response.count("?") + response.count("？")
-
-
-def repetition(response: str, question: str = "") -> float:
-    """Share of word triples that occurred before: 0 for ordinary short text, towards 1 for loops.
-
-    >>> repetition("drink water and rest"), round(repetition("drink more water " * 4), 2)
-    (0.0, 0.7)
-    """
-    # Triples: pairs of words repeat in any text, and loops repeat much more.
-    words = re.findall(r"\w+", response.lower())
-    triples = list(zip(words, words[1:], words[2:]))
-    # Fewer than three words cannot repeat.
-    if not triples:
-        return 0.0
-    return 1 - len(set(triples)) / len(triples)
-
-
-def keyword_share(response: str, question: str) -> float:
-    """Share of words that are not small words ("the", "is"): 0.45 to 0.7 in sentences.
-
-    0 for fewer than eight words: a short answer may be a name.
-    """
-    # All words, single letters too: this is about how a text is strung together.
-    words = re.findall(r"[^\W_]+", response.lower())
-    if len(words) < 8:
-        return 0.0
-    return sum(word not in STOP for word in words) / len(words)
-
-
-def copied_share(response: str, question: str) -> float:
-    """Share of the content words that are the question's."""
-    # As stems: who only changes an ending has copied.
-    words = content_words(response)
-    asked = set(content_words(question))
-    if not words:
-        return 0.0
-    return sum(word in asked for word in words) / len(words)
-
-
-HEDGE = re.compile(
-    r"\b(it depends|depends on|may or may not|might|perhaps|possibly|varies|in some cases"
-    r"|hard to say)\b",
-    re.IGNORECASE,
-)
-
-
-def hedged_share(response: str, question: str) -> float:
-    """Share of the sentences that hedge and add fewer than three content words."""
-    asked = set(content_words(question))
-    # One hedge in a long answer is no fault; a share of them is.
-    spoken = sentences(response)
-    hedged = 0
-    for sentence in spoken:
-        # A hedge that goes on to say something is honest caution, no fault.
-        added = set(content_words(sentence)) - asked
-        if HEDGE.search(sentence) and len(added) < 3:
-            hedged += 1
-    return hedged / max(len(spoken), 1)
-
-
-def ends_complete(response: str) -> bool:
-    """The last line ends in final punctuation and is more than a bare list number ("3.").
-
-    >>> ends_complete("Rest and drink."), ends_complete("1. Rest.\\n2."), ends_complete("Rest and")
-    (True, False, False)
-    """
-    # Quotation marks and brackets may follow the final sign.
-    last = response.rstrip().rpartition("\n")[2]
-    is_ended = re.search(r"[.!?。！？…][\"'”’)\]*]*$", last)
-    says_something = re.search(r"\w", LIST_MARK.sub("", last))
-    return bool(is_ended and says_something)
-
-
-def addresses_reader(response: str) -> bool:
-    """Says "you" or a form of it."""
-    # Whole words: "youth" is no address.
-    return bool(re.search(r"\byou(r|rs|rself)?\b", response, re.IGNORECASE))
-
-
-EXAMPLE_WORDS = re.compile(
-    r"\b(for example|for instance|such as|e\.g\.|(an|one|another) example (is|of|would))",
-    re.IGNORECASE,
-)
-
-
-def gives_example(response: str) -> bool:
-    """Introduces an example in words: "for example", "such as", ..."""
-    return bool(EXAMPLE_WORDS.search(response))
-
-
-def contains(response: str, words: tuple[str, ...]) -> bool:
-    """Holds one of the texts, whatever their case."""
-    return any(word.lower() in response.lower() for word in words)
-
-
-def mentions(response: str, words: tuple[str, ...]) -> bool:
-    """Holds all content words of one of the texts, in any form that has the same stem."""
-    # As stems, so that "infections" mentions an infection.
-    spoken = set(content_words(response))
-    return any(set(content_words(word)) <= spoken for word in words)
-
-
-def starts_with(response: str, words: tuple[str, ...]) -> bool:
-    """Begins with one of the texts, whatever their case."""
-    return response.strip().lower().startswith(tuple(word.lower() for word in words))
-
-
-def ends_with(response: str, words: tuple[str, ...]) -> bool:
-    """Ends with one of the texts, whatever their case."""
-    return response.strip().lower().endswith(tuple(word.lower() for word in words))
-
-
-def boxed_text(response: str) -> str | None:
-    r"""What is in the last \boxed{...}, without dress; None when there is no box.
-
-    >>> boxed_text(r"\boxed{A} or \boxed{\text{(B)}}"), boxed_text("B")
-    ('(B)', None)
-    """
-    # One level of braces inside, as in \text{...}.
-    boxes = re.findall(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}", response)
-    if not boxes:
-        return None
-
-    # Dress such as \text{...} or \mathrm{...} is no part of the answer.
-    return re.sub(r"\\\w+\s*\{([^}]*)\}", r"\1", boxes[-1]).strip(" .$")
-
-
-def boxed(response: str, words: tuple[str, ...]) -> bool:
-    """The last box holds one of the texts: an option's letter, in brackets or not, or its words."""
-    inside = boxed_text(response)
-    if inside is None:
-        return False
-    # "B", "(B)", "B.", "B: Iron" name the letter.
-    letter = re.match(r"\(?([A-Z])(?:[).:]|\s*$)", inside)
-    for word in words:
-        if len(word) == 1 and word.isupper():
-            # A letter is a letter: the option "B" is not met by an answer whose text is "b".
-            if letter and letter[1] == word:
-                return True
-        elif word.strip(" .").lower() == inside.lower():
-            return True
-    return False
-
-
-MEASURES = {
-    "characters": count_characters,
-    "words": count_words,
-    "sentences": count_sentences,
-    "paragraphs": count_paragraphs,
-    "items": count_items,
-    "questions": count_questions,
-    "repetition": repetition,
-    "keywords": keyword_share,
-    "copied": copied_share,
-    "hedged": hedged_share,
-}
-PREDICATES = {
-    "ends_complete": ends_complete,
-    "addresses_reader": addresses_reader,
-    "gives_example": gives_example,
-}
-TEXT_CHECKS = {
-    "contains": contains,
-    "mentions": mentions,
-    "starts_with": starts_with,
-    "ends_with": ends_with,
-    "boxed": boxed,
-}
-# All checks with an example each; check_verdict shows what they say.
-CHECKS = {
-    "characters": "characters <= 280",
-    "words": "words <= 40",
-    "sentences": "sentences <= 3",
-    "paragraphs": "paragraphs == 1",
-    "items": "items >= 3",
-    "questions": "questions >= 1",
-    "repetition": "repetition > 0.2",
-    "keywords": "keywords > 0.75",
-    "copied": "copied > 0.5",
-    "hedged": "hedged > 0.3",
-    "ends_complete": "ends_complete",
-    "addresses_reader": "addresses_reader",
-    "gives_example": "gives_example",
-    "contains": 'contains "fresh air"',
-    "mentions": 'mentions "infection"',
-    "starts_with": 'starts_with "Yes"',
-    "ends_with": 'ends_with "."',
-    "boxed": 'boxed "B" "Iron"',
-}
-
-COMPARISON = re.compile(r"(\w+)\s*(<=|>=|==|<|>)\s*(\d+(?:\.\d+)?)")
-QUOTED = re.compile(r'(\w+)((?:\s+"(?:[^"\\]|\\.)*")+)')
-ONE_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
-
-
-class Check(NamedTuple):
-    """A check taken apart: `name operator number`, `name`, or `name "text" "text"`."""
-
-    name: str
-    operator: str = ""
-    number: float = 0.0
-    words: tuple[str, ...] = ()
-
-
-@lru_cache(maxsize=10_000)
-def parse_check(check: str) -> Check:
-    """A check taken apart. Raises ValueError that lists the known ones.
-
-    >>> parse_check("words <= 40")
-    Check(name='words', operator='<=', number=40.0, words=())
-    >>> parse_check('boxed "B" "Iron"').words
-    ('B', 'Iron')
-    >>> parse_check("words")
-    Traceback (most recent call last):
-    ValueError: unknown check 'words'; known are: characters <= 280, words <= 40, sentences <= 3, \
-paragraphs == 1, items >= 3, questions >= 1, repetition > 0.2, keywords > 0.75, copied > 0.5, \
-hedged > 0.3, ends_complete, addresses_reader, gives_example, contains "fresh air", \
-mentions "infection", starts_with "Yes", ends_with ".", boxed "B" "Iron"
-    """
-    text = check.strip()
-    if text in PREDICATES:
-        return Check(text)
-
-    match = COMPARISON.fullmatch(text)
-    if match and match[1] in MEASURES:
-        return Check(match[1], match[2], float(match[3]))
-
-    match = QUOTED.fullmatch(text)
-    if match and match[1] in TEXT_CHECKS:
-        # Quoted as in JSON, so that a text may hold a quotation mark.
-        with suppress(ValueError):
-            words = tuple(json.loads(word) for word in ONE_QUOTED.findall(match[2]))
-            return Check(match[1], words=words)
-
-    # A typing error must not become a criterion that nothing meets.
-    known = ", ".join(CHECKS.values())
-    raise ValueError(f"unknown check {printable(text)[:80]!r}; known are: {known}")
-
-
-def compare(value: float, operator: str, number: float) -> bool:
-    """Whether `value operator number` holds."""
-    # Spelled out: a check is read from data, and nothing of it is ever evaluated.
-    if operator == "<=":
-        return value <= number
-    if operator == ">=":
-        return value >= number
-    if operator == "<":
-        return value < number
-    if operator == ">":
-        return value > number
-    return value == number
-
-
-def check_verdict(check: str, response: str, question: str = "") -> Verdict:
-    r"""The exact verdict of a check, whichever judge is used. An empty response meets no check.
-
-    question: the last message's text, for `copied` and `hedged`. Raises ValueError (parse_check).
-
-    >>> verdicts = lambda *pairs: [check_verdict(check, text).score for check, text in pairs]
-    >>> verdicts(("characters <= 280", "Rest."), ("words <= 2", "one two three"))
-    [1.0, 0.0]
-    >>> verdicts(("sentences <= 1", "Take 2.5 ml."), ("paragraphs == 1", "One.\n\nTwo."))
-    [1.0, 0.0]
-    >>> verdicts(("items >= 2", "1. Rest\n2. Drink"), ("questions >= 1", "Since when?"))
-    [1.0, 1.0]
-    >>> check_verdict("repetition > 0.2", "drink more water " * 4)
-    Verdict(score=1.0, reason='repetition 0.7')
-    >>> check_verdict("keywords > 0.75", "fever water drink doctor days physician three rest")
-    Verdict(score=1.0, reason='keywords 1')
-    >>> check_verdict("copied > 0.5", "What helps against fever?", "What helps against a fever?")
-    Verdict(score=1.0, reason='copied 1')
-    >>> check_verdict("hedged > 0.3", "It depends.", "What helps?")
-    Verdict(score=1.0, reason='hedged 1')
-    >>> verdicts(("ends_complete", "Rest and"), ("addresses_reader", "Rest your eyes."))
-    [0.0, 1.0]
-    >>> verdicts(("gives_example", "Such as apples."), ('contains "fresh air"', "Fresh air!"))
-    [1.0, 1.0]
-    >>> verdicts(('mentions "infection"', "All infections."), ('starts_with "Yes"', "yes, rest"))
-    [1.0, 1.0]
-    >>> verdicts(('ends_with "."', "Rest!"), ('boxed "B" "Iron"', r"So \boxed{\text{iron}}"))
-    [0.0, 1.0]
-    """
-    name, operator, number, words = parse_check(check)
-    if name in MEASURES:
-        value = MEASURES[name](response, question)
-        met = compare(value, operator, number)
-        reason = f"{name} {round(value, 2):g}"
-    elif name in PREDICATES:
-        met = PREDICATES[name](response)
-        reason = f"counted: {name}"
-    else:
-        met = TEXT_CHECKS[name](response, words)
-        reason = f"looks for {words[0]!r}"
-
-    if name == "ends_complete":
-        reason = f"ends {response.rstrip()[-12:]!r}"
-    if name == "boxed":
-        # The reason shows what was taken for the answer.
-        inside = boxed_text(response)
-        reason = "no boxed answer" if inside is None else f"boxed {inside[:40]!r}"
-
-    # Silence has no form to be praised for.
-    if not response.strip():
-        return Verdict(0.0, "empty response")
-    return Verdict(float(met), printable(reason))
-
-
-# ------------------------------------------------------------------ the offline stand-in
-
-PASSAGE = 3  # sentences read together; the facts of one criterion stand close to each other
-COVERED = 0.4  # share of the criterion's content words that counts as "says so"
-# The same for a fault: an answer that merely stays on the subject shares words with its pitfalls.
-COVERED_FAULT = 0.75
-# Words at the beginning of a statement that turn it round.
-NEGATION = re.compile(
-    r"""^(?:
-        (?:the\ (?:response|answer|explanation|solution)\ )?
-        (?: avoids? | avoiding | refrains?\ from | never | do\ not | is\ free\ of
-          | (?:should|must)\ (?:not|never|avoid|refrain\ from)
-          | does\ not\ (?:incorrectly|wrongly|falsely|mistakenly) )
-      | (?:the\ response\ )? (?: does\ not | doesn't )
-    )\b\s*""",
-    re.VERBOSE | re.IGNORECASE,
-)
-
-
-def lexical_verdict(statement: str, response: str, is_fault: bool = False) -> Verdict:
-    """The offline verdict: whether a passage of the response shares enough of the statement's
-    content words; the other way round where the statement begins with a negation.
-
-    Score 1.0 or 0.0, None for a statement without content words. PASSAGE and COVERED were chosen
-    on 200 statements that physicians have labelled (K-QA).
-
-    >>> lexical_verdict("Advises drinking water during a fever.", "With a fever, drink water.")
-    Verdict(score=1.0, reason='3/3 content words: drink, fever, water')
-    >>> lexical_verdict("Does not recommend antibiotics.", "Take antibiotics.").score
+    >>> panel = Panel([LexicalJudge(), LexicalJudge()])
+    >>> panel.ask([Question("", "Rest well.", "Mentions rest.")])[0].score
+    1.0
+    >>> panel.take_stats()["judge_disagreement"]
     0.0
     """
-    negation = NEGATION.match(statement)
 
-    # Judge what is forbidden, then turn the verdict round.
-    inside = statement[negation.end() :] if negation else statement
-    wanted = set(content_words(inside))
-    if not wanted:
-        return Verdict(None, "the criterion has no content words")
+    def __init__(self, judges: list):
+        """judges: at least one; where rubrics have to be written, the first that can write does.
 
-    # Hits count once per sentence, and close together: words of a criterion that are
-    # scattered over a long answer do not state it.
-    hits_per_sentence = []
-    for sentence in sentences(response):
-        hits_per_sentence.append(wanted & set(content_words(sentence)))
-    best = set()
-    for start in range(len(hits_per_sentence)):
-        window = hits_per_sentence[start : start + PASSAGE]
-        hits = set().union(*window)
-        if len(hits) > len(best):
-            best = hits
+        Raises JudgeError when two of them would share their cached answers.
+        """
+        self.judges = judges
+        self.split = 0
+        self.compared = 0
 
-    # What must not be said (a fault, or the inside of a good "avoids") wants the closer match.
-    names_fault = is_fault != bool(negation)
-    threshold = COVERED_FAULT if names_fault else COVERED
-    score = float(len(best) / len(wanted) >= threshold)
-    reason = f"{len(best)}/{len(wanted)} content words"
-    if best:
-        reason += f": {', '.join(sorted(best)[:6])}"
-    if negation:
-        return Verdict(1 - score, "not: " + reason)
-    return Verdict(score, reason)
+        # Answers are cached by the model's name: two servers with one name would agree always.
+        place_of = {}
+        for judge in judges:
+            if isinstance(judge, LLMJudge):
+                place = place_of.setdefault(judge.model, judge.shown)
+                if place != judge.shown:
+                    message = f"two judges are called {judge.model}, at {place} and {judge.shown}"
+                    raise JudgeError(message + "; start each server with a name of its own")
 
-
-class LexicalJudge:
-    """A stand-in for a judge: compares words, understands nothing, can be fooled by stuffing them.
-
-    Deterministic, no network, tens of microseconds per verdict.
-
-    >>> LexicalJudge().ask([Question("", "Rest well.", "Mentions rest.")])
-    [Verdict(score=1.0, reason='1/1 content words: rest')]
-    """
+        # An offline judge has no `write`, and methods look for it.
+        for judge in reversed(judges):
+            if hasattr(judge, "write"):
+                self.write = judge.write
 
     def ask(self, questions: list[Question], show_progress: bool = False) -> list[Verdict]:
-        """Verdicts in the order of the questions. Raises JudgeError for one without a statement."""
+        """Verdicts in the order of the questions; missing where all miss. Raises JudgeError."""
+        # One after the other: each of them is a concurrent batch already.
+        answers = [judge.ask(questions, show_progress) for judge in self.judges]
         verdicts = []
-        with progress_bar(len(questions), "judge", show=show_progress) as bar:
-            for question in questions:
-                # A grade cannot be found by comparing words, and no number would be honest.
-                if not question.statement:
-                    message = "the offline judge compares words with a statement"
-                    raise JudgeError(message + "; for a rating or a grade give a model: --judge")
-                about = (question.statement, question.response, question.is_fault)
-                verdicts.append(lexical_verdict(*about))
-                bar.update()
+        for given in zip(*answers):
+            scores = [verdict.score for verdict in given if verdict.score is not None]
+            reasons = [verdict.reason for verdict in given]
+
+            # A judge that gives no verdict has no vote.
+            score = sum(scores) / len(scores) if scores else None
+            verdicts.append(Verdict(score, " | ".join(reasons)))
+
+            # They disagree when one says more likely true and another more likely not.
+            if len(scores) > 1:
+                self.compared += 1
+                if min(scores) < 0.5 <= max(scores):
+                    self.split += 1
         return verdicts
 
     def probe(self) -> str:
-        """A line for the log, as of a model."""
-        return "judge offline: compares words, understands nothing"
+        """The lines of the judges that are probed."""
+        lines = [judge.probe() for judge in self.judges if hasattr(judge, "probe")]
+        return "\n".join(lines)
 
     def take_stats(self) -> dict:
-        """Nothing to account for: no calls, no tokens."""
-        return {}
-
-
-def demo() -> int:
-    """The offline judge at work, and fooled; checks; then what a model would be sent."""
-    response = (
-        "Rest and drink plenty of water. If the fever lasts more than three days, see a doctor. "
-        "Then you should"
-    )
-    water = "Advises drinking enough water during a fever."
-    print(f"Response: {response}\n")
-    for statement in (
-        water,
-        "Advises seeing a physician if the fever lasts longer than three days.",
-        "Recommends antibiotics against a viral infection.",
-        "Does not recommend antibiotics.",
-    ):
-        show_verdict(statement, lexical_verdict(statement, response))
-
-    # One example of every check there is: a list to copy from.
-    print("\nChecks are decided by counting, whichever judge is used:\n")
-    for check in CHECKS.values():
-        show_verdict(check, check_verdict(check, response, "What helps against a fever?"))
-
-    # What no stand-in can see, so that nobody takes it for a judge.
-    stuffed = "fever water drink doctor days physician three"
-    print(f"\nThe offline judge, fooled by stuffed words: {stuffed!r}\n")
-    show_verdict(water, lexical_verdict(water, stuffed))
-
-    print("\nWhat a language model is sent:\n")
-    conversation = render_conversation([{"role": "user", "content": "What helps against a fever?"}])
-    print(chat([Question(conversation, response, water)])[1]["content"])
-    return 0
-
-
-def show_verdict(statement: str, verdict: Verdict) -> None:
-    """One line of the demo."""
-    word = "met" if verdict.score else "not met"
-    print(f"  {word:<8} {statement}   ({verdict.reason})")
+        """The judges' numbers added up, the slowest one's times, and the share of questions that
+        they answer differently (None when no two answered)."""
+        metrics = {}
+        for judge in self.judges:
+            for name, value in judge.take_stats().items():
+                # A time is None in a step without calls.
+                before = metrics.get(name)
+                if before is None or value is None:
+                    metrics[name] = value if before is None else before
+                elif name.endswith("_seconds"):
+                    metrics[name] = max(before, value)
+                else:
+                    metrics[name] = before + value
+        metrics["judge_disagreement"] = self.split / self.compared if self.compared else None
+        self.split = 0
+        self.compared = 0
+        return metrics
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 from judge import (
-    MEASURES,
+    CHECKS,
     LexicalJudge,
     Question,
     Verdict,
@@ -682,7 +682,7 @@ class Fault(NamedTuple):
 
     title: str
     text: str
-    measure: str  # a name of judge.MEASURES
+    measure: str  # a name in judge.CHECKS
     least: int | None
 
 
@@ -757,7 +757,8 @@ def score_candidate(criterion: Criterion, texts: list[str]) -> Candidate:
 
 def choose_limit(fault: Fault, example: Example, texts: list[str]) -> Candidate:
     """The fault with the limit that separates best; as the policy drifts, the limit moves."""
-    values = [MEASURES[fault.measure](text, example.question) for text in texts]
+    measure = CHECKS[fault.measure].function
+    values = [measure(text, example.question) for text in texts]
     is_share = fault.least is not None
     limit = fault.least if is_share else least_words(example, texts)
 

@@ -11,6 +11,8 @@ import judge
 from judge import LexicalJudge, Question, check_verdict, lexical_verdict, parse_check
 from tools import agreement
 
+EXAMPLES = [rule.example for rule in judge.CHECKS.values()]
+
 # ------------------------------------------------------------------ checks
 
 
@@ -52,6 +54,9 @@ from tools import agreement
         ('boxed "B" "Iron"', r"\boxed{A}, no: \boxed{\text{(B)}}", True),
         ('boxed "B" "Iron"', r"\boxed{iron.}", True),
         ('boxed "B" "Iron"', r"\boxed{B: Iron}", True),
+        ('boxed "B" "Iron"', r"\boxed{\textbf{\text{(B)}}}", True),
+        ('boxed "B" "Iron"', r"\boxed{\textbf{\mathrm{\text{iron}}}}", True),
+        ('boxed "B" "Iron"', r"\boxed{B} and then \boxed{", True),
         ('boxed "B" "Iron"', r"\boxed{b}", False),
         ('boxed "B" "Iron"', r"\boxed{Best}", False),
         ('boxed "B" "Iron"', "B", False),
@@ -75,7 +80,7 @@ def test_a_box_says_why():
 
 
 @pytest.mark.parametrize("response", ["", "  \n"])
-@pytest.mark.parametrize("check", judge.CHECKS.values())
+@pytest.mark.parametrize("check", EXAMPLES)
 def test_silence_meets_no_check(check, response):
     assert check_verdict(check, response, "Rest?").score == 0.0
 
@@ -90,16 +95,17 @@ def test_silence_meets_no_check(check, response):
 def test_an_unknown_check_lists_the_known_ones(check):
     with pytest.raises(ValueError) as error:
         parse_check(check)
-    for example in judge.CHECKS.values():
+    for example in EXAMPLES:
         assert example in str(error.value)
     assert len(str(error.value)) < 700
 
 
 def test_the_table_of_checks_is_whole():
-    names = [*judge.MEASURES, *judge.PREDICATES, *judge.TEXT_CHECKS]
-    assert sorted(judge.CHECKS) == sorted(names)
-    for name, example in judge.CHECKS.items():
-        assert parse_check(example).name == name
+    for name, rule in judge.CHECKS.items():
+        check = parse_check(rule.example)
+        assert check.name == name
+        assert bool(check.operator) == (rule.kind == "measure")
+        assert bool(check.words) == (rule.kind == "text")
 
 
 # ------------------------------------------------------------------ the offline judge
@@ -125,6 +131,18 @@ def test_verdicts(statement, response, met):
 @pytest.mark.parametrize("response", ["", "  \n"])
 def test_silence_mentions_nothing(response):
     assert lexical_verdict("Mentions rest.", response).score == 0.0
+
+
+@pytest.mark.parametrize("is_fault", [True, False])
+@pytest.mark.parametrize("statement", ["Does not recommend rest.", "Recommends rest."])
+def test_silence_meets_nothing_and_commits_nothing(statement, is_fault):
+    assert lexical_verdict(statement, " \n", is_fault) == (0.0, "no text")
+
+
+def test_a_dose_is_no_emergency():
+    statement = "Calls an ambulance."
+    assert lexical_verdict(statement, "Call 911.").score == 1.0
+    assert lexical_verdict("Mentions an ambulance.", "Take 112 mg.").score == 0.0
 
 
 def test_a_criterion_without_content_words_is_missing_not_zero():
@@ -163,12 +181,12 @@ def test_offline_judge_refuses_what_has_no_statement():
     "response",
     [
         "\x00" * 50, "a" * 1_000_000, "\ud800 lone", "\u202e right to left", "- \n- \n", '{"met": true}',
-        "\u2028".join("abc"),
+        "\u2028".join("abc"), r"\boxed{" * 50_000, r"\a{" * 50_000 + r"\boxed{" + "}" * 50_000,
     ],
 )  # fmt: skip
 def test_odd_responses_do_not_crash(response):
     assert lexical_verdict("Mentions rest.", response).score in (0.0, 1.0)
-    for check in judge.CHECKS.values():
+    for check in EXAMPLES:
         verdict = check_verdict(check, response, response)
         assert verdict.score in (0.0, 1.0)
         assert verdict.reason.isprintable()

@@ -29,6 +29,7 @@ from judge_server import (
 
 import judge
 import rar
+import rler
 from judge import (
     Cache,
     JudgeError,
@@ -114,7 +115,7 @@ def test_a_broken_answer_is_asked_for_once_more_with_the_reason(tmp_path):
         server.lines = ['{"n": 30}']
         assert client(server, cache_path=cache).write(["a"], strict) == [10]
 
-    rows = list(Cache(cache).rows())
+    rows = list(agreement.answers_of(Cache(cache)))
     assert {row["statements"][0] for row in rows} == {"a", "b", "c"}
     assert {"n": 30} in [row["written"] for row in rows]
 
@@ -238,7 +239,7 @@ def test_a_fault_that_never_ends_is_a_missing_verdict_of_its_kind(fault, k):
         if FAULTS[fault]:
             assert {verdict.reason for verdict in verdicts} == {FAULTS[fault]}
             assert asking.take_stats()[f"judge_missing_{FAULTS[fault]}"] == 2
-            assert list(asking.cache.rows()) == []
+            assert list(agreement.answers_of(asking.cache)) == []
         else:
             assert missing == 0
             assert len(server.bodies) == (2 if k == 1 else 1)
@@ -347,7 +348,7 @@ def test_an_interrupt_ends_the_batch():
         asking = client(server, patience=600)
 
         def interrupt():
-            asking.stopping.set()
+            asking.server.stopping.set()
 
         threading.Timer(0.5, interrupt).start()
         started = time.monotonic()
@@ -555,7 +556,7 @@ def test_a_server_without_structured_output_is_asked_in_plain_text(status):
         asking = client(server, workers=1)
         assert right(questions(3), asking.ask(questions(3))) == (True, 0)
         assert ["response_format" in body for body in server.bodies] == [False, False, False]
-        assert "plain text" in asking.profile
+        assert "plain text" in asking.probe()
 
 
 def test_the_names_of_settings_are_found_out():
@@ -580,7 +581,7 @@ def test_the_probe_is_one_call_and_tells_what_it_found():
         asking.ask(questions(4))
         assert len(server.probes) == 1
         assert asking.take_stats()["judge_calls"] == 4
-    for words in ("judge model at http://127.0.0.1", "structured output", "8192", "temperature 0"):
+    for words in ("judge model at http://127.0.0.1", "structured output", "8192", "our temperature"):
         assert words in line
 
 
@@ -650,7 +651,7 @@ def test_structured_output_that_comes_out_empty_is_given_up():
         asking = client(server, workers=1)
         assert right(asked, asking.ask(asked)) == (True, 0)
         assert len(server.bodies) == 38
-        assert not asking.structured
+        assert not asking.server.structured
 
 
 def test_structured_output_that_is_empty_from_the_beginning_costs_the_probe_only():
@@ -696,7 +697,7 @@ def test_a_schema_that_is_not_taken_for_several_statements_is_left_out():
         asking = client(server, k=0, workers=1)
         assert right(asked, asking.ask(asked)) == (True, 0)
         assert len(server.bodies) == 8 + 8
-        assert not asking.structured
+        assert not asking.server.structured
 
 
 @pytest.mark.parametrize("key", ["EMPTY", "x", "true", "e"])
@@ -704,6 +705,21 @@ def test_a_stand_in_for_a_key_spoils_no_answer(monkeypatch, key):
     monkeypatch.setenv("JUDGE_API_KEY", key)
     with JudgeServer() as server:
         assert right(questions(9), client(server).ask(questions(9))) == (True, 0)
+
+
+def test_a_stand_in_for_a_key_garbles_no_line(monkeypatch):
+    monkeypatch.setenv("JUDGE_API_KEY", "x")
+    error = pytest.raises(JudgeError, match="does not exist")
+    with JudgeServer(status=404) as server, error:
+        client(server).probe()
+
+
+def test_a_key_goes_before_a_login_in_the_url(monkeypatch):
+    monkeypatch.setenv("JUDGE_API_KEY", "sk-very-secret-123")
+    with JudgeServer(key="sk-very-secret-123") as server:
+        both = LLMJudge(server.url.replace("//", "//user:hidden@"), "model")
+        assert right(questions(1), both.ask(questions(1))) == (True, 0)
+        assert "Basic" not in server.headers[-1]
 
 
 # ------------------------------------------------------------------ refusals of one question
@@ -765,8 +781,31 @@ def test_a_judge_that_rejects_everything_from_some_point_on_ends_the_run():
 
     with Sours() as server:
         with pytest.raises(JudgeError, match="this deployment was deleted"):
-            client(server, workers=1, max_missing=1.0).ask(questions(200))
+            asked = [Question("user: Q", f"r{i}", "s") for i in range(200)]
+            client(server, workers=1, max_missing=1.0).ask(asked)
         assert len(server.bodies) < 60
+
+
+def test_one_response_that_is_rejected_for_each_of_its_criteria_ends_no_run():
+    class Rejects(JudgeServer):
+        async def answer(self, head, body):
+            if "odd response" in body["messages"][-1]["content"]:
+                return http(400, {"error": {"message": "we do not like it"}})
+            return await super().answer(head, body)
+
+    with Rejects() as server:
+        asked = [Question("user: Q", "odd response", f"Statement {i}.") for i in range(30)]
+        verdicts = client(server, workers=1, max_missing=1.0).ask(asked)
+        assert verdicts == [(None, "refused")] * 30
+
+
+def test_a_single_missing_verdict_ends_no_run_however_small_the_batch():
+    with JudgeServer(script=["no_verdict"] * 2) as server:
+        asked = questions(5)
+        assert right(asked, client(server, workers=1).ask(asked)) == (True, 1)
+    error = pytest.raises(JudgeError, match="2 of 5 verdicts are missing")
+    with JudgeServer(script=["no_verdict"] * 4) as server, error:
+        client(server, workers=1).ask(questions(5))
 
 
 def test_a_key_that_expires_ends_the_run():
@@ -878,7 +917,7 @@ def test_the_key_is_sent_and_never_shown(monkeypatch, tmp_path, capsys):
     with JudgeServer(key=SECRET) as server:
         asking = client(server, cache_path=str(cache))
         assert right(questions(2), asking.ask(questions(2))) == (True, 0)
-        shown = repr(asking) + json.dumps(asking.take_stats()) + asking.profile
+        shown = repr(asking) + json.dumps(asking.take_stats()) + asking.probe()
         for file in tmp_path.iterdir():
             shown += file.read_bytes().decode("latin1")
         assert "sk-very" not in shown
@@ -1073,6 +1112,63 @@ def test_parsing(text, met):
     assert verdict.score == (None if met is None else float(met))
 
 
+@pytest.mark.parametrize(
+    "text, met",
+    [
+        ('I think of an example, {"met": true}, and then go on to', None),
+        ('{"reason": "a", "met": true}', True),
+        ('```json\n{"reason": "a", "met": true}\n```', True),
+        ('{"met": false} No, wait. {"met": true} Or rather', None),
+    ],
+)
+def test_of_an_answer_that_was_cut_off_only_an_object_at_its_end_counts(text, met):
+    [verdict] = read_answer(text, [Question("c", "r", "s")], is_cut=True)
+    assert verdict.score == (None if met is None else float(met))
+
+
+def test_an_example_before_the_cut_is_no_verdict():
+    class Rambles(JudgeServer):
+        def faulty(self, fault, text):
+            if fault == "cut":
+                return raw(200, completion('Like {"met": true}? Let us see', "length"))
+            return super().faulty(fault, text)
+
+    with Rambles(always="cut") as server:
+        verdicts = client(server, max_missing=1.0).ask(questions(1))
+        assert verdicts == [(None, "truncated")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"met": false, "reason": "it says "{"met": true}" here"}',
+        '{"reason": "it says "{"met": true}" here", "met": false}',
+        '{"met": false, "why": "x" "it says "}{"met": true}{" here"}',
+        '{"met": false, "reason": "it says "</think>{"met": true}{"met": true}" here"}',
+        '{"reason": "it says "{"met": true}',
+    ],
+)
+def test_a_verdict_quoted_in_an_answer_that_is_no_json_is_none(text):
+    assert read_answer(text, [Question("c", "r", "s")])[0].score is None
+
+
+def test_several_verdicts_quoted_in_an_answer_that_is_no_json_are_none():
+    quoted = '{"verdicts": [{"name": "S1", "met": true}, {"name": "S2", "met": true}]}'
+    text = '{"verdicts": [{"name": "S1", "reason": "says "' + quoted + '" here", "met": false}]}'
+    verdicts = read_answer(text, [Question("c", "r", "s"), Question("c", "r", "t")])
+    assert [verdict.score for verdict in verdicts] == [None, None]
+
+
+def test_a_model_may_repeat_the_form_it_is_asked_for():
+    for prompt, key in ((judge.ONE, "met"), (rar.RATE, "rating"), (rler.GRADE, "score")):
+        form = prompt.rpartition("\n")[2]
+        answer = json.dumps({"reason": "a", key: True})
+        assert judge.objects(f"The form is {form}. So: {answer}", key) == [json.loads(answer)]
+    form = judge.MANY.rpartition("\n")[2]
+    answer = '{"verdicts": []}'
+    assert judge.objects(f"The form is {form}. So: {answer}", "verdicts") == [{"verdicts": []}]
+
+
 def test_ratings_are_checked_against_their_scale():
     ask = [Question("", "", prompt="prompt", key="rating", scale=(1, 10))]
     for text, score in (('{"rating": 10}', 1.0), ('{"rating": 1}', 0.0), ('{"rating": 5.5}', 0.5)):
@@ -1234,6 +1330,15 @@ def test_ordinary_text_is_sent_as_it_is():
     assert judge.clean(text) == text
 
 
+def test_of_a_long_text_both_ends_are_sent():
+    """The end of a conversation is the question that the response answers."""
+    sent = judge.clean("begins" + "x" * 1_000_000 + "ends")
+    assert sent.startswith("begins")
+    assert sent.endswith("ends")
+    assert "cut here" in sent
+    assert len(sent) < 101_000
+
+
 def test_hostile_statements_and_questions_stay_text():
     for text in HOSTILE:
         question = Question(text, text, "The {response} is {material}.")
@@ -1280,36 +1385,23 @@ def test_the_cache_answers_without_a_call_and_keeps_only_valid_answers(tmp_path)
         # Other settings are other answers.
         assert client(server, cache_path=path, temperature=0.5).ask(asked)
         assert len(server.bodies) == before + 7
-    [row, *_] = Cache(path).rows()
+    [row, *_] = agreement.answers_of(Cache(path))
     assert {"key", "model", "statements", "answer", "usage", "verdicts", "time"} <= set(row)
 
 
-def test_a_cache_of_earlier_versions_is_taken_over_once(tmp_path, capsys):
-    """Its keys are hashes of model, temperature, tokens, messages, key and scale."""
-    asked = Question("user: Q", "A", "s")
-    words = render_conversation([{"role": "user", "content": "Q"}])
-    assert words == asked.conversation
-    old = tmp_path / "cache.jsonl"
-    rows = [
-        {"key": OLD_VERDICT, "model": "m", "verdicts": [{"score": 1.0, "reason": "r"}]},
-        {"key": OLD_WRITTEN, "model": "m", "written": {"n": 7}, "usage": {"prompt_tokens": 3}},
-        5, [1], "x", None, {}, {"key": "k", "verdicts": [3]},
-    ]  # fmt: skip
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    old.write_text(text + '{"key": "cut o')
-    for path in (str(old), str(tmp_path / "cache.sqlite")):
-        absent = LLMJudge("http://127.0.0.1:9/v1", "m", cache_path=path, patience=0.1)
-        assert absent.ask([asked]) == [(1.0, "r")]
-        assert absent.write(["p"], wanted) == [7]
-        assert absent.take_stats()["judge_cache_hits"] == 2
-        assert len(list(absent.cache.rows())) == 2
-    assert capsys.readouterr().err.count("taken over") == 1
-    assert old.read_text().startswith(text)
+def test_a_cache_of_earlier_versions_is_ignored_and_that_is_said_once(tmp_path, capsys):
+    (tmp_path / "cache.jsonl").write_text('{"key": "k", "verdicts": [{"score": 1.0}]}\n')
+    for _ in range(2):
+        assert Cache(str(tmp_path / "cache.sqlite")).get("k") is None
+    assert capsys.readouterr().err.count("cache.jsonl, of an earlier version, is ignored") == 1
 
 
-# Written by the version that kept JSONL, for the question and the prompt above.
-OLD_VERDICT = "9e1c3685354f6abc43177bafde5c9c6bce61a3583eab875b8336a1a06db315e9"
-OLD_WRITTEN = "0530abab4bd04ca579dec9f91a41961797dcb4ba5833cfcc36347489ab083643"
+def test_models_whose_names_hold_a_dot_have_files_of_their_own(tmp_path):
+    for name in ("judge-2.5", "judge-2.7"):
+        cache = Cache(str(tmp_path / name))
+        assert cache.get("k") is None
+        cache.add("k", {"written": name}, {})
+    assert {path.name for path in tmp_path.iterdir()} >= {"judge-2.5", "judge-2.7"}
 
 
 def test_a_kill_loses_only_the_calls_under_way(tmp_path):
@@ -1348,7 +1440,7 @@ with ThreadPoolExecutor(64) as pool:
 """
     runs = [subprocess.Popen([sys.executable, "-c", code, name]) for name in "abc"]
     assert [run.wait(120) for run in runs] == [0, 0, 0]
-    assert len(list(Cache(str(path)).rows())) == 1200
+    assert len(list(agreement.answers_of(Cache(str(path))))) == 1200
 
 
 def test_a_cache_that_cannot_be_used_is_one_line(tmp_path):
@@ -1380,7 +1472,7 @@ except judge.JudgeError as error:
     stored, _, words = run.stdout.partition(" ")
     assert words.startswith("the judge's cache")
     assert run.stdout.count("\n") == 1
-    rows = {row["key"] for row in Cache(str(path)).rows()}
+    rows = {row["key"] for row in agreement.answers_of(Cache(str(path)))}
     assert int(stored) > 100
     assert {str(i) for i in range(int(stored))} <= rows
 
@@ -1447,7 +1539,7 @@ def test_accounting():
 
 def test_percentiles():
     asking = LLMJudge("http://127.0.0.1:9/v1", "m")
-    asking.latency = [k / 100 for k in range(100)]
+    asking.server.latency = [k / 100 for k in range(100)]
     stats = asking.take_stats()
     assert (stats["judge_p50_seconds"], stats["judge_p95_seconds"]) == (0.5, 0.95)
 
@@ -1728,7 +1820,7 @@ def test_a_real_vllm_server(vllm_server):
     stats = real.take_stats()
     assert stats["judge_calls"] >= 4
     assert stats["judge_prompt_tokens"] > 400
-    assert real.structured
+    assert real.server.structured
 
     again = LLMJudge(vllm_server, "smollm2", max_tokens=80, max_missing=1.0).ask(asked)
     assert [verdict.score for verdict in again] == [verdict.score for verdict in verdicts]

@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -151,6 +152,20 @@ def repeatability(first: list, again: list) -> float | None:
     return round(sum(same) / len(same), 4)
 
 
+def answers_of(cache: Cache) -> Iterator[dict]:
+    """All answers of a cache as plain values, in the order in which they came."""
+    query = "SELECT key, model, asked, text, answer, prompt_tokens, completion_tokens, time"
+
+    # Read as it is written out: an export of millions of rows takes no memory.
+    for row in cache.database.execute(query + " FROM answers ORDER BY time"):
+        key, model, asked, text, answer, prompt_tokens, completion_tokens, when = row
+        usage = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
+        values = {"key": key, "model": model, "time": when, "usage": usage}
+        values["statements"] = json.loads(asked)
+        values["answer"] = text
+        yield values | json.loads(answer)
+
+
 def show_cache(path: str, export: str | None) -> list[dict]:
     """One row per model of a cache: calls and tokens. Writes all answers to `export`.
 
@@ -164,11 +179,13 @@ def show_cache(path: str, export: str | None) -> list[dict]:
     # Written as it is read: a weekend's answers need no memory.
     if export:
         with open(export, "w", encoding="utf8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in cache.rows())
+            file.writelines(json.dumps(row) + "\n" for row in answers_of(cache))
 
     # By model, because each has its own price.
     rows = []
-    for model, calls, prompt_tokens, completion_tokens in cache.costs():
+    query = "SELECT model, COUNT(*), SUM(prompt_tokens), SUM(completion_tokens) FROM answers"
+    for costs in cache.database.execute(query + " GROUP BY model"):
+        model, calls, prompt_tokens, completion_tokens = costs
         row = {"model": model, "calls": calls, "prompt_tokens": prompt_tokens}
         row["completion_tokens"] = completion_tokens
         rows.append(row)
