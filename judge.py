@@ -2006,7 +2006,8 @@ class ChatServer:
         if reply.finish == "length":
             line += f", but its first answer was cut off at {PROBE_TOKENS} tokens"
         elif not is_readable_probe(reply):
-            line += f", but its first answer holds no verdict: {self.describe(reply)[:100]}"
+            words = printable(self.describe(reply))[:100]
+            line += f", but its first answer holds no verdict: {words}"
         return line
 
     def learn_format(self, is_structured: bool) -> None:
@@ -2499,6 +2500,7 @@ class Panel:
 
     def probe(self) -> str:
         """The lines of the judges that are probed."""
+        # A judge of one's own need not have it.
         lines = [judge.probe() for judge in self.judges if hasattr(judge, "probe")]
         return "\n".join(lines)
 

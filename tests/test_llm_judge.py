@@ -1066,6 +1066,17 @@ def test_a_servers_words_cannot_steer_the_terminal():
     assert "no?31m way" in str(error.value)
 
 
+def test_a_first_answer_without_a_verdict_is_quoted_on_one_line():
+    class Rude(JudgeServer):
+        async def answer(self, head, body):
+            return raw(200, completion("\x1b]0;title\x07 no\n\nway"))
+
+    with Rude() as server:
+        line = client(server).probe()
+    assert line.isprintable()
+    assert "holds no verdict: (200): ?]0;title? no way" in line
+
+
 # ------------------------------------------------------------------ parsing
 
 
