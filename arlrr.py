@@ -298,7 +298,8 @@ class ARLRR(RubricReward):
 # ---------------------------------------------------------------------- schedules
 
 # A schedule takes the method, the classes that have a reward (most frequent first) and the lab,
-# and returns the class of the next stage and what to log of the choice.
+# and returns the class of the next stage and what to log of the choice. The other two schedules,
+# random and lowest_score, are near the end of the file.
 
 
 def longest_ago(history: list[dict], order: list[str]) -> str:
@@ -321,42 +322,9 @@ def choose_cyclic(method: ARLRR, order: list[str], lab: "Lab | None") -> tuple[s
     return longest_ago(method.history, order), {}
 
 
-def choose_random(method: ARLRR, order: list[str], lab: "Lab | None") -> tuple[str, dict]:
-    """The control: any class, drawn from the seed and the number of the stage."""
-    # A generator of its own: a resumed run draws the same class, and sampling is not disturbed.
-    generator = random.Random(f"{method.config.seed}-{len(method.history)}")
-    return generator.choice(order), {}
-
-
-# What the next two need of the lab (class Lab, below): validate() is one greedy answer per
+# What the search needs of the lab (class Lab, below): validate() is one greedy answer per
 # validation prompt, judged by its full rubric; update() is one update by the active class; save()
-# and restore(state) copy and put back all that an update changes. spent() is what they have cost.
-
-
-def choose_lowest_score(method: ARLRR, order: list[str], lab: "Lab") -> tuple[str, dict]:
-    """The class with the lowest mean r_c on the validation prompts.
-
-    Unclipped: a single answer of -6 can make a class the lowest.
-    """
-    # The validation answers were judged by their full rubrics, so every class can be scored.
-    rewards_of_class = defaultdict(list)
-    for example, rollouts in lab.validate():
-        matrix = score_matrix(rollouts)
-        for name, row in class_rewards(example.rubric, matrix, method.config.class_by).items():
-            rewards_of_class[name].extend(row)
-    scores = {name: nanmean(rewards_of_class[name]) for name in order}
-
-    # A class that no validation prompt has cannot be the lowest. Where no class has a score,
-    # there is nothing to choose by, and the classes take turns.
-    scored = drop_nan(scores.values())
-    lowest = order
-    if scored:
-        bound = min(scored) + ZERO_STD
-        lowest = [name for name in order if scores[name] <= bound]
-
-    metrics = {f"validation/{name}": score for name, score in scores.items()}
-    metrics.update(lab.spent())
-    return longest_ago(method.history, lowest), metrics
+# and restore(state) copy and put back all that an update changes; spent() is what they have cost.
 
 
 def choose_by_search(method: ARLRR, order: list[str], lab: "Lab") -> tuple[str, dict]:
@@ -451,13 +419,6 @@ def within_one_se(scores: dict[str, list[float]], order: list[str]) -> list[str]
             tied.append(name)
     return tied
 
-
-SCHEDULES = {
-    "search": choose_by_search,
-    "lowest_score": choose_lowest_score,
-    "cyclic": choose_cyclic,
-    "random": choose_random,
-}
 
 # ---------------------------------------------------------------------- what may be tried out
 
@@ -625,7 +586,50 @@ def contraction(weights: list[float], rewards: list[list[float]]) -> tuple[float
     return statistics.pvariance(combined), of_classes
 
 
-# A first reader can stop here: what follows is measured or compared with, and is not ARL-RR.
+# A first reader can stop here: what follows is there to measure or to compare with.
+
+# ---------------------------------------------------------------------- schedules to compare with
+
+
+def choose_random(method: ARLRR, order: list[str], lab: "Lab | None") -> tuple[str, dict]:
+    """The control: any class, drawn from the seed and the number of the stage."""
+    # A generator of its own: a resumed run draws the same class, and sampling is not disturbed.
+    generator = random.Random(f"{method.config.seed}-{len(method.history)}")
+    return generator.choice(order), {}
+
+
+def choose_lowest_score(method: ARLRR, order: list[str], lab: "Lab") -> tuple[str, dict]:
+    """The class with the lowest mean r_c on the validation prompts.
+
+    Unclipped: a single answer of -6 can make a class the lowest.
+    """
+    # The validation answers were judged by their full rubrics, so every class can be scored.
+    rewards_of_class = defaultdict(list)
+    for example, rollouts in lab.validate():
+        matrix = score_matrix(rollouts)
+        for name, row in class_rewards(example.rubric, matrix, method.config.class_by).items():
+            rewards_of_class[name].extend(row)
+    scores = {name: nanmean(rewards_of_class[name]) for name in order}
+
+    # A class that no validation prompt has cannot be the lowest. Where no class has a score,
+    # there is nothing to choose by, and the classes take turns.
+    scored = drop_nan(scores.values())
+    lowest = order
+    if scored:
+        bound = min(scored) + ZERO_STD
+        lowest = [name for name in order if scores[name] <= bound]
+
+    metrics = {f"validation/{name}": score for name, score in scores.items()}
+    metrics.update(lab.spent())
+    return longest_ago(method.history, lowest), metrics
+
+
+SCHEDULES = {
+    "search": choose_by_search,
+    "lowest_score": choose_lowest_score,
+    "cyclic": choose_cyclic,
+    "random": choose_random,
+}
 
 # ---------------------------------------------------------------------- all classes at once
 
