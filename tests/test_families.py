@@ -81,8 +81,40 @@ def test_a_model_is_checked_when_it_is_loaded(tiny, monkeypatch, capsys):
 
     # A head that is off has no other.
     monkeypatch.setattr(grpo, "head_logits", lambda model, hidden: 1.1 * model.lm_head(hidden))
-    with pytest.raises(ValueError, match="llama models cannot be trained here: log-probs of"):
+    with pytest.raises(ValueError, match="cannot be trained here: log-probs of") as error:
         grpo.load_policy(str(tiny))
+    # Both attentions were tried: why each was not used.
+    for attention in ("(folded attention)", "(eager attention)"):
+        assert attention in str(error.value)
+
+
+def test_the_check_sees_a_mistake_in_the_rows_that_are_dropped(tiny, monkeypatch):
+    """Rows that change places only when finished ones leave."""
+    real = grpo.select_rows
+
+    def turned_round(kv_cache, rows):
+        is_dropping = len(rows) < len(kv_cache.layers[0].keys)
+        real(kv_cache, rows.flip(0) if is_dropping else rows)
+
+    monkeypatch.setattr(grpo, "select_rows", turned_round)
+    with pytest.raises(ValueError, match="log-probs of sampling are off"):
+        grpo.load_policy(str(tiny))
+
+
+def test_the_entropy_of_a_head_that_masks_ids(monkeypatch):
+    """Logits of -inf: their probability is 0, and they add nothing."""
+    model = families.build("phi")
+
+    def masked(model, hidden):
+        logits = model.lm_head(hidden)
+        return logits.index_fill(-1, torch.tensor([3, 4]), float("-inf"))
+
+    hidden = torch.randn(5, 32)
+    monkeypatch.setattr(grpo, "head_logits", masked)
+    logp, entropy = grpo.own_head_logprobs(model, hidden, torch.tensor([0, 1, 2, 5, 6]), 0.7)
+    want = torch.distributions.Categorical(logits=masked(model, hidden) / 0.7).entropy()
+    assert torch.isfinite(logp).all()
+    assert torch.allclose(entropy, want, atol=1e-5)
 
 
 def test_the_gradient_of_a_head_with_bias_scale_and_cap_in_chunks(monkeypatch):
@@ -117,11 +149,10 @@ def test_dropout_does_not_act_with_checkpointing():
         model = families.build("opt")
         for layer in model.model.decoder.layers:
             layer.dropout = 0.5
-        grpo.set_checkpointing(model, on)
         group = [grpo.Rollout([5, 6, 7], [8, 9, 10], [], "stop")]
-        logp, _ = grpo.completion_logprobs(model, [group], 1.0)
-        logp.sum().backward()
-        grpo.set_checkpointing(model, False)
+        with grpo.recomputed_layers(model, on):
+            logp, _ = grpo.completion_logprobs(model, [group], 1.0)
+            logp.sum().backward()
         results.append(torch.cat([p.grad.flatten() for p in model.model.decoder.parameters()]))
     assert torch.equal(*results)
 

@@ -257,6 +257,12 @@ def test_the_draw_follows_the_distribution():
     assert edge.tolist() == [0, 5]
 
 
+def test_logits_that_are_not_numbers_draw_some_id():
+    """An index beyond the vocabulary would end a process on a GPU."""
+    ids, logp = grpo.draw(torch.full((1, 6), math.nan), torch.tensor([0.5]), 1.0)
+    assert 0 <= ids.item() < 6 and math.isnan(logp.item())
+
+
 def test_progress_counts_running_rows(tiny_model):
     seen = []
     groups = sample(tiny_model, PROMPTS, 4, 30, 1.0, MANY, on_token=seen.append)
@@ -480,6 +486,27 @@ def test_recomputing_runs_each_layer_twice(tiny_model):
         assert len(calls) == (2 if on else 1)
 
 
+def test_an_interrupted_update_leaves_the_layers_as_they_were(tiny):
+    """A replaced forward would recompute in sampling, where it loses the cache."""
+    model, optimizer = fresh(tiny)
+
+    def interrupt(n_rollouts):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        update(model, optimizer, random_groups(), settings(checkpointing=1), on_pass=interrupt)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_the_loss_reads_0_only_where_completions_count_the_same(tiny):
+    """In the first step every token's loss is minus its advantage: what is left is the weights."""
+    for loss, is_zero in (("grpo", True), ("dr_grpo", False), ("dapo", False)):
+        model, optimizer = fresh(tiny)
+        log = update(model, optimizer, random_groups(), settings(loss=loss, max_new_tokens=12))
+        assert (abs(log["loss"]) < 1e-6) == is_zero
+        assert log["grad_norm"] > 0.01
+
+
 def test_minibatches_keep_the_ratio_to_the_policy_that_sampled(tiny):
     """The second minibatch must not take the policy after the first as its `old`.
 
@@ -556,7 +583,7 @@ def test_dapo_clips_higher_where_nothing_else_is_group_of():
     rollout.advantage = 1.0
     rollout.weight = 1.0
     rollout.logp = [0.0]
-    batch = grpo.Pass([[rollout]], old=torch.zeros(1))
+    one_pass = grpo.Pass([[rollout]], old=torch.zeros(1))
     cases = (
         (settings(loss="dapo"), 0),
         (settings(loss="grpo"), 1),
@@ -565,8 +592,8 @@ def test_dapo_clips_higher_where_nothing_else_is_group_of():
     )
     for s, clipped in cases:
         logp = torch.tensor([math.log(1.25)])
-        _, sums = grpo.pass_loss(batch, logp, torch.zeros(1), s)
-        assert sums["clipped"] == clipped
+        _, sums = grpo.pass_loss(one_pass, logp, torch.zeros(1), s)
+        assert sums[grpo.SUMS.index("clipped")] == clipped
 
 
 def test_k3_is_never_negative_and_zero_at_equality():
@@ -701,6 +728,15 @@ def test_measured_kl_is_zero_at_the_start_and_positive_after_a_move(tiny):
     groups = sample(model, PROMPTS, 2, 10, 0.7, ENDS, seed=0)
     assert grpo.measure_kl(reference, groups, 0.7) > 1e-3
     assert not any(p.requires_grad for p in reference.parameters())
+
+
+def test_measured_kl_does_not_depend_on_its_passes_and_needs_a_group(tiny_model):
+    reference = grpo.freeze(tiny_model)
+    reference.lm_head.weight.mul_(1.3)
+    groups = sample(tiny_model, PROMPTS, 2, 10, 0.7, MANY)
+    together = grpo.measure_kl(reference, groups, 0.7)
+    assert grpo.measure_kl(reference, groups, 0.7, pass_tokens=1) == pytest.approx(together)
+    assert math.isnan(grpo.measure_kl(reference, [], 0.7))
 
 
 def test_inner_epochs_move_the_ratio_and_gap_is_that_of_the_sampler(tiny):
