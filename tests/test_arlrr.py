@@ -419,12 +419,24 @@ def test_what_was_not_judged_is_not_scored(kind, advantage):
     assert "std_scalar" not in metrics and math.isnan(metrics["dead"])
 
 
+class PraisingJudge(LexicalJudge):
+    """Praises silence for what it avoids, as a model may; the judge that counts words does not."""
+
+    def ask(self, questions, show_progress=False):
+        verdicts = super().ask(questions)
+        for number, question in enumerate(questions):
+            if question.statement.startswith("Avoids") and not question.response.strip():
+                verdicts[number] = Verdict(1.0)
+        return verdicts
+
+
 def test_silence_is_not_a_way_out_in_turns():
     safe = example("safe", ("Avoids recommending cheese.", 3, "accuracy"))
-    method = alternating()
+    method = alternating(judge=PraisingJudge())
     method.before_step(0, [safe])
     judged = group(safe, "", "Bread.")
     method.score([judged])
+    assert [r.verdicts[0].score for r in judged.rollouts] == [1.0, 1.0]
     assert rewards_of(judged) == [0.0, 1.0]
 
 
@@ -457,7 +469,7 @@ def test_silence_is_not_a_way_out_for_gdpo_either():
         ("Avoids recommending cheese.", 3, "accuracy"),
         ("Mentions clouds.", 2, "completeness"),
     )
-    method = GDPO(LexicalJudge(), settings("gdpo"))
+    method = GDPO(PraisingJudge(), settings("gdpo"))
     judged = group(safe, "", "Eat cheese, recommending cheese.", "Clouds.")
     method.score([judged])
     [row] = method.advantages([judged])
