@@ -27,7 +27,8 @@ reading:
    r_c is HealthBench's own axis score.
 2. A prompt whose class has penalties only has no r_c (it would be divided by 0 points): it is
    not rolled out for that class, and these penalties are never trained. With --class_by category
-   all pitfalls drop out. The score by which the search chooses counts them.
+   all pitfalls drop out (but in a rubric that also has one worded as avoidance). The score by
+   which the search chooses counts them.
 3. A stage is a fixed number of updates (--stage). Optimiser state and the KL reference carry
    over from stage to stage.
 4. The search tries one update per class, from the same state, and takes each back bit by bit.
@@ -330,12 +331,15 @@ def choose_cyclic(method: ARLRR, order: list[str], lab: "Lab | None") -> tuple[s
 def choose_by_search(method: ARLRR, order: list[str], lab: "Lab") -> tuple[str, dict]:
     """Looks one update ahead with every class, and takes the best (decision 4).
 
-    A trial is the first update of the stage that it tries: the same weights, batch and random
-    numbers. The best class has the highest mean overall score after its trial. Classes within
-    one standard error of it are tied with it, and the one trained longest ago goes first. With a
-    short validation slice often all are tied: the search is then cyclic, which `search_tied` in
-    the log shows (their number). It cannot decline: when every trial makes the score worse, it
-    takes the class that makes it worse by least.
+    1. Score the validation prompts as they are: what the gains in the log are measured against.
+    2. For each class: one update, score again, take the update back. The update is the first one
+       of the stage that it tries: the same weights, batch and random numbers.
+    3. The best class has the highest mean overall score; classes within one standard error of it
+       are tied with it.
+    4. Of these the one trained longest ago is chosen. With a short validation slice often all are
+       tied: the search is then cyclic (`search_tied` in the log is their number).
+
+    It cannot decline: when every trial makes the score worse, one of the least bad is chosen.
 
     Cost per stage: C updates (the winner's is done again by the stage) and C + 1 validations.
     """
@@ -389,8 +393,8 @@ def within_one_se(scores: dict[str, list[float]], order: list[str]) -> list[str]
     scores: class -> overall score of each validation prompt after the class's trial; nan where
     it could not be judged. The error is that of the paired difference, prompt by prompt.
 
-    >>> scores = {"a": [0.5, 0.5, 0.6], "b": [0.9, 0.8, 0.9], "c": [0.8, 0.9, 0.9]}
-    >>> within_one_se(scores, ["a", "b", "c"])
+    >>> scores = {"a": [0.5, 0.5, 0.6], "b": [0.9, 0.8, 0.9], "c": [0.8, 0.9, 0.8]}
+    >>> within_one_se(scores, ["a", "b", "c"])  # c is lower by 0.033, with an error of 0.067
     ['b', 'c']
     """
     means = {name: nanmean(scores[name]) for name in order}
@@ -563,9 +567,10 @@ def contraction(weights: list[float], rewards: list[list[float]]) -> tuple[float
     Five classes that have nothing to do with each other leave a fifth of the variance.
 
     What it means for learning: without division by the std, the update shrinks with std(R).
-    With the division, the shrinking itself cancels. What remains is that the *direction* is
-    diluted, corr(r_c, R) < 1, and that noise which all verdicts of an answer share, such as a
-    liking for long answers, is not averaged away: its rho is 1.
+    With the division, the shrinking itself cancels. Two effects remain. (a) R points only partly
+    along r_c: corr(r_c, R) < 1. (b) Averaging shrinks what is special to a class, but not the
+    noise that all classes share, such as a judge's liking for long answers: in R it weighs more
+    beside a class's own signal than in r_c.
 
     >>> w = [0.5, 0.3, 0.2]
     >>> r = [[0.0, 1.0, 1.0, 0.0], [0.5, 0.5, 1.0, 0.0], [1.0, 0.0, 0.25, 0.5]]
@@ -775,7 +780,7 @@ class GDPO(AxisMean):
     """All classes at once, each normalised by itself, see `gdpo`.
 
     `reward` and `dead` in the log are those of AxisMean, the mean of the classes; nothing is
-    learned from them.
+    learned from them. --advantage has no effect: GDPO is a division by the std.
     """
 
     def advantages(self, groups: list[Group]) -> list[list[float]]:

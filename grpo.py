@@ -2,7 +2,7 @@
 
     for each prompt:  sample G completions  ->  rewards r_1..r_G  ->  A_i = (r_i - mean r) / std r
     loss  = - sum over tokens of  weight * min( ratio * A, clip(ratio, 1 - low, 1 + high) * A )
-            [ + beta * weight * KL(policy || reference) ]
+            [ * importance, see `pass_loss` ]  [ + beta * weight * KL(policy || reference) ]
     weight: how tokens are averaged, see `token_weights`
     ratio = exp(logp - old)     # 1 in the first optimiser step; the gradient is not 0 there
 
@@ -101,7 +101,8 @@ def advantages(rewards: torch.Tensor, kind: str = "std") -> torch.Tensor:
     >>> advantages(torch.tensor([[1.0, 0, math.nan]])).tolist()
     [[1.0, -1.0, 0.0]]
     """
-    # An advantage of 0 has no gradient: not scored, not learned from.
+    # An advantage of 0 adds nothing to the policy's gradient: not scored, not learned from (with
+    # beta > 0 the KL term still pulls on such a rollout).
     if kind == "none":
         return rewards.nan_to_num()
 
@@ -185,9 +186,9 @@ def kl_k3(logp, reference):
 
 @dataclass
 class Pass:
-    """What one pass takes: pieces of groups, and log-probs that stay fixed for the whole update."""
+    """What one pass takes, and log-probs that stay fixed for the whole update."""
 
-    pieces: list[list[Rollout]]
+    pieces: list[list[Rollout]]  # groups, cut where one is too long for a pass; one row each
     old: torch.Tensor | None = None  # [N] of the policy before the first optimiser step
     reference: torch.Tensor | None = None  # [N] of the reference
 
@@ -286,12 +287,12 @@ def draw(
         # Not by torch.multinomial, which costs a third of a decode step on a CPU.
         logp = (logits.float() / temperature).log_softmax(-1)
         cdf = logp.exp().cumsum(-1)
-        # The sum may miss 1 by rounding, so u is scaled to it. The first entry that exceeds it is
-        # drawn: an entry of probability 0 adds nothing to the sum and is never first.
+        # The sum may miss 1 by rounding, so u is scaled to it. The first entry above the threshold
+        # is drawn: an entry of probability 0 adds nothing to the sum and is never first.
         threshold = uniform[:, None] * cdf[:, -1:]
         ids = torch.searchsorted(cdf, threshold, right=True)[:, 0]
-        # No entry exceeds nan, and an index beyond the last would end the process on a GPU. So the
-        # rollout has log-prob nan, and `update` can say what is wrong.
+        # No entry is above nan, and an index beyond the last would end the process on a GPU: with
+        # a broken model the rollout has log-prob nan instead.
         ids = ids.clamp(max=logits.shape[-1] - 1)
     return ids, logp.gather(1, ids[:, None])[:, 0]
 
@@ -321,7 +322,7 @@ def sample(
         uniform = uniform.flatten(0, 1).to(device)  # [B, T]
     kv_cache, hidden, mask, last = prefill(model, prompts, max_new_tokens)
 
-    # Cut off by the length limit, until an end token is drawn.
+    # A rollout counts as cut off ("length") until `record` sees its end token.
     rollouts = []
     for prompt in prompts:
         for _ in range(group_size):
@@ -329,6 +330,7 @@ def sample(
 
     # From one row per prompt to one row per rollout. The mask grows from [B, L] to [B, L + t];
     # positions [B, 1] count real tokens only.
+    # B shrinks when finished rows are dropped; index says whose a row is.
     index = torch.arange(len(rollouts), device=device)  # [B] the rollout of each row
     running = torch.ones(len(rollouts), dtype=torch.bool, device=device)  # [B]
     prompt_rows = index // group_size
@@ -361,7 +363,8 @@ def sample(
             positions = positions[rows]
             index = index[rows]
 
-        # The drawn tokens are the next query of each row.
+        # The drawn tokens are the next query of each row. Their keys go to place L + t of the
+        # cache, behind the prompt's padding, which the mask hides; positions count real tokens.
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         positions = positions + 1
         with precision(model):
@@ -482,9 +485,9 @@ def completion_logprobs(
     segments, _ = pad(segment_rows, model.device)
     positions, _ = pad(position_rows, model.device)
 
-    # Who sees whom follows from the segments, see `training_mask`. The mask of ones says nothing,
-    # but without one the library takes positions that go back for the start of a new sequence,
-    # which would not see its prompt.
+    # Who sees whom is decided in `training_mask`: a token sees what stands before it in segment 0
+    # and in its own segment. The mask of ones here is a dummy: without one the library would take
+    # positions that go back for the start of a new sequence.
     mask = torch.ones_like(ids)
     with precision(model), packed_rows(positions, segments):
         hidden = layers_of(model)(
@@ -609,11 +612,12 @@ def make_passes(groups: list[list[Rollout]], config) -> list[list[Pass]]:
 
 def set_fixed_logprobs(model, steps: list[list[Pass]], config, reference) -> None:
     """Sets what stays fixed over the epochs: log-probs of the old policy and of the reference."""
-    # From the second step on the policy has moved, and the ratio leaves 1.
+    # `old` must be that of the policy before the first step, so with several steps per epoch it is
+    # computed here, before any is taken. With one, the forward of the first epoch gives it (see
+    # `accumulate_gradients`), and a forward is saved.
     with torch.no_grad():
         for passes in steps:
             for one_pass in passes:
-                # With one step per epoch `old` comes from the first one itself: a forward less.
                 if len(steps) > 1:
                     one_pass.old, _ = completion_logprobs(
                         model, one_pass.pieces, config.temperature
@@ -630,8 +634,8 @@ def accumulate_gradients(model, passes: list[Pass], config, on_pass) -> torch.Te
     with recomputed_layers(model, config.checkpointing):
         for one_pass in passes:
             logp, entropy = completion_logprobs(model, one_pass.pieces, config.temperature)
-            # No step has been taken yet: the ratio is exactly 1.
             if one_pass.old is None:
+                # No step has been taken yet: the ratio is exactly 1.
                 one_pass.old = logp.detach()
             loss, pass_sums = pass_loss(one_pass, logp, entropy, config)
             loss.backward()

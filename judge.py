@@ -267,6 +267,9 @@ def read_answer(text: str, questions: list[Question], is_cut: bool = False) -> l
 
     One question: the last JSON object in the text that holds its key. Several: by the exact names
     S1, S2, ... is_cut: the answer broke off, so an object before its end is an example or a draft.
+
+    What does not count: objects in thoughts (<think>); every object, when an answer that comes
+    after the last whole one is no JSON. Python's True and False are read as JSON's.
     """
     # A single statement has no name to repeat, so a model cannot get it wrong.
     if len(questions) == 1:
@@ -346,13 +349,14 @@ class LLMJudge:
         ----------   ----------------------------------------   ---------------------------------
         transport    no connection, time-out, 408, 409, 425,    asks again with growing pauses,
                      429, 5xx                                   for `patience` seconds
-        refused      a filter, or the model declines; a 400     gives this question up
-                     or other 4xx that no words explain
+        refused      a filter; the server's refusal field; a    gives this question up
+                     400 or other 4xx that no words explain
         too_long     does not fit into the model's context      asks for shorter answers first
-        truncated    answer cut off                             asks once more, for four times
-                                                                the tokens
-        unparsable   no valid verdict in the answer; three      asks once more, as plain text and
-                     times no reply of a chat server            warmer, or with the reason
+        truncated    answer cut off                             asks once more, as plain text, for
+                                                                four times the tokens
+        unparsable   no valid verdict in the answer             asks once more, as plain text and
+                                                                warmer (`write`: with the reason)
+        unparsable   no reply of a chat server, three times     asks again until then
         JudgeError   no access (401, 403, 407), no credit       ends the batch, in the server's
                      (402), nothing there (404, 405, 410),      words
                      moved (3xx); a 400 or other 4xx for
@@ -591,13 +595,15 @@ class LLMJudge:
 
         def read_last(reply: "Reply", before: object) -> Reading:
             """The last object that `read` takes, or the reason why it took none."""
-            problem = "it holds no JSON object"
+            # The last object is the answer; those before it are examples or drafts.
+            problem = ""
             for value in reversed(objects(reply.text, None, reply.finish == "length")):
                 try:
                     return Reading((read(index, value), value), True)
                 except ValueError as error:
-                    problem = str(error)
-            return Reading(None, False, problem)
+                    if not problem:
+                        problem = str(error)
+            return Reading(None, False, problem or "it holds no JSON object")
 
         # Writers answer in their own form: no schema is asked for.
         request = Request(messages, max_tokens, self.temperature, about=prompt)
@@ -681,7 +687,7 @@ class LLMJudge:
 
 # ------------------------------------------------------------------ words and sentences
 
-# Words without content of their own. The last two lines are the frame that criteria are written
+# Words without content of their own. The last three lines are the frame that criteria are written
 # in ("The response states that ..."): without them every criterion would ask for "states".
 SMALL_WORDS = """
 a an the and or but if then than so of in on at to for from by with without about as into over
@@ -764,7 +770,9 @@ class Check(NamedTuple):
 
 
 def check_verdict(check: str, response: str, asked_text: str = "") -> Verdict:
-    r"""The exact verdict of a check, whichever judge is used. An empty response meets no check.
+    r"""The exact verdict of a check; rar.py calls it in place of any judge.
+
+    An empty response meets no check.
 
     asked_text: the last message's text, for `copied` and `hedged`. Raises ValueError (parse_check).
 
@@ -1149,7 +1157,8 @@ def lexical_verdict(statement: str, response: str, is_fault: bool = False) -> Ve
             best = hits
 
     # Two negations cancel: the inside of a good "avoids" is a fault, and the inside of a fault
-    # such as "does not mention rest" is something good. A fault wants the closer match.
+    # such as "does not mention rest" is something good. A fault wants the closer match: good 0.4,
+    # fault 0.75, good "avoids X" 0.75 for X, fault "does not X" 0.4 for X.
     names_fault = is_fault != bool(negation)
     threshold = COVERED_FAULT if names_fault else COVERED
     score = float(len(best) / len(wanted) >= threshold)

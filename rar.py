@@ -81,10 +81,10 @@ class Criterion:
     check: str = ""
 
 
-# K criteria; the verdicts of one response on them (None: missing); those of a group [G][K].
-Rubric = list[Criterion]
-Scores = list[float | None]
-Matrix = list[Scores]
+# P prompts, G rollouts per prompt, K criteria per rubric.
+Rubric = list[Criterion]  # [K]
+Scores = list[float | None]  # [K] verdicts on one response; None: missing
+Matrix = list[Scores]  # [G][K]
 
 
 @dataclass
@@ -213,16 +213,16 @@ def group_rewards(
             means.append(statistics.fmean(verdicts))
     judged_rubric = [rubric[k] for k in judged_indices]
 
-    # When all that could be earned is dropped, only penalties are left: nobody is scored. The
-    # rows of a file always have something to earn; a caller's own rubric may have penalties only,
-    # and loses nothing by this.
+    # Where every positive criterion is dropped, points have nothing to divide by: nobody is
+    # scored, under Eq. 1 too, so that both score the same rollouts. A rubric that has penalties
+    # only from the start (no row of a file does) is not meant by this.
     has_positive = any(criterion.weight > 0 for criterion in rubric)
     keeps_positive = any(criterion.weight > 0 for criterion in judged_rubric)
     if has_positive and not keeps_positive:
         return [math.nan] * len(matrix)
 
-    # The paper's weights whatever the reward, so that every reward scores the same rollouts and two
-    # can be compared.
+    # For the test below only, which asks whether half of the weight was judged: Eq. 1's weights,
+    # under points too, so that both score the same rollouts.
     weights = [explicit_weight(criterion) for criterion in rubric]
     rewards = []
     for row in matrix:
@@ -249,8 +249,8 @@ def with_text(rollouts: list) -> list:
 def silence_rule(rollouts: list, rewards: list[float]) -> list[float]:
     """Rewards of all rollouts [G] from those `with_text`: decision 3, the same for every method.
 
-    A rollout without text gets the lowest reward of those with text, and at most 0; never nan,
-    because there is nothing in it that a judge could have failed to see.
+    A rollout without text gets min(0, the lowest reward of those with text); never nan, because
+    there is nothing in it that a judge could have failed to see.
 
     >>> rollouts = [SimpleNamespace(text=text) for text in ("Rest.", " ", "No.")]
     >>> silence_rule(rollouts, [0.5, -0.2])
@@ -285,7 +285,7 @@ def criterion_questions(
             verdict = check_verdict(criterion.check, response, example.question)
             questions.append(verdict)
         else:
-            # A model is not told that it looks for a fault; a counter of words must know.
+            # `is_fault` is for LexicalJudge; a model judges the sentence as it stands.
             question = Question(
                 conversation=conversation,
                 response=response,
@@ -341,7 +341,7 @@ def rating_question(example: Example, response: str, how: str, more: str = "") -
     )
 
 
-# The next three must take a rubric like all `questions`, and do not use it: it is OVERALL, below.
+# In the next three `rubric` is unused: it is OVERALL, the one item for the one rating.
 
 
 def likert_questions(example: Example, response: str, rubric: Rubric) -> list[Question]:
@@ -549,10 +549,11 @@ def judge_groups(
     for (example, rollouts), rubric in zip(groups, rubrics, strict=True):
         for rollout in rollouts:
             rollout.criteria = rubric
-            rollout.verdicts = questions(example, rollout.text, rubric)
+            entries = questions(example, rollout.text, rubric)
+            rollout.verdicts = entries
 
-            # Checks are verdicts already; a question holds the place of its answer.
-            for k, question in enumerate(rollout.verdicts):
+            # Checks are verdicts already; a question is replaced by its answer below.
+            for k, question in enumerate(entries):
                 if isinstance(question, Question):
                     asked.append(question)
                     places.append((rollout, k))
@@ -562,7 +563,8 @@ def judge_groups(
         rollout.verdicts[k] = verdict
 
 
-# A first reader can stop here: what follows scores held-out answers and reads files and rows.
+# A first reader can stop here: what follows scores held-out answers, has small statistics, reads
+# files and rows, and ends with the worked example of `python rar.py`.
 
 # ------------------------------------------------------------------------- HealthBench's score
 
@@ -972,8 +974,9 @@ def parse_example(row: object, where: str, needs_rubric: bool = True) -> Example
     # HealthBench's own themes win over our topic, which says the same in one word.
     tags = flat_tags(row.get("example_tags"), where)
     topic = as_text(row.get("topic"), where, "topic", allow_number=True)
-    if topic and not tags:
-        tags = [f"theme:{topic}"]
+    has_theme = any(tag.startswith("theme:") for tag in tags)
+    if topic and not has_theme:
+        tags.append(f"theme:{topic}")
 
     # Without an id, the place in the file is one that stays the same from run to run.
     name = as_text(first_value(row, "prompt_id", "id"), where, "id", allow_number=True)
