@@ -11,14 +11,17 @@ responses that it has to tell apart:
                new = write(x, ys, rubric so far)   # criteria that separate ys; weight +1 or -1
                active[x] += new                    # so they judge the responses they come from
 
-               S(y) = sum_k w_k s_k(y) / sum_{w_k > 0} w_k     # Eq. 1, k over persistent + active
+               S(y) = sum_k w_k s_k(y) / max(1, sum_{w_k > 0} w_k)     # k over persistent + active
                advantages and policy update as in GRPO
 
-               active[x] = the 5 criteria of active[x] whose scores differ most among ys
-                           (population std; a criterion without spread is retired)
+               active[x] = the K criteria of active[x] (--rubrics_kept, 5) whose scores differ
+                           most among ys (population std; without spread one is retired)
 
-Reading order: the buffer, the writer, Eq. 1, RLER (what differs from rar.RubricReward), and last,
-because they are not in the paper, the detectors that take the writer's place offline.
+S is the paper's Eq. 1 but for the max (decision 7).
+
+Reading order: the buffer, the writer, Eq. 1, RLER (what differs from rar.RubricReward). A first
+reader can stop there. The rest parses a writer's answers, logs a figure, takes the writer's place
+where there is no language model (the detectors, which are not in the paper), and shows one group.
 
 Where this file decides what the paper leaves open, or departs from its released code (6188f34):
 
@@ -28,14 +31,17 @@ Where this file decides what the paper leaves open, or departs from its released
 2. A missing verdict is left out of mean and std; in the reward it counts as its group's mean
    (rar.group_rewards). The released code counts it as 0.
 3. A failed proposal changes nothing. The released code drops the active criteria for that step.
-4. A criterion that comes back word for word is dropped: the writer sees it in its prompt. The
-   detectors have no other words: there a retired criterion that separates the group again is
-   revived, with its id and its history.
+4. The writer is shown the retired criteria, too, and one that comes back word for word is dropped.
+   The offline detectors have fixed texts: there a retired criterion that separates the group again
+   is revived, with its id and its history.
 5. Nothing of a visit is kept before the policy is updated: a run killed in between repeats the
    step.
 6. The reward is S alone. The released code mixes in format, citations and searches
    (0.5 S + 0.2 + 0.2 + 0.1); responses here neither cite nor search.
-7. The denominator of Eq. 1 is at least 1: so it is in the released code, if not in the paper.
+7. The denominator of S is at least 1: so it is in the released code, if not in the paper.
+8. A response without text is left out of the std; it earns 0, or the group's lowest reward where
+   that is below 0 (rar.silence_rule). The released code counts it as one that meets nothing.
+9. Grades are rounded to 0, 0.5 or 1. The released code passes on a judge's 1.3 of 2.
 
     python rler.py                                       # one group: what evolves, and what it pays
     python train.py --method rler                        # a whole run
@@ -128,7 +134,7 @@ def criterion_id(prompt_id: str, text: str) -> str:
     """
     # Case, spaces and signs do not count: a writer's second version of a criterion differs in
     # these. (So "x < 5" and "x > 5" are one criterion; a writer that needs both has words for
-    # them.)
+    # them.) Only % does: 5 words and 5 % of the words are two limits.
     words = " ".join(re.findall(r"\w+|%", text.lower()))
     digest = hashlib.sha256(f"{prompt_id}\n{words}".encode("utf8", "replace"))
     return digest.hexdigest()[:12]
@@ -148,7 +154,7 @@ class Buffer:
 
     @property
     def in_use(self) -> list[EvolvingCriterion]:
-        """The criteria that are judged: initial ones first, then active ones, oldest first."""
+        """The criteria that are judged: initial ones, then active ones as they became active."""
         return self.persistent + self.active
 
     @property
@@ -167,7 +173,8 @@ class Buffer:
         """Adds proposals to the active criteria before they are judged; `prune` enforces the cap.
 
         proposed: None where the writer failed. revive: a retired criterion proposed again comes
-        back. Returns counts: proposed, failed, new, revived, duplicates.
+        back. Returns counts: proposed (before the cut at MAX_PROPOSALS), failed, new, revived,
+        duplicates.
         """
         # A writer that fails says nothing about the criteria in use: they stay (decision 3).
         if proposed is None:
@@ -196,15 +203,15 @@ class Buffer:
                 count["revived"] += 1
         return count
 
-    def prune(self, stds: list[float | None], step: int, keep: int) -> int:
+    def prune(self, stds: list[float | None], step: int, rubrics_kept: int) -> int:
         """Filters the active criteria after a visit (section 3.1). Returns the number retired.
 
         stds: of `in_use`, in its order; None where fewer than two verdicts exist.
         """
         for criterion, std in zip(self.in_use, stds, strict=True):
             criterion.seen.append([step, std])
-            # Only the current spread counts, however old a criterion is: a fault that every
-            # response commits has none. It costs something only while some responses avoid it.
+            # A fault that every response commits lowers all rewards of the group alike and so
+            # moves no advantage: it goes, however useful it once was.
             if not criterion.is_initial and std is not None and std <= ZERO_STD:
                 criterion.retired = step
                 criterion.why = "no spread"
@@ -213,11 +220,14 @@ class Buffer:
         # go to the criterion that has been active longer.
         ranked = [criterion for criterion in self.active if criterion.retired is None]
         ranked.sort(key=lambda criterion: criterion.last_std, reverse=True)
-        for criterion in ranked[keep:]:
+        for criterion in ranked[rubrics_kept:]:
             criterion.retired = step
-            criterion.why = f"crowded out: {len(ranked)} for {keep} places"
+            criterion.why = f"crowded out: {len(ranked)} for {rubrics_kept} places"
+        return self.move_retired()
 
-        # The retired ones are never deleted: the writer sees them, and ids stay unique.
+    def move_retired(self) -> int:
+        """Moves what has just been retired out of the active criteria. Returns the number."""
+        # It is never deleted: the writer sees it, and ids stay unique.
         still_active = []
         n_before = len(self.active)
         for criterion in self.active:
@@ -244,7 +254,8 @@ def evolving_criterion(criterion: Criterion, key: str, step: int) -> EvolvingCri
 
 def initial_buffer(example: Example) -> Buffer:
     """The buffer of a prompt before its first visit: the example's rubric, scaled (decision 1)."""
-    # On average as heavy as an evolving criterion; the proportions stay.
+    # On average as heavy as an evolving criterion; the proportions stay. Never 0: rows with
+    # nothing to earn are refused when they are read.
     size = statistics.fmean(abs(criterion.weight) for criterion in example.rubric)
 
     # Copies: the example's own rubric is also what an evaluation judges by.
@@ -312,65 +323,6 @@ def listing(criteria: list[EvolvingCriterion]) -> str:
     return "\n".join(f"{c.weight:+.1f} {c.title}: {c.text}" for c in criteria)
 
 
-def read_proposal(answer: dict) -> list[Criterion]:
-    """The criteria in a writer's answer. Raises ValueError with what is wrong with it.
-
-    >>> answer = {"positive": [], "negative": [{"text": "Repeats the question."}]}
-    >>> [(c.title, c.weight) for c in read_proposal(answer)]
-    [('Repeats the question.', -1.0)]
-    """
-    signed = []
-    for name, weight in (("positive", 1.0), ("negative", -1.0)):
-        criteria = []
-        for entry in read_entries(answer, name):
-            # The message goes back to the model, which is asked once more (LLMJudge.write).
-            if not entry.text:
-                raise ValueError('every entry of "positive" and "negative" needs a "text"')
-            criteria.append(Criterion(entry.text, weight, entry.title))
-        signed.append(criteria)
-
-    # Interleaved, so that the cut at MAX_PROPOSALS leaves some of both signs.
-    interleaved = []
-    for pair in zip_longest(*signed):
-        interleaved += [criterion for criterion in pair if criterion is not None]
-    return interleaved
-
-
-class Entry(NamedTuple):
-    """One entry of a list in a model's answer: title and text on one line each, and all of it."""
-
-    title: str
-    text: str
-    values: dict
-
-
-def read_entries(answer: dict, name: str) -> list[Entry]:
-    """The entries of the list `name`; a missing text is "". Raises ValueError without the list."""
-    is_list = isinstance(answer.get(name), list)
-    if not is_list:
-        raise ValueError(f'"{name}" must be a list')
-
-    entries = []
-    for item in answer[name]:
-        # What is no object has no text, and the caller decides what that means.
-        values = item if isinstance(item, dict) else {}
-        text = one_line(values.get("text"))
-        title = one_line(values.get("title"))
-        # A title is for logs and pictures: the beginning of the text serves as well.
-        if not title:
-            title = text[:40]
-        entries.append(Entry(title, text, values))
-    return entries
-
-
-def one_line(value: object) -> str:
-    """A text on one line, fit to be sent (judge.clean); "" for anything but a text."""
-    # A model may answer with a number or null where a text should be.
-    if not isinstance(value, str):
-        return ""
-    return " ".join(clean(value).split())
-
-
 # ------------------------------------------------------------------------------------ Eq. 1
 
 # Each call sees one criterion and one response, as in the paper (Fig. 12, which says no more of
@@ -427,10 +379,10 @@ def graded_questions(
 
 
 def evolving_reward(rubric: Rubric, scores: list[float]) -> float:
-    """S of Eq. 1: sum of w s over the sum of the positive w.
+    """S of Eq. 1: sum of w s over the sum of the positive w, at least 1.
 
-    rubric: [K] criteria; scores: [K] grades in {0, 0.5, 1}, none missing (rar.group_rewards fills
-    them in). At most 1, and below 0 where faults outweigh.
+    rubric, scores: the criteria and their grades 0, 0.5 or 1; a missing one is already its group's
+    mean (rar.group_rewards). At most 1, and below 0 where faults outweigh.
 
     >>> rubric = [Criterion("", 1), Criterion("", 1), Criterion("", -1)]
     >>> [evolving_reward(rubric, scores) for scores in ([1, 0.5, 0], [1, 1, 1], [0, 0, 1])]
@@ -452,7 +404,7 @@ def round_to_half(score: float | None) -> float | None:
     """
     if score is None:
         return None
-    # A judge may answer 1.3 of 2. The released code passes that on.
+    # A judge may answer 1.3 of 2 (decision 9).
     return math.floor(2 * score + 0.5) / 2
 
 
@@ -474,9 +426,10 @@ class Visit:
 
 
 class RLER(RubricReward):
-    """Rubric rewards whose rubrics change in `after_step`.
+    """Rubric rewards whose rubrics grow in `score`, before judging, and shrink in `after_step`.
 
-    With several processes, `score` and `after_step` run on rank 0 alone, which holds the buffers.
+    Both work on copies of the buffers, which `after_step` puts in place. With several
+    processes they run on rank 0 alone, which holds the buffers.
     """
 
     def __init__(self, judge, config):
@@ -496,7 +449,7 @@ class RLER(RubricReward):
         self.visits: dict[str, Visit] = {}
         self.count = Counter()
 
-    # ---- hooks
+    # ---- a step, in the order of its calls
 
     def before_step(self, step: int, examples: list[Example], lab=None) -> dict:
         """Notes the step. step: updates done before. There is nothing to decide: no metrics."""
@@ -504,79 +457,16 @@ class RLER(RubricReward):
         self.step = step + 1
         return {}
 
-    def rubric_for(self, example: Example) -> Rubric:
-        """The criteria in use, new ones among them."""
-        return self.visits[example.id].buffer.in_use
-
-    def questions(
-        self, example: Example, response: str, rubric: Rubric
-    ) -> list[Question | Verdict]:
-        """Grades from 0 to 2 instead of yes or no."""
-        return graded_questions(example, response, rubric)
-
-    def aggregate(self, rubric: Rubric, matrix: Matrix) -> list[float]:
-        """Eq. 1: rewards [G] of a group's rollouts with text from their verdicts [G][K]."""
-        # Rounded first: the mean that fills in for a missing verdict is one of grades.
-        grades = []
-        for row in matrix:
-            grades.append([round_to_half(score) for score in row])
-        return group_rewards(evolving_reward, rubric, grades)
-
-    def after_step(self, groups: list[Group]) -> dict:
-        """Keeps the criteria that tell this step's rollouts apart. Returns metrics of the rubrics.
-
-        rubric_proposed, _new, _revived, _duplicates, _failed, _retired: counts of the step.
-        rubric_active: active criteria per prompt; _age: their mean age in steps; _negative: the
-        share with weight -1; _agreement: correlation, over a prompt's rollouts, of the points from
-        initial criteria with those from evolving ones.
-        """
-        active = []
-        agreements = []
-        for prompt_id, visit in self.visits.items():
-            # Before pruning: the verdicts belong to the criteria in use until now.
-            agreements.append(agreement(visit))
-            keep = self.config.rubrics_kept
-            self.count["retired"] += visit.buffer.prune(spreads(visit), self.step, keep)
-            # The policy is updated: from here on the visit has happened (decision 5).
-            self.buffers[prompt_id] = visit.buffer
-            active += visit.buffer.active
-
-        metrics = {}
-        for name in ("proposed", "new", "revived", "duplicates", "failed", "retired"):
-            metrics[f"rubric_{name}"] = self.count[name]
-        metrics["rubric_active"] = len(active) / max(len(self.visits), 1)
-        # nan without active criteria: a mean of nothing is not 0.
-        metrics["rubric_age"] = nanmean([float(self.step - c.born) for c in active])
-        metrics["rubric_negative"] = nanmean([float(c.weight < 0) for c in active])
-        metrics["rubric_agreement"] = nanmean(agreements)
-        return metrics
-
-    def state_dict(self) -> dict:
-        """All buffers as plain values, for a checkpoint. The step is the training loop's."""
-        # asdict copies deep: later steps do not change what was given here.
-        buffers = {}
-        for prompt_id, buffer in self.buffers.items():
-            buffers[prompt_id] = asdict(buffer)
-        return {"buffers": buffers}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Restores exactly what state_dict gives."""
-        self.buffers = {}
-        for prompt_id, buffer in state["buffers"].items():
-            self.buffers[prompt_id] = read_buffer(buffer)
-
-    # ---- not hooks: the step under way
-
     def score(self, groups: list[Group], show_progress: bool = False) -> None:
         """Proposes criteria, then judges as RubricReward does, with the new criteria in place."""
         # No hook sees all rollouts of a prompt before they are judged, so proposals come here.
         self.open_visits(groups)
         proposals = self.propose(show_progress)
+        # A writer was shown the retired criteria and told not to repeat them (decision 4).
+        revive = not self.has_writer
         for prompt_id, visit in self.visits.items():
             # Nobody was asked about a group without text: that is no failure of the writer.
             proposed = proposals.get(prompt_id, [])
-            # A writer was shown the retired criteria and told not to repeat them (decision 4).
-            revive = not self.has_writer
             self.count += visit.buffer.admit(proposed, prompt_id, self.step, revive)
         # New criteria judge the very responses that they come from.
         super().score(groups, show_progress)
@@ -607,7 +497,10 @@ class RLER(RubricReward):
         if not self.has_writer:
             proposals = {}
             for visit in visits:
-                proposals[visit.example.id] = detect(visit.example, visit.texts, visit.buffer)
+                proposed = detect(visit.example, visit.texts, visit.buffer)
+                # Before judging: a fault has one limit at a time.
+                self.count["retired"] += retire_old_limits(visit.buffer, proposed, self.step)
+                proposals[visit.example.id] = proposed
             return proposals
 
         # All prompts of the step at once: the writer's calls run side by side.
@@ -626,11 +519,72 @@ class RLER(RubricReward):
             proposals[visit.example.id] = answer
         return proposals
 
+    def rubric_for(self, example: Example) -> Rubric:
+        """The criteria in use, new ones among them."""
+        return self.visits[example.id].buffer.in_use
+
+    def questions(
+        self, example: Example, response: str, rubric: Rubric
+    ) -> list[Question | Verdict]:
+        """Grades from 0 to 2 instead of yes or no."""
+        return graded_questions(example, response, rubric)
+
+    def aggregate(self, rubric: Rubric, matrix: Matrix) -> list[float]:
+        """Eq. 1: rewards [G] of a group's rollouts with text from their verdicts [G][K]."""
+        # Rounded first: the mean that fills in for a missing verdict is one of grades.
+        grades = []
+        for row in matrix:
+            grades.append([round_to_half(score) for score in row])
+        return group_rewards(evolving_reward, rubric, grades)
+
+    def after_step(self, groups: list[Group]) -> dict:
+        """Keeps the criteria that tell this step's rollouts apart. Returns metrics of the rubrics.
+
+        rubric_proposed, _new, _revived, _duplicates, _failed, _retired: counts of the step.
+        rubric_active: active criteria per prompt; _age: steps since they were born, on average (a
+        revived one was retired for some of them); _negative: the share with weight -1;
+        _agreement: see `agreement`.
+        """
+        active = []
+        agreements = []
+        for prompt_id, visit in self.visits.items():
+            # Before pruning: the verdicts belong to the criteria in use until now.
+            agreements.append(agreement(visit))
+            kept = self.config.rubrics_kept
+            self.count["retired"] += visit.buffer.prune(spreads(visit), self.step, kept)
+            # The policy is updated: from here on the visit has happened (decision 5).
+            self.buffers[prompt_id] = visit.buffer
+            active += visit.buffer.active
+
+        metrics = {}
+        for name in ("proposed", "new", "revived", "duplicates", "failed", "retired"):
+            metrics[f"rubric_{name}"] = self.count[name]
+        metrics["rubric_active"] = len(active) / max(len(self.visits), 1)
+        # nan without active criteria: a mean of nothing is not 0.
+        metrics["rubric_age"] = nanmean([float(self.step - c.born) for c in active])
+        metrics["rubric_negative"] = nanmean([float(c.weight < 0) for c in active])
+        metrics["rubric_agreement"] = nanmean(agreements)
+        return metrics
+
+    def state_dict(self) -> dict:
+        """All buffers as plain values, for a checkpoint. The step is the training loop's."""
+        # asdict copies deep: later steps do not change what was given here.
+        buffers = {}
+        for prompt_id, buffer in self.buffers.items():
+            buffers[prompt_id] = asdict(buffer)
+        return {"buffers": buffers}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restores exactly what state_dict gives."""
+        self.buffers = {}
+        for prompt_id, buffer in state["buffers"].items():
+            self.buffers[prompt_id] = read_buffer(buffer)
+
 
 def spreads(visit: Visit) -> list[float | None]:
     """The std of each criterion in use over the responses; None for fewer than two verdicts."""
-    # Silence is left out: a criterion that every response with text meets would seem to tell
-    # them apart, only because an empty response meets nothing. The released code counts it.
+    # Silence is left out (decision 8): a criterion that every response with text meets would seem
+    # to tell them apart, only because an empty response meets nothing.
     stds = []
     for k in range(len(visit.buffer.in_use)):
         scores = []
@@ -639,6 +593,71 @@ def spreads(visit: Visit) -> list[float | None]:
                 scores.append(round_to_half(rollout.verdicts[k].score))
         stds.append(population_std(scores))
     return stds
+
+
+# A first reader can stop here: what follows parses a writer's answers, logs a figure, takes the
+# writer's place offline and shows one group.
+
+# ------------------------------------------------------------------------------ answers, agreement
+
+
+def read_proposal(answer: dict) -> list[Criterion]:
+    """The criteria in a writer's answer. Raises ValueError with what is wrong with it.
+
+    >>> answer = {"positive": [], "negative": [{"text": "Repeats the question."}]}
+    >>> [(c.title, c.weight) for c in read_proposal(answer)]
+    [('Repeats the question.', -1.0)]
+    """
+    signed = []
+    for name, weight in (("positive", 1.0), ("negative", -1.0)):
+        criteria = []
+        for entry in read_entries(answer, name):
+            # The message goes back to the model, which is asked once more (LLMJudge.write).
+            if not entry.text:
+                raise ValueError('every entry of "positive" and "negative" needs a "text"')
+            criteria.append(Criterion(entry.text, weight, entry.title))
+        signed.append(criteria)
+
+    # Interleaved, so that the cut at MAX_PROPOSALS leaves some of both signs.
+    interleaved = []
+    for pair in zip_longest(*signed):
+        interleaved += [criterion for criterion in pair if criterion is not None]
+    return interleaved
+
+
+class Entry(NamedTuple):
+    """One entry of a list in a model's answer, its title and text on one line each."""
+
+    title: str
+    text: str
+    values: dict  # the entry as it came: tools/write_rubrics.py asks for more than title and text
+
+
+def read_entries(answer: dict, name: str) -> list[Entry]:
+    """The entries of the list `name`; a missing text is "". Raises ValueError without the list."""
+    is_list = isinstance(answer.get(name), list)
+    if not is_list:
+        raise ValueError(f'"{name}" must be a list')
+
+    entries = []
+    for item in answer[name]:
+        # What is no object has no text, and the caller decides what that means.
+        values = item if isinstance(item, dict) else {}
+        text = one_line(values.get("text"))
+        title = one_line(values.get("title"))
+        # A title is for logs and pictures: the beginning of the text serves as well.
+        if not title:
+            title = text[:40]
+        entries.append(Entry(title, text, values))
+    return entries
+
+
+def one_line(value: object) -> str:
+    """A text on one line, fit to be sent (judge.clean); "" for anything but a text."""
+    # A model may answer with a number or null where a text should be.
+    if not isinstance(value, str):
+        return ""
+    return " ".join(clean(value).split())
 
 
 def agreement(visit: Visit) -> float:
@@ -670,7 +689,8 @@ def agreement(visit: Visit) -> float:
 
 # Not in the paper. They take the writer's place where no language model is at hand, so that a
 # run without one shows the same life of rubrics, and exactly the same one each time. What they
-# propose has a check: judge.py decides it by counting.
+# propose has a check: judge.py decides it by counting. A fault has one limit at a time: as the
+# policy drifts, a limit that separates better takes the place of the active one.
 
 
 class Fault(NamedTuple):
@@ -731,7 +751,7 @@ def detect(example: Example, texts: list[str], buffer: Buffer) -> list[Criterion
 
     texts: responses with text. Sorted by the spread of their verdicts in the group.
     """
-    candidates = [score_candidate(COMPLETE, texts)]
+    candidates = [score_candidate(COMPLETE, example, texts)]
     for fault in FAULTS:
         candidates.append(choose_limit(fault, example, texts))
     candidates += choose_words(example, texts, buffer)
@@ -743,20 +763,42 @@ def detect(example: Example, texts: list[str], buffer: Buffer) -> list[Criterion
     proposed = []
     for criterion, spread in candidates:
         # Without spread a criterion would be retired after this very visit.
-        separates = spread > ZERO_STD
-        if separates and criterion_id("", criterion.text) not in in_use:
+        least = ZERO_STD
+        # A limit that separates no better than the active one of its fault is no progress.
+        for active in same_fault(criterion, buffer):
+            least = max(least, score_candidate(active, example, texts).spread)
+        if spread > least and criterion_id("", criterion.text) not in in_use:
             proposed.append(criterion)
     return proposed[:MAX_PROPOSALS]
 
 
-def score_candidate(criterion: Criterion, texts: list[str]) -> Candidate:
+def same_fault(criterion: Criterion, buffer: Buffer) -> list[EvolvingCriterion]:
+    """The active criteria that measure the same as `criterion`, with whichever limit."""
+    measure = criterion.check.partition(" > ")[0]
+    return [active for active in buffer.active if active.check.partition(" > ")[0] == measure]
+
+
+def retire_old_limits(buffer: Buffer, proposed: list[Criterion], step: int) -> int:
+    """Retires active limits of the faults that are proposed with a better one; returns how many.
+
+    Done before judging: two limits of one fault would charge the worst responses twice.
+    """
+    for criterion in proposed:
+        # Retired, not changed: the new limit is another criterion, with a history of its own.
+        for old in same_fault(criterion, buffer):
+            old.retired = step
+            old.why = "another limit separates better"
+    return buffer.move_retired()
+
+
+def score_candidate(criterion: Criterion, example: Example, texts: list[str]) -> Candidate:
     """A criterion with the spread of its check over the responses."""
-    scores = [check_verdict(criterion.check, text).score for text in texts]
+    scores = [check_verdict(criterion.check, text, example.question).score for text in texts]
     return Candidate(criterion, statistics.pstdev(scores))
 
 
 def choose_limit(fault: Fault, example: Example, texts: list[str]) -> Candidate:
-    """The fault with the limit that separates best; as the policy drifts, the limit moves."""
+    """The fault with the limit that separates these responses best."""
     measure = CHECKS[fault.measure].function
     values = [measure(text, example.question) for text in texts]
     is_share = fault.least is not None
@@ -804,7 +846,7 @@ def choose_words(example: Example, texts: list[str], buffer: Buffer) -> list[Can
             text = f"Mentions the word '{word}'."
             check = f'mentions "{word}"'
             criterion = Criterion(text, 1.0, f"Mentions {word}", check=check)
-            candidates.append(score_candidate(criterion, texts))
+            candidates.append(score_candidate(criterion, example, texts))
 
     # A few words only: a rubric of keywords would pay for stuffing them.
     candidates.sort(key=lambda candidate: candidate.spread, reverse=True)
@@ -841,9 +883,11 @@ def demo() -> None:
     buffer = method.buffers[example.id]
 
     print(f"Question: {example.question}\n")
-    print("reward by the initial rubric, and with what this group adds to it:")
+    print("reward by the initial rubric, and with what this group adds to it (compare within a")
+    print("column: the added criteria enlarge the denominator):")
     for rollout in rollouts:
-        scores = [verdict.score for verdict in rollout.verdicts[: len(buffer.persistent)]]
+        verdicts = rollout.verdicts[: len(buffer.persistent)]
+        scores = [round_to_half(verdict.score) for verdict in verdicts]
         before = evolving_reward(buffer.persistent, scores)
         print(f"  {before:+.2f}  {rollout.reward:+.2f}   {rollout.text}")
 

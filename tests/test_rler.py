@@ -356,7 +356,7 @@ def test_equal_fractions_have_no_spread():
     assert rler.population_std([0.1] * 6) <= rler.ZERO_STD
     assert rler.population_std([0.35] * 7) <= rler.ZERO_STD
     buffer = rler.Buffer([], [EvolvingCriterion("Kind.", 1.0, id="k", born=1)])
-    assert buffer.prune([1.4e-17], step=1, keep=5) == 1
+    assert buffer.prune([1.4e-17], step=1, rubrics_kept=5) == 1
 
 
 def test_an_empty_response_keeps_no_saturated_criterion_alive():
@@ -767,6 +767,64 @@ def test_a_detector_that_is_needed_again_comes_back_as_itself():
     assert [step for step, _ in again.seen] == [1, 2, 3]
     assert metrics["rubric_revived"] >= 1
     assert again.id not in {criterion.id for criterion in method.buffers["cold"].retired}
+
+
+def lasting(n):
+    """A response that repeats itself the more, the larger n is."""
+    return "drink water now " * n + "and sleep well at night in a dark room"
+
+
+def test_a_better_limit_takes_the_place_of_the_active_one_of_its_fault():
+    """One fault, one charge: two active limits would charge the worst response twice."""
+    fine = "You should rest and drink enough water every day."
+    method = RLER(LexicalJudge(), settings())
+    visit(method, [fine, fine, fine, lasting(2)])
+    [low] = repetition_in(method.buffers["cold"].active)
+
+    # Now that three of four repeat themselves, a higher limit tells the four apart better.
+    drifted = [fine, lasting(2), lasting(8), lasting(8)]
+    [(_, group)], metrics = visit(method, drifted)
+    buffer = method.buffers["cold"]
+    [high] = repetition_in(buffer.active)
+    assert float(high.check.split()[-1]) > float(low.check.split()[-1])
+    assert high.last_std == 0.5
+    [old] = repetition_in(buffer.retired)
+    assert (old.id, old.retired, old.why) == (low.id, 2, "another limit separates better")
+    assert old.seen == [[1, pytest.approx(math.sqrt(3) / 4)]]
+    assert metrics["rubric_retired"] == len(buffer.retired)
+    # Its verdicts are no part of the reward any more.
+    assert len(repetition_in(group[3].criteria)) == 1
+
+    # Back again: as itself, and again the only one.
+    visit(method, [fine, lasting(2), fine, lasting(2)])
+    [again] = repetition_in(method.buffers["cold"].active)
+    assert (again.id, again.born) == (low.id, 1)
+
+
+def test_a_limit_that_separates_no_better_is_not_proposed():
+    fine = "You should rest and drink enough water every day."
+    method = RLER(LexicalJudge(), settings())
+    visit(method, [lasting(2), lasting(8)])
+    [high] = repetition_in(method.buffers["cold"].active)
+    # The lowest limit would do as well as the active one.
+    visit(method, [fine, lasting(8)])
+    [still] = repetition_in(method.buffers["cold"].active)
+    assert still.id == high.id
+    assert not repetition_in(method.buffers["cold"].retired)
+
+
+def test_no_fault_is_ever_charged_at_two_limits():
+    pool = [*TEXTS.values(), *map(lasting, (1, 2, 4, 8, 16))]
+    names = {fault.measure for fault in rler.FAULTS}
+    for seed in range(60):
+        rng = random.Random(seed)
+        example = Example("x", COLD.prompt, INITIAL, COLD.reference)
+        method = RLER(LexicalJudge(), settings())
+        for _ in range(6):
+            [(_, group)], _ = visit(method, rng.choices(pool, k=5), example=example)
+            measures = [criterion.check.split(" > ")[0] for criterion in group[0].criteria]
+            faults = [measure for measure in measures if measure in names]
+            assert len(set(faults)) == len(faults)
 
 
 def test_stuffed_words_pay_less_once_the_group_has_shown_them():
