@@ -14,9 +14,11 @@ A run's folder holds config.json, prompts.jsonl, metrics.jsonl (one line per ste
 (one line per rollout, with every verdict), report.html, report.png and checkpoint (loads with
 transformers). tools/report.py compares runs, tools/compare.py evaluates one.
 
-Reading order: Config; data; Policy; train_step and loop, the idea on one screen; evaluation; the
-run's folder; resuming; main. Of several processes each samples its share of the prompts, the first
-one judges, and all of them compute the same update.
+Read Config, data, Policy, the loop, evaluation and `begin`, in this order: the first third of the
+file. The rest keeps a run safe, and can be skipped: processes, terminal, flags, the run's folder,
+logs, checkpoints, resuming, signals, main. Of several processes each samples its share of the
+prompts, the first one judges, each takes the gradient of its share of the rollouts (grpo.update),
+and all of them step by the sum.
 """
 
 import argparse
@@ -58,7 +60,7 @@ from judge import (
     progress_bar,
     without_password,
 )
-from tools.report import printable, summarise, write_report
+from tools.report import interval_text, printable, summarise, write_report
 
 HERE = Path(__file__).resolve().parent
 
@@ -182,188 +184,12 @@ class Config:
     save_every: Annotated[int, "steps between checkpoints (the last is made)", COUNT] = 10
 
     def __post_init__(self):
+        # Resolved here, so that config.json holds the number that was used. vLLM's kernels give
+        # other log-probs than the trainer's; torch's are the same.
         if self.tis_cap < 0:
-            # vLLM's kernels give other log-probs than the trainer's; torch's are the same.
             self.tis_cap = 0.0
             if self.sampler != "torch":
                 self.tis_cap = 2.0
-
-
-# What may differ from the run that is resumed: its length, how often it looks, where a model as
-# judge is served and how fast it is asked. Anything else would make one log out of two experiments.
-RESUMABLE = {"steps", "eval_every", "save_every", "resume", "judge_rpm", "judge_tpm"}
-JUDGES = ("judge", "eval_judge")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors that name the nearest flag."""
-
-    def error(self, message: str):
-        """Raises UserError."""
-        # A mistyped flag that passes costs a run of hours.
-        if message.startswith("unrecognized arguments:"):
-            flag = message.split(":", 1)[1].split()[0].split("=")[0]
-            similar = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.5)
-            message = f"unknown flag {flag}; see --help"
-            if similar:
-                message = f"unknown flag {flag}; did you mean {similar[0]}?"
-        raise UserError(message)
-
-
-def parse_config(argv: list[str]) -> tuple[Config, set[str]]:
-    """The settings, and the names of those that were given. Raises UserError."""
-    # No abbreviations: --step would pass for --steps today and be ambiguous tomorrow.
-    parser = Parser(
-        prog="train.py",
-        usage="python train.py [--flag value ...]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    for entry in fields(Config):
-        # The annotation holds the type, the help text and the limits.
-        kind, about, *_ = get_args(entry.type)
-        choices = get_args(kind) or None
-        if choices:
-            kind = type(choices[0])
-        if entry.default != "":
-            about = f"{about} [{entry.default}]"
-
-        # SUPPRESS leaves out what was not given: a resumed run must know the difference.
-        options = {"type": kind, "choices": choices, "default": argparse.SUPPRESS}
-        parser.add_argument(f"--{entry.name}", help=about.replace("%", "%%"), **options)
-
-    given = vars(parser.parse_args(argv))
-    for name, value in given.items():
-        # An empty value is a script's unset variable; the default would be another experiment.
-        if value == "":
-            raise UserError(f"--{name}: empty; give a value, or leave the flag out")
-        problem = setting_problem(name, value)
-        if problem:
-            raise UserError(f"--{name} {shown(name, value)}: {problem}")
-    return Config(**given), set(given)
-
-
-def setting_problem(name: str, value) -> str:
-    """What is wrong with a setting, given as a flag or read from a file; "" when nothing is."""
-    kind, _, *limits = get_args(Config.__dataclass_fields__[name].type)
-    choices = get_args(kind)
-    if choices:
-        # True and 1.0 equal 1, but they are not what the flag takes.
-        if value in choices and type(value) is type(choices[0]):
-            return ""
-        return "give one of " + ", ".join(str(choice) for choice in choices)
-    if kind is str:
-        # Names are printed and written into JSON; an escape sequence would be neither.
-        if isinstance(value, str) and printable(value) == value:
-            return ""
-        return "give a text without control characters"
-
-    # A whole number will do where a float is wanted, not the other way round.
-    if type(value) is not kind and not (kind is float and type(value) is int):
-        return f"give a number ({kind.__name__})"
-
-    # nan compares as false with every limit, so it is asked for first.
-    if not math.isfinite(value):
-        return "give a finite number"
-    for limit in limits:
-        if value < limit.at_least:
-            return f"give at least {limit.at_least}"
-        if value > limit.at_most:
-            return f"give at most {limit.at_most}"
-        if value <= limit.above:
-            return f"give a number above {limit.above}"
-    return ""
-
-
-def shown(name: str, value) -> str:
-    """A setting as it may be printed: without a password, and not endless."""
-    if name in JUDGES and isinstance(value, str):
-        value = without_passwords(value)
-    return printable(str(value))[:200]
-
-
-def without_passwords(urls: str) -> str:
-    """The URLs of a judge as they may be shown and stored."""
-    return ",".join(without_password(url) for url in split_urls(urls))
-
-
-def split_urls(text: str) -> list[str]:
-    """The URLs (or "offline") of a judge; a comma inside a password separates nothing.
-
-    >>> split_urls("http://me:a,b@host/v1,offline")
-    ['http://me:a,b@host/v1', 'offline']
-    """
-    return re.split(r",(?=https?://|offline(?:,|$))", text)
-
-
-def make_judge(config: Config):
-    """The judge that pays. One of your own goes here: it needs `ask` and `take_stats`."""
-    return judge_at(config, config.judge, config.judge_model)
-
-
-def make_eval_judge(config: Config):
-    """The judge that only grades held-out answers; None without one."""
-    if not config.eval_judge:
-        return None
-    # The cache knows judges by their models' names: the second one would be given the first one's
-    # answers.
-    shared = set(config.judge_model.split(",")) & set(config.eval_judge_model.split(",")) - {""}
-    if shared:
-        name = ", ".join(sorted(shared))
-        raise UserError(f"--eval_judge_model {name}: the judge that pays; give another model")
-    return judge_at(config, config.eval_judge, config.eval_judge_model)
-
-
-def judge_at(config: Config, urls: str, models: str):
-    """The judge at these URLs, with commas between several: a panel. Raises JudgeError."""
-    # One name for all of them, or one for each.
-    names = models.split(",")
-    addresses = split_urls(urls)
-    if len(names) == 1:
-        names = names * len(addresses)
-    if len(names) != len(addresses):
-        raise UserError(f"{len(addresses)} judges and {len(names)} names of models: give one each")
-
-    # Answers are cached beside the run's folder: runs that are compared share them.
-    cache = Path(config.resume or config.out or "runs/run").parent / "judge_cache.sqlite"
-    options = {
-        "k": config.judge_k,
-        "cache_path": str(cache),
-        "max_missing": config.judge_max_missing,
-        "rpm": config.judge_rpm,
-        "tpm": config.judge_tpm,
-    }
-    judges = []
-    for address, name in zip(addresses, names):
-        if address == "offline":
-            judges.append(LexicalJudge())
-        else:
-            judges.append(LLMJudge(address, name, **options))
-    if len(judges) == 1:
-        return judges[0]
-    return Panel(judges)
-
-
-def probe(judge) -> str:
-    """A line about what the judge's server can do. Raises JudgeError when it cannot be used."""
-    # A judge of one's own need not have it.
-    if hasattr(judge, "probe"):
-        return judge.probe()
-    return ""
-
-
-def make_method(config: Config, judge) -> rar.RubricReward:
-    """The reward that the settings name. A reward of your own goes here."""
-    # Nothing below asks which method it is: they differ in their hooks only.
-    methods = {
-        "rler": rler.RLER,
-        "arlrr": arlrr.ARLRR,
-        "axis_mean": arlrr.AxisMean,
-        "gdpo": arlrr.GDPO,
-    }
-    method = methods.get(config.method, rar.RubricReward)
-    return method(judge, config)
 
 
 # ---------------------------------------------------------------------- data
@@ -386,31 +212,6 @@ def read_data(config: Config) -> tuple[list[rar.Example], list[rar.Example]]:
     random.Random(0).shuffle(train)
     size = min(24, max(1, len(train) // 10))
     return train[size:], train[:size]
-
-
-def fitting(
-    examples: list[rar.Example], policy: "Policy", max_new_tokens: int, split: str
-) -> list[rar.Example]:
-    """The examples whose prompts fit the model's context. Raises UserError when none does."""
-    # A prompt that is too long is left out and not cut: the rubric was written for all of it.
-    short = []
-    for example in examples:
-        try:
-            length = len(policy.encode(example))
-        except ValueError as error:
-            # The chat template refuses it: it takes no system message, or wants the roles in turn.
-            raise UserError(f"{split} prompt {example.id!r}: {error}") from None
-        if length + max_new_tokens <= policy.context:
-            short.append(example)
-
-    context = f"the model's context of {policy.context} tokens"
-    limit = f"{context} (with --max_new_tokens {max_new_tokens})"
-    if not short:
-        raise UserError(f"no {split} prompt fits {limit}; shorten them, or lower --max_new_tokens")
-    skipped = len(examples) - len(short)
-    if skipped:
-        warn(f"skipped {skipped} of {len(examples)} {split} prompts: longer than {limit}")
-    return short
 
 
 def next_batch(examples: list[rar.Example], config: Config, step: int) -> list[rar.Example]:
@@ -456,39 +257,11 @@ class Policy:
         # Some models have no limit; some keep it in a config inside the config.
         text_config = self.model.config.get_text_config()
         self.context = getattr(text_config, "max_position_embeddings", None) or 10**9
-        self.engine = None
+        self.engine = None  # vLLM's, see start_engine
 
     def encode(self, example: rar.Example) -> list[int]:
         """Token ids of the example's prompt, ready for the assistant's turn."""
         return grpo.encode(self.tokenizer, example.prompt, self.template_kwargs)
-
-    def start_engine(self, config: Config, examples: list[rar.Example]) -> None:
-        """Starts vLLM next to the policy. Raises UserError when it is missing or does not fit."""
-        # Room for the longest of these prompts and not more: it is taken from the trainer.
-        longest = max(len(self.encode(example)) for example in examples)
-        context = longest + config.max_new_tokens
-        folder = self.model.config._name_or_path
-        bfloat16 = self.model.bfloat16_layers
-        sleep = config.sampler == "vllm_sleep"
-        try:
-            self.engine = grpo.VLLMSampler(folder, context, bfloat16, config.vllm_memory, sleep)
-        except ImportError as error:
-            advice = "pip install vllm==0.32.0"
-            raise UserError(f"--sampler vllm: cannot be imported ({error}); {advice}") from None
-        except (ValueError, RuntimeError) as error:
-            advice = "free memory on the card, or lower --vllm_memory"
-            raise UserError(f"--sampler vllm: {first_line(error)}; {advice}") from None
-
-    def sleep(self) -> None:
-        """Frees the engine's memory for the update, where --sampler vllm_sleep asks for it."""
-        if self.engine:
-            self.engine.sleep()
-
-    def sync(self) -> None:
-        """Copies the weights into the engine, if there is one."""
-        # Otherwise the next rollouts would come from the policy before the update.
-        if self.engine:
-            self.engine.sync(self.model)
 
     def rollouts(
         self,
@@ -536,6 +309,17 @@ class Policy:
             groups.append(rar.Group(example, by_rank[place % world][place // world]))
         return groups
 
+    def free_engine_memory(self) -> None:
+        """With --sampler vllm_sleep: gives the engine's memory to the update, until `sync`."""
+        if self.engine:
+            self.engine.sleep()
+
+    def sync(self) -> None:
+        """Copies the weights into the engine, if there is one, and wakes it."""
+        # Otherwise the next rollouts would come from the policy before the update.
+        if self.engine:
+            self.engine.sync(self.model)
+
 
 # ---------------------------------------------------------------------- the loop
 
@@ -546,12 +330,12 @@ class Run:
 
     config: Config
     policy: Policy
-    reference: torch.nn.Module  # the frozen starting model, for the KL
+    reference: torch.nn.Module  # the starting model, frozen: for the KL
     optimizer: torch.optim.Optimizer
     method: rar.RubricReward
     examples: list[rar.Example]
     heldout: list[rar.Example]
-    validation: list[rar.Example]  # for the schedules of arlrr.py
+    validation: list[rar.Example]  # what the schedules of arlrr.py choose by; else empty
     eval_judge: object = None  # grades held-out answers besides the judge that pays
 
 
@@ -567,7 +351,7 @@ def train_step(run: Run, step: int, is_trial: bool = False) -> tuple[dict, list[
 
     # 1. Roll out G completions per prompt. The draws follow from (seed, step) alone: a resumed run
     #    repeats them.
-    start = time.perf_counter()
+    started = time.perf_counter()
     seed = random.Random(f"{config.seed}-{step}").getrandbits(62)
     sampling = (config.group_size, config.max_new_tokens, config.temperature)
     groups = policy.rollouts(batch, *sampling, seed)
@@ -582,61 +366,67 @@ def train_step(run: Run, step: int, is_trial: bool = False) -> tuple[dict, list[
     judged = time.perf_counter()
     method.set_advantages(groups)
     set_learning_rate(run.optimizer, config, step)
-    policy.sleep()
+    policy.free_engine_memory()
     rollouts = [group.rollouts for group in groups]
     with progress_bar(len(groups) * config.group_size, "train", "row", is_first()) as bar:
         learned = grpo.update(
             policy.model, run.optimizer, rollouts, config, run.reference, bar.update
         )
     if learned["kl"] is None and not is_trial:
-        # beta is 0: the loss did not need it, but it shows how far the policy has moved.
-        learned["kl"] = grpo.measure_kl(run.reference, rollouts, config.temperature)
+        # The loss did not need it (beta is 0). From the rollouts' own log-probs, so of the policy
+        # before this update.
+        sizes = (config.temperature, config.pass_tokens)
+        learned["kl"] = grpo.measure_kl(run.reference, rollouts, *sizes)
     policy.sync()
-
     log = {"step": step + 1} | group_metrics(groups) | learned
-    log["seconds_rollout"] = rolled_out - start
-    log["seconds_judge"] = judged - rolled_out
-    log["seconds_train"] = time.perf_counter() - judged
-    log["tokens_per_second"] = log["tokens"] / log["seconds_rollout"]
-    return log, groups
+    return log | phases(log, started, rolled_out, judged), groups
 
 
 def loop(run: Run, folder: "RunFolder", step: int, stop: "Stop") -> None:
-    """Steps, evaluations, logs and checkpoints, from `step` to config.steps."""
+    """From `step` to config.steps: update, evaluate, log, save."""
     config = run.config
-    method = run.method
     lab = make_lab(run)
     score = first_score(run, folder, step)
     with progress_bar(config.steps, "steps", "step", is_first()) as bar:
         bar.update(step)
         while step < config.steps and not stop.signal:
-            with explained(run, folder, step):
-                # ARL-RR chooses, or searches, the class that the step is about.
-                log = method.before_step(step, run.examples, lab.at(step))
+            with explained(run, folder, step, f"step {step + 1}"):
+                # Only ARL-RR decides something here, and uses the lab; the others return {}.
+                log = run.method.before_step(step, run.examples, lab.at(step))
                 metrics, groups = train_step(run, step)
                 log |= metrics
 
-            # Asked once per step: a signal from here on is for the next step, and none is unsaved.
+            # All processes agree here whether to stop. A signal that comes later counts in the next
+            # step: until the save below the answer stays the same.
             stop.agree()
-            log |= from_rank_zero(method.after_step, groups)  # RLER retires rubrics
+            log |= from_rank_zero(run.method.after_step, groups)  # RLER retires rubrics
             step += 1
 
-            # 4. Evaluate, log, then save. Resuming can cut the log back to the checkpoint, but it
-            #    cannot write lines that are missing: what fails here costs steps, not the run.
+            # Logged before it is saved: resuming can cut a log that is ahead of the checkpoint, but
+            # it cannot fill one that lags.
             folder.write_samples(step, "train", groups)
-            is_last = step == config.steps
-            is_evaluated = is_last or step % config.eval_every == 0
-            if is_evaluated:
-                metrics, answers = evaluate_heldout(run)
-                log |= metrics
-                folder.write_samples(step, "heldout", answers)
-                score = log["eval_score"]
-            folder.append("metrics.jsonl", [log | method.judge.take_stats()])
-            if is_last or stop.signal or step % config.save_every == 0:
-                folder.save_checkpoint(run, step)
-            if is_evaluated:
+            log = log_step(run, folder, step, log, groups)
+            score = log.get("eval_score", score)
+            if step == config.steps or stop.signal or step % config.save_every == 0:
+                from_rank_zero(folder.save_checkpoint, run, step)
+            if "eval_score" in log:
                 folder.write_report()
             show_step(bar, config, log, score)
+
+
+def log_step(
+    run: Run, folder: "RunFolder", step: int, log: dict, groups: list[rar.Group]
+) -> dict:
+    """Evaluates when it is time, and writes the step's row of metrics.jsonl. Returns it."""
+    config = run.config
+    if step == config.steps or step % config.eval_every == 0:
+        unfinished = unlogged_rows(step, log, groups)
+        with explained(run, folder, step, f"evaluation after step {step}", unfinished):
+            metrics, answers = evaluate_heldout(run)
+        log = log | metrics
+        folder.write_samples(step, "heldout", answers)
+    folder.append("metrics.jsonl", [log | run.method.judge.take_stats()])
+    return log
 
 
 def scored(method: rar.RubricReward, groups: list[rar.Group]) -> list[rar.Group]:
@@ -648,7 +438,8 @@ def scored(method: rar.RubricReward, groups: list[rar.Group]) -> list[rar.Group]
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, step: int) -> None:
     """Linear warm-up over a tenth of the steps."""
     # Adam's first steps divide by the moments of a single gradient. The rate follows from step and
-    # --steps, so that there is no scheduler to save.
+    # --steps, so that there is no scheduler to save; resumed with more than ten times the steps it
+    # has done, a run warms up once more.
     warm_up = max(1, round(config.steps * 0.1))
     for options in optimizer.param_groups:
         options["lr"] = config.lr * min(1.0, (step + 1) / warm_up)
@@ -672,12 +463,17 @@ def group_metrics(groups: list[rar.Group]) -> dict:
         for rollout in group.rollouts:
             scores.extend(verdict.score for verdict in rollout.verdicts)
 
+    # No criterion, no verdict: then the share is missing as well.
+    judge_missing = math.nan
+    if scores:
+        judge_missing = scores.count(None) / len(scores)
+
     # Thoughts are tokens as well: they are sampled, paid for and learned from.
     tokens = sum(len(r.ids) for r in rollouts)
     return {
         "reward": rar.nanmean([r.reward for r in rollouts]),
         "reward_std": rar.nanmean(spreads),
-        "judge_missing": scores.count(None) / len(scores),
+        "judge_missing": judge_missing,
         "completion_tokens": tokens / len(rollouts),
         "answer_characters": statistics.fmean(len(r.text) for r in rollouts),
         "thought_characters": statistics.fmean(len(r.thoughts) for r in rollouts),
@@ -689,6 +485,17 @@ def group_metrics(groups: list[rar.Group]) -> dict:
         "rollouts": len(rollouts),
         "verdicts": len(scores),
         "tokens": tokens,
+    }
+
+
+def phases(log: dict, started: float, rolled_out: float, judged: float) -> dict:
+    """Seconds of the three phases of a step that ends now, and the sampler's speed."""
+    rollout = rolled_out - started
+    return {
+        "seconds_rollout": rollout,
+        "seconds_judge": judged - rolled_out,
+        "seconds_train": time.perf_counter() - judged,
+        "tokens_per_second": log["tokens"] / rollout,
     }
 
 
@@ -710,48 +517,12 @@ def make_lab(run: Run) -> arlrr.Lab:
     return arlrr.Lab(run.policy.model, run.optimizer, run_update, run_validation, run.policy.sync)
 
 
-@contextmanager
-def explained(run: Run, folder: "RunFolder", step: int):
-    """Turns what can break a step into one line that says what to do."""
-    try:
-        yield
-    except (JudgeError, FloatingPointError) as error:
-        # The policy is that of the last good step; with several epochs or minibatches, of the last
-        # good one of them. All processes raise this error, so that all of them come here.
-        if step:
-            folder.save_checkpoint(run, step)
-        advice = f"when that is put right: python train.py --resume {folder.path}"
-        raise type(error)(f"step {step + 1}: {error}; {advice}") from None
-    except (MemoryError, RuntimeError) as error:
-        # A CPU's allocator has no error class of its own.
-        whose = ""
-        if isinstance(error, torch.OutOfMemoryError):
-            whose = "GPU's "
-        elif not isinstance(error, MemoryError) and "allocate" not in str(error):
-            raise
-        # Perhaps in the middle of an update, so nothing is saved.
-        advice = "--checkpointing 1, --sampler vllm_sleep, fewer --max_new_tokens"
-        why = f"step {step + 1}: the {whose}memory is full"
-        raise UserError(f"{why}; try {advice} in a new run") from None
-
-
-def show_step(bar, config: Config, log: dict, score: float) -> None:
-    """One more step on the bar, or a line of text where there is no terminal to draw it on."""
-    # The three phases of the step: which one is worth making faster?
-    seconds = [f"{log[f'seconds_{phase}']:.0f}" for phase in ("rollout", "judge", "train")]
-    note = {
-        "reward": f"{log['reward']:.3f}",
-        "held-out": f"{score:.3f}",
-        "seconds": "+".join(seconds),
-    }
-    bar.set_postfix(note)
-    bar.update()
-    if bar.disable:
-        pairs = [f"{key} {value}" for key, value in note.items()]
-        say(f"step {log['step']}/{config.steps}  " + "  ".join(pairs))
-
-
 # ---------------------------------------------------------------------- evaluation
+
+
+# Tokens of the held-out answers that are sampled together, padding counted: as many as keep the
+# keys and values small.
+EVALUATED_TOGETHER = 8192
 
 
 def evaluate(
@@ -761,17 +532,18 @@ def evaluate(
 
     other_judge: grades them too; its score is eval_other_score.
     """
-    # As many prompts together as keep keys and values small, padding counted.
+    # In parts. All of a part are padded to its width, that of its longest prompt with an answer.
     parts = []
-    longest = 0
+    width = 0
     for example in examples:
         length = len(policy.encode(example)) + max_new_tokens
-        longest = max(longest, length)
-        if parts and (len(parts[-1]) + 1) * longest <= 8192:
+        wider = max(width, length)
+        if parts and (len(parts[-1]) + 1) * wider <= EVALUATED_TOGETHER:
             parts[-1].append(example)
+            width = wider
         else:
             parts.append([example])
-            longest = length
+            width = length
 
     # Greedy, so that two checkpoints differ by their weights alone.
     groups = []
@@ -784,7 +556,8 @@ def graded(judge, groups: list[rar.Group], other_judge) -> tuple[dict, list[rar.
     """(metrics, the groups with the verdicts of `judge`)."""
     other = {}
     if other_judge:
-        # First, because the verdicts that stay on the rollouts are the last ones.
+        # Before the judge that pays: each overwrites the rollouts' verdicts, and samples.jsonl gets
+        # those that came last.
         metrics = rar.evaluate(other_judge, groups, show_progress=True)
         for name in ("score", "ci", "n"):
             other[f"eval_other_{name}"] = metrics[f"eval_{name}"]
@@ -809,11 +582,12 @@ def first_score(run: Run, folder: "RunFolder", step: int) -> float:
     """The held-out score that the run begins with."""
     if step == 0:
         # Without this evaluation nobody could tell what was learned from what was there.
-        metrics, groups = evaluate_heldout(run)
+        with explained(run, folder, step, "evaluation before training"):
+            metrics, groups = evaluate_heldout(run)
         folder.append("metrics.jsonl", [{"step": 0} | metrics | run.method.judge.take_stats()])
         folder.write_samples(0, "heldout", groups)
         score = metrics["eval_score"]
-        say(f"held-out score before training: {score:.3f}  ({interval(*metrics['eval_ci'])})")
+        say(f"held-out score before training: {score:.3f}  ({interval_text(*metrics['eval_ci'])})")
         return score
 
     # A resumed run finds it in its log.
@@ -821,24 +595,73 @@ def first_score(run: Run, folder: "RunFolder", step: int) -> float:
     return score
 
 
-def last_evaluation(folder: Path, step: int) -> tuple[int, float]:
-    """(step, held-out score) of the last evaluation up to this step; nan for a score of null."""
-    last = 0
-    score = math.nan
-    for row in read_log(folder / "metrics.jsonl"):
-        if "eval_score" in row and row["step"] <= step:
-            last = row["step"]
-            score = row["eval_score"]
-    if score is None:
-        score = math.nan
-    return last, score
+# ---------------------------------------------------------------------- the wiring
 
 
-def interval(low: float, high: float) -> str:
-    """A 95 % interval in words. One prompt has none: resampling one value gives that value."""
-    if math.isnan(low):
-        return "one prompt: no interval"
-    return f"95 % interval {low:.3f} to {high:.3f}"
+def make_judge(config: Config):
+    """The judge that pays. One of your own goes here: it needs `ask` and `take_stats`."""
+    return judge_at(config, config.judge, config.judge_model)
+
+
+def make_method(config: Config, judge) -> rar.RubricReward:
+    """The reward that the settings name. A reward of your own goes here."""
+    # The loop never asks which method it is: they differ in their hooks. Only `begin` and
+    # `choose_prompts` do, for what the classes of arlrr.py need of the data.
+    methods = {
+        "rler": rler.RLER,
+        "arlrr": arlrr.ARLRR,
+        "axis_mean": arlrr.AxisMean,
+        "gdpo": arlrr.GDPO,
+    }
+    method = methods.get(config.method, rar.RubricReward)
+    return method(judge, config)
+
+
+def begin(config: Config, folder: Path, state: dict | None) -> Run:
+    """A run in memory, new or as its checkpoint has it. Raises UserError, DataError, JudgeError."""
+    # In the order of what it costs to be wrong: data and flags first, the model after them.
+    examples, heldout = read_data(config)
+    if config.method in ("arlrr", "axis_mean", "gdpo"):
+        arlrr.check_classes(examples, config.class_by)
+    template_kwargs = parse_template_kwargs(config.template_kwargs)
+    judge = make_judge(config)
+    eval_judge = make_eval_judge(config)
+    method = make_method(config, judge)
+    from_rank_zero(probe, judge)
+    if eval_judge is not None:
+        from_rank_zero(probe, eval_judge)
+
+    # A resumed run's weights are those of its checkpoint.
+    name = config.model
+    if state:
+        name = str(find_checkpoint(folder))
+    policy = Policy(name, config.dtype, template_kwargs)
+    examples = fitting(examples, policy, config.max_new_tokens, "training")
+    heldout = fitting(heldout, policy, config.max_new_tokens, "held-out")
+    examples, validation = choose_prompts(examples, config, method)
+
+    # Moments that forget in about 20 steps (0.95, not 0.999): a run has tens to hundreds of steps.
+    # No weight decay: it would pull the policy away from its start, whatever the reward says.
+    options = {"lr": config.lr, "betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
+    optimizer = torch.optim.AdamW(policy.model.parameters(), **options)
+
+    # The reference is the model that the run began with, also when it is resumed.
+    if state:
+        reference = Policy(config.model, config.dtype).model.requires_grad_(False)
+        load_state(optimizer, method, state, folder)
+    else:
+        reference = grpo.freeze(policy.model)
+    if config.sampler != "torch":
+        start_engine(policy, config, examples + heldout + validation)
+    return Run(
+        config, policy, reference, optimizer, method, examples, heldout, validation, eval_judge
+    )
+
+
+# ---------------------------------------------------------------------- what keeps a run safe
+
+# A first reader can stop here: what follows keeps a run safe. Processes, terminal, flags, judges'
+# URLs, loading, the run's folder, logs, checkpoints, resuming, errors and signals, main.
 
 
 # ---------------------------------------------------------------------- processes
@@ -966,6 +789,310 @@ def first_line(error: Exception) -> str:
     return lines[0]
 
 
+def show_step(bar, config: Config, log: dict, score: float) -> None:
+    """One more step on the bar, or a line of text where there is no terminal to draw it on."""
+    # The three phases of the step: which one is worth making faster?
+    seconds = [f"{log[f'seconds_{phase}']:.0f}" for phase in ("rollout", "judge", "train")]
+    note = {
+        "reward": f"{log['reward']:.3f}",
+        "held-out": f"{score:.3f}",
+        "seconds": "+".join(seconds),
+    }
+    bar.set_postfix(note)
+    bar.update()
+    if bar.disable:
+        pairs = [f"{key} {value}" for key, value in note.items()]
+        say(f"step {log['step']}/{config.steps}  " + "  ".join(pairs))
+
+
+def announce(run: Run, folder: Path) -> None:
+    """Says what is about to happen."""
+    # Before the first step, while it is cheap to press Ctrl-C.
+    config = run.config
+    prompts = f"{len(run.examples)} training and {len(run.heldout)} held-out prompts"
+    shape = f"{config.prompts_per_step} x {config.group_size} rollouts"
+    say(f"{prompts}, {config.steps} steps of {shape}, into {folder}/")
+    if config.judge != "offline":
+        # Who pays for calls wants to know before the first one.
+        calls = 0.0
+        for example in run.examples:
+            per_call = config.judge_k or len(example.rubric)
+            calls += math.ceil(len(example.rubric) / per_call)
+        calls *= config.prompts_per_step * config.group_size / len(run.examples)
+        say(
+            f"judge {config.judge_model}: up to {calls:.0f} calls per step for the rollouts, "
+            f"{calls * config.steps:.0f} in all, less what repeats; evaluations, a search's trials "
+            "and the writing of criteria come on top"
+        )
+    elif config.data:
+        say(
+            "The offline judge is a stand-in: it compares words and counts form, it does not "
+            "understand. Read its scores as a smoke test."
+        )
+
+
+# ---------------------------------------------------------------------- flags
+
+
+# What may differ from the run that is resumed: its length, how often it looks, and how fast a judge
+# is asked. Anything else would make one log out of two experiments.
+RESUMABLE = {"steps", "eval_every", "save_every", "resume", "judge_rpm", "judge_tpm"}
+# A model as judge may also have moved to another URL: see `resumed_config`.
+JUDGES = ("judge", "eval_judge")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors that name the nearest flag."""
+
+    def error(self, message: str):
+        """Raises UserError."""
+        # A mistyped flag that passes costs a run of hours.
+        if message.startswith("unrecognized arguments:"):
+            flag = message.split(":", 1)[1].split()[0].split("=")[0]
+            similar = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.5)
+            message = f"unknown flag {flag}; see --help"
+            if similar:
+                message = f"unknown flag {flag}; did you mean {similar[0]}?"
+        raise UserError(message)
+
+
+def parse_config(argv: list[str]) -> tuple[Config, dict]:
+    """The settings, and those that were given: name -> value. Raises UserError."""
+    # No abbreviations: --step would pass for --steps today and be ambiguous tomorrow.
+    parser = Parser(
+        prog="train.py",
+        usage="python train.py [--flag value ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for entry in fields(Config):
+        # The annotation holds the type, the help text and the limits.
+        kind, about, *_ = get_args(entry.type)
+        choices = get_args(kind) or None
+        if choices:
+            kind = type(choices[0])
+        if entry.default != "":
+            about = f"{about} [{entry.default}]"
+
+        # SUPPRESS leaves out what was not given: a resumed run must know the difference.
+        options = {"type": kind, "choices": choices, "default": argparse.SUPPRESS}
+        parser.add_argument(f"--{entry.name}", help=about.replace("%", "%%"), **options)
+
+    given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        # An empty value is a script's unset variable; the default would be another experiment.
+        if value == "":
+            raise UserError(f"--{name}: empty; give a value, or leave the flag out")
+        problem = setting_problem(name, value)
+        if problem:
+            raise UserError(f"--{name} {shown(name, value)}: {problem}")
+    return Config(**given), given
+
+
+def setting_problem(name: str, value) -> str:
+    """What is wrong with a setting, given as a flag or read from a file; "" when nothing is."""
+    kind, _, *limits = get_args(Config.__dataclass_fields__[name].type)
+    choices = get_args(kind)
+    if choices:
+        # True and 1.0 equal 1, but they are not what the flag takes.
+        if value in choices and type(value) is type(choices[0]):
+            return ""
+        return "give one of " + ", ".join(str(choice) for choice in choices)
+    if kind is str:
+        # Names are printed and written into JSON; an escape sequence would be neither.
+        if isinstance(value, str) and printable(value) == value:
+            return ""
+        return "give a text without control characters"
+
+    # A whole number will do where a float is wanted, not the other way round.
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        return f"give a number ({kind.__name__})"
+
+    # nan compares as false with every limit, so it is asked for first.
+    if not math.isfinite(value):
+        return "give a finite number"
+    for limit in limits:
+        if value < limit.at_least:
+            return f"give at least {limit.at_least}"
+        if value > limit.at_most:
+            return f"give at most {limit.at_most}"
+        if value <= limit.above:
+            return f"give a number above {limit.above}"
+    return ""
+
+
+def shown(name: str, value) -> str:
+    """A setting as it may be printed: without a password, and not endless."""
+    if name in JUDGES and isinstance(value, str):
+        value = without_passwords(value)
+    return printable(str(value))[:200]
+
+
+def parse_template_kwargs(text: str) -> dict | None:
+    """Arguments for the chat template. Raises UserError."""
+    # Only the template knows which ones it takes; it ignores the others.
+    if not text:
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        example = '{"enable_thinking": false}'
+        raise UserError(f"--template_kwargs {text[:80]}: not a JSON object such as {example}")
+    return value
+
+
+# ---------------------------------------------------------------------- the judges' URLs
+
+
+def split_urls(text: str) -> list[str]:
+    """The URLs (or "offline") of a judge; a comma inside a password separates nothing.
+
+    >>> split_urls("http://me:a,b@host/v1,offline")
+    ['http://me:a,b@host/v1', 'offline']
+    """
+    return re.split(r",(?=https?://|offline(?:,|$))", text)
+
+
+def without_passwords(urls: str) -> str:
+    """The URLs of a judge as they may be shown and stored."""
+    return ",".join(without_password(url) for url in split_urls(urls))
+
+
+def named_urls(urls: str, models: str) -> list[tuple[str, str]]:
+    """(URL or "offline", name of the model) of each judge. Raises UserError."""
+    # One name for all of them, or one for each.
+    addresses = split_urls(urls)
+    names = models.split(",")
+    if len(names) == 1:
+        names = names * len(addresses)
+    if len(names) != len(addresses):
+        raise UserError(f"{len(addresses)} judges and {len(names)} names of models: give one each")
+    return list(zip(addresses, names))
+
+
+def judge_at(config: Config, urls: str, models: str):
+    """The judge at these URLs, with commas between several: a panel. Raises JudgeError."""
+    # Answers are cached beside the run's folder: runs that are compared share them. Resolved,
+    # because "." has no parent by name.
+    folder = Path(config.resume or config.out or "runs/run").resolve()
+    options = {
+        "k": config.judge_k,
+        "cache_path": str(folder.parent / "judge_cache.sqlite"),
+        "max_missing": config.judge_max_missing,
+        "rpm": config.judge_rpm,
+        "tpm": config.judge_tpm,
+    }
+    judges = []
+    for address, name in named_urls(urls, models):
+        if address == "offline":
+            judges.append(LexicalJudge())
+        else:
+            judges.append(LLMJudge(address, name, **options))
+    if len(judges) == 1:
+        return judges[0]
+    return Panel(judges)
+
+
+def make_eval_judge(config: Config):
+    """The judge that only grades held-out answers; None without one. Raises UserError."""
+    if not config.eval_judge:
+        return None
+    # The cache knows a judge by its model's name: the second one would be given the first one's
+    # answers. The offline judge has no cache.
+    paying = set()
+    for address, name in named_urls(config.judge, config.judge_model):
+        if address != "offline":
+            paying.add(name)
+    for address, name in named_urls(config.eval_judge, config.eval_judge_model):
+        if address != "offline" and name in paying:
+            raise UserError(f"--eval_judge_model {name}: the judge that pays; give another model")
+    return judge_at(config, config.eval_judge, config.eval_judge_model)
+
+
+def probe(judge) -> None:
+    """Says what the judge's server can do. Raises JudgeError when it cannot be used."""
+    # A judge of one's own need not have it.
+    if hasattr(judge, "probe"):
+        line = judge.probe()
+        if line:
+            say(line)
+
+
+# ---------------------------------------------------------------------- loading
+
+
+def fitting(
+    examples: list[rar.Example], policy: "Policy", max_new_tokens: int, split: str
+) -> list[rar.Example]:
+    """The examples whose prompts fit the model's context. Raises UserError when none does."""
+    # A prompt that is too long is left out and not cut: the rubric was written for all of it.
+    short = []
+    for example in examples:
+        try:
+            length = len(policy.encode(example))
+        except ValueError as error:
+            # The chat template refuses it: it takes no system message, or wants the roles in turn.
+            raise UserError(f"{split} prompt {example.id!r}: {error}") from None
+        if length + max_new_tokens <= policy.context:
+            short.append(example)
+
+    context = f"the model's context of {policy.context} tokens"
+    limit = f"{context} (with --max_new_tokens {max_new_tokens})"
+    if not short:
+        raise UserError(f"no {split} prompt fits {limit}; shorten them, or lower --max_new_tokens")
+    skipped = len(examples) - len(short)
+    if skipped:
+        warn(f"skipped {skipped} of {len(examples)} {split} prompts: longer than {limit}")
+    return short
+
+
+def choose_prompts(
+    examples: list[rar.Example], config: Config, method: rar.RubricReward
+) -> tuple[list[rar.Example], list[rar.Example]]:
+    """(prompts to train on, prompts held back for arlrr's schedules). Raises UserError."""
+    # Held back for every schedule, so that all of them train on the same prompts.
+    validation = []
+    if config.method == "arlrr":
+        if len(examples) <= config.validation:
+            why = f"only {len(examples)} training prompts"
+            raise UserError(f"--validation {config.validation}: {why}; at least one must be left")
+        validation = examples[-config.validation :]
+        examples = examples[: -config.validation]
+
+    # Few prompts that come back often show learning in ten minutes; own data are used in full.
+    size = config.prompts
+    if size == 0:
+        size = len(examples) if config.data else 20
+    chosen = [example for example in examples[:size] if method.can_learn_from(example)]
+
+    # Some rows have no reference to compare with, some no criterion of any class.
+    if not chosen:
+        why = "can learn from none of the training prompts (reference_likert needs references)"
+        raise UserError(f"--method {config.method} {why}")
+    return chosen, validation
+
+
+def start_engine(policy: Policy, config: Config, examples: list[rar.Example]) -> None:
+    """Starts vLLM next to the policy. Raises UserError when it is missing or does not fit."""
+    # Room for the longest of these prompts and not more: it is taken from the trainer.
+    longest = max(len(policy.encode(example)) for example in examples)
+    context = longest + config.max_new_tokens
+    folder = policy.model.config._name_or_path
+    bfloat16 = policy.model.bfloat16_layers
+    sleep = config.sampler == "vllm_sleep"
+    try:
+        policy.engine = grpo.VLLMSampler(folder, context, bfloat16, config.vllm_memory, sleep)
+    except ImportError as error:
+        advice = "pip install vllm==0.32.0"
+        raise UserError(f"--sampler vllm: cannot be imported ({error}); {advice}") from None
+    except (ValueError, RuntimeError) as error:
+        advice = "free memory on the card, or lower --vllm_memory"
+        raise UserError(f"--sampler vllm: {first_line(error)}; {advice}") from None
+
+
 # ---------------------------------------------------------------------- the run's folder
 
 
@@ -987,78 +1114,6 @@ def replace_file(path: Path, content: bytes) -> None:
     aside = path.with_name(path.name + ".tmp")
     aside.write_bytes(content)
     os.replace(aside, path)
-
-
-def json_lines(rows: list[dict]) -> bytes:
-    """Lines of JSON in UTF-8."""
-    lines = [json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows]
-    # Half of a surrogate pair has no UTF-8.
-    return "".join(lines).encode("utf8", "replace")
-
-
-def finite(value):
-    """The value with nan and infinity as None (JSON has neither), and six decimals, at any depth.
-
-    >>> finite({"reward": math.nan, "scores": [1 / 3, 2]})
-    {'reward': None, 'scores': [0.333333, 2]}
-    """
-    if isinstance(value, float):
-        # Not 0: what is missing must not enter a mean.
-        if not math.isfinite(value):
-            return None
-        return round(value, 6)
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return value
-
-
-def parse_row(line: bytes) -> dict | None:
-    """A row of a log; None for a line that a kill or a full disk has cut, or an editor broken.
-
-    >>> parse_row(b'{"step": 3}'), parse_row(b'{"step": 3, "rew'), parse_row(b'{"step": "3"}')
-    ({'step': 3}, None, None)
-    """
-    # Deep nesting ends in a RecursionError, half a character in a UnicodeDecodeError, a ValueError.
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(row, dict) or type(row.get("step")) is not int:
-        return None
-    return row
-
-
-def read_log(path: Path) -> list[dict]:
-    """The rows of metrics.jsonl or samples.jsonl."""
-    # A run that was killed early may have no log yet.
-    if not path.is_file():
-        return []
-
-    rows = []
-    # Bytes, split at "\n" only: a text can hold other line ends, and a cut can fall inside one of
-    # its characters.
-    for line in path.read_bytes().split(b"\n"):
-        row = parse_row(line)
-        if row is not None:
-            rows.append(row)
-    return rows
-
-
-def versions() -> dict[str, str]:
-    """What a resumed run must share to be the same run, bit for bit."""
-    device = "cpu"
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-        # It decides in which order partial sums are added.
-        "threads": str(torch.get_num_threads()),
-        "device": device,
-    }
 
 
 class RunFolder:
@@ -1191,18 +1246,23 @@ class RunFolder:
             with writing(self.path / "report.html", self.advice):
                 write_report(self.path)
 
-    def save_checkpoint(self, run: Run, step: int) -> None:
-        """Writes checkpoint-STEP, then makes `checkpoint` name it. Raises UserError."""
+    def save_checkpoint(self, run: Run, step: int, unfinished: dict | None = None) -> None:
+        """Writes checkpoint-STEP, then makes `checkpoint` name it. Raises UserError.
+
+        unfinished: the rows of a step whose evaluation failed, see `unlogged_rows`. Called through
+        from_rank_zero: the others wait, because a process that ends makes torchrun end them all.
+        """
         # The last one is of this step already when a resumed run fails before its first update.
         target = self.path / f"checkpoint-{step}"
         last = find_checkpoint(self.path)
-        if not is_first() or (last and target.exists() and last.samefile(target)):
+        if last and target.exists() and last.samefile(target):
             return
         state = {
             "step": step,
             "versions": versions(),
             "optimizer": run.optimizer.state_dict(),
             "method": run.method.state_dict(),
+            "unfinished": unfinished,
         }
 
         # Written aside, renamed, then named by the link: at every moment `checkpoint` is complete.
@@ -1260,6 +1320,29 @@ def make_unused(wanted: Path) -> Path:
             path = wanted.with_name(f"{wanted.name}-{number}")
 
 
+def remove(path: Path) -> None:
+    """Deletes a file, a folder, or a link (not what it names), if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def point_to(link: Path, name: str) -> None:
+    """Makes the link name a folder beside it, in one move."""
+    # A link cannot be written over, but a new one can be renamed over it.
+    aside = link.with_name(link.name + ".link.tmp")
+    remove(aside)
+    aside.symlink_to(name)
+    if link.is_dir() and not link.is_symlink():
+        # A copy of the run that followed links. The new checkpoint is complete already.
+        remove(link)
+    os.replace(aside, link)
+
+
+# ---------------------------------------------------------------------- logs
+
+
 def sample_row(step: int, split: str, example: rar.Example, rollout: grpo.Rollout) -> dict:
     """A row of samples.jsonl."""
     # With the criterion: those of an evolving rubric are in no other file.
@@ -1286,24 +1369,89 @@ def sample_row(step: int, split: str, example: rar.Example, rollout: grpo.Rollou
     return row
 
 
-def remove(path: Path) -> None:
-    """Deletes a file, a folder, or a link (not what it names), if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def unlogged_rows(step: int, log: dict, groups: list[rar.Group]) -> dict:
+    """What a checkpoint keeps of a step whose evaluation failed: its row, and those of its samples.
+
+    Without them a resumed run would have the update, but not the lines.
+    """
+    samples = []
+    for example, rollouts in groups:
+        for rollout in rollouts:
+            samples.append(sample_row(step, "train", example, rollout))
+    return finite({"log": log, "samples": samples})
 
 
-def point_to(link: Path, name: str) -> None:
-    """Makes the link name a folder beside it, in one move."""
-    # A link cannot be written over, but a new one can be renamed over it.
-    aside = link.with_name(link.name + ".link.tmp")
-    remove(aside)
-    aside.symlink_to(name)
-    if link.is_dir() and not link.is_symlink():
-        # A copy of the run that followed links. The new checkpoint is complete already.
-        remove(link)
-    os.replace(aside, link)
+def json_lines(rows: list[dict]) -> bytes:
+    """Lines of JSON in UTF-8."""
+    lines = [json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows]
+    # Half of a surrogate pair has no UTF-8.
+    return "".join(lines).encode("utf8", "replace")
+
+
+def finite(value):
+    """The value with nan and infinity as None (JSON has neither), rounded, at any depth.
+
+    >>> finite({"reward": math.nan, "scores": [1 / 3, 2], "kl": 3.14159265e-7})
+    {'reward': None, 'scores': [0.333333, 2], 'kl': 3.14159e-07}
+    """
+    if isinstance(value, float):
+        # Not 0: what is missing must not enter a mean.
+        if not math.isfinite(value):
+            return None
+        # Six decimals; of a small number, such as an early KL, six digits: 0 would be another fact.
+        if abs(value) < 1e-3:
+            return float(f"{value:.6g}")
+        return round(value, 6)
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value
+
+
+def parse_row(line: bytes) -> dict | None:
+    """A row of a log; None for a line that a kill or a full disk has cut, or an editor broken.
+
+    >>> parse_row(b'{"step": 3}'), parse_row(b'{"step": 3, "rew'), parse_row(b'{"step": "3"}')
+    ({'step': 3}, None, None)
+    """
+    # A ValueError: no JSON, or no UTF-8 (half a character). A RecursionError: nested too deep.
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return None
+    return row
+
+
+def read_log(path: Path) -> list[dict]:
+    """The rows of metrics.jsonl or samples.jsonl."""
+    # A run that was killed early may have no log yet.
+    if not path.is_file():
+        return []
+
+    rows = []
+    # Bytes, split at "\n" only: a text can hold other line ends, and a cut can fall inside one of
+    # its characters.
+    for line in path.read_bytes().split(b"\n"):
+        row = parse_row(line)
+        if row is not None:
+            rows.append(row)
+    return rows
+
+
+def last_evaluation(folder: Path, step: int) -> tuple[int, float]:
+    """(step, held-out score) of the last evaluation up to this step; nan for a score of null."""
+    last = 0
+    score = math.nan
+    for row in read_log(folder / "metrics.jsonl"):
+        if "eval_score" in row and row["step"] <= step:
+            last = row["step"]
+            score = row["eval_score"]
+    if score is None:
+        score = math.nan
+    return last, score
 
 
 # ---------------------------------------------------------------------- resuming
@@ -1329,6 +1477,23 @@ def find_checkpoint(folder: Path) -> Path | None:
     return newest
 
 
+def versions() -> dict[str, str]:
+    """What a resumed run must share to be the same run, bit for bit."""
+    _, world = grpo.rank_and_world()
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        # These two decide in which order partial sums are added.
+        "threads": str(torch.get_num_threads()),
+        "processes": str(world),
+        "device": device,
+    }
+
+
 def read_saved(folder: Path) -> dict:
     """The settings in a run's config.json, checked like flags. Raises UserError."""
     path = folder / "config.json"
@@ -1344,17 +1509,22 @@ def read_saved(folder: Path) -> dict:
         # A default in its place could be another experiment.
         lacks = ", ".join(missing[:5])
         raise UserError(f"{path}: lacks {lacks}; edited, or of another version of train.py")
-    for name in names:
-        problem = setting_problem(name, saved[name])
+
+    # Settings from a file are checked like flags: somebody may have edited it.
+    settings = {name: saved[name] for name in names}
+    for name, value in settings.items():
+        problem = setting_problem(name, value)
         if problem:
-            raise UserError(f"{path}: {name} {shown(name, saved[name])}: {problem}")
-    return {name: saved[name] for name in names}
+            raise UserError(f"{path}: {name} {shown(name, value)}: {problem}")
+    return settings
 
 
-def resumed_config(saved: dict, config: Config, given: set[str]) -> Config:
-    """The settings of a run, with what may be given anew. Raises UserError."""
+def resumed_config(saved: dict, given: dict, folder: Path) -> Config:
+    """The saved settings, with what may be given anew. Raises UserError."""
+    # Together, because a default can depend on another setting: --tis_cap -1 on the sampler.
+    config = Config(**(saved | given))
     changed = []
-    for name in sorted(given - RESUMABLE):
+    for name in sorted(given.keys() - RESUMABLE):
         value = getattr(config, name)
         if saved[name] == value:
             continue
@@ -1366,16 +1536,16 @@ def resumed_config(saved: dict, config: Config, given: set[str]) -> Config:
         advice = "leave them out or start a new run"
         differences = ", ".join(changed)
         raise UserError(
-            f"--resume {config.resume}: would mix two experiments: {differences}; {advice}"
+            f"--resume {folder}: would mix two experiments: {differences}; {advice}"
         )
-    settings = dict(saved)
-    for name in given:
-        settings[name] = getattr(config, name)
-    return Config(**settings)
+    return config
 
 
 def read_state(folder: Path, save_every: int) -> dict | None:
-    """The state in the last checkpoint; None when the run has none yet. Raises UserError."""
+    """The state in the last checkpoint; None when the run has none yet. Raises UserError.
+
+    save_every: the run's own so far, not one that is given anew.
+    """
     checkpoint = find_checkpoint(folder)
     advice = "put it back, or start a new run"
     if checkpoint is None:
@@ -1391,8 +1561,9 @@ def read_state(folder: Path, save_every: int) -> dict | None:
     if not path.is_file():
         raise UserError(f"{path}: missing, and the run cannot be resumed without it; {advice}")
     try:
-        # weights_only: never a pickle that could run code.
-        state = torch.load(path, weights_only=True)
+        # weights_only: never a pickle that could run code. To the CPU: the optimiser moves its
+        # moments to the device of their weights, and all processes would load to the first GPU.
+        state = torch.load(path, weights_only=True, map_location="cpu")
         step = state["step"]
         made_with = dict(state["versions"])
     except Exception as error:  # noqa: BLE001  (a file is broken in many ways)
@@ -1422,7 +1593,42 @@ def load_state(optimizer, method: rar.RubricReward, state: dict, folder: Path) -
         raise UserError(f"{folder}/checkpoint/trainer.pt: {why}; put its own back") from None
 
 
-# ---------------------------------------------------------------------- the process
+# ---------------------------------------------------------------------- errors and signals
+
+
+@contextmanager
+def explained(
+    run: Run,
+    folder: "RunFolder",
+    step: int,
+    where: str,
+    unfinished: dict | None = None,
+):
+    """Turns what can break an update, or an evaluation, into one line that says what to do.
+
+    step: updates done. where: words for the line. unfinished: see `save_checkpoint`.
+    """
+    try:
+        yield
+    except (JudgeError, FloatingPointError) as error:
+        # All processes raise these two, so all of them come here. After a JudgeError the policy is
+        # that of `step` updates. After a FloatingPointError too, unless there are several
+        # minibatches or epochs: then those of the next update that went well are in it.
+        if step:
+            from_rank_zero(folder.save_checkpoint, run, step, unfinished)
+        advice = f"when that is put right: python train.py --resume {folder.path}"
+        raise type(error)(f"{where}: {error}; {advice}") from None
+    except (MemoryError, RuntimeError) as error:
+        # A CPU's allocator has no error class of its own.
+        whose = ""
+        if isinstance(error, torch.OutOfMemoryError):
+            whose = "GPU's "
+        elif not isinstance(error, MemoryError) and "allocate" not in str(error):
+            raise
+        # Perhaps in the middle of an update, so nothing is saved.
+        advice = "--checkpointing 1, --sampler vllm_sleep, fewer --max_new_tokens"
+        why = f"{where}: the {whose}memory is full"
+        raise UserError(f"{why}; try {advice} in a new run") from None
 
 
 class Stop:
@@ -1462,116 +1668,19 @@ class Stop:
             signal.signal(number, handler)
 
 
-def begin(config: Config, folder: Path, state: dict | None) -> Run:
-    """A run in memory, new or as its checkpoint has it. Raises UserError, DataError, JudgeError."""
-    # In the order of what it costs to be wrong: data and flags first, the model after them.
-    examples, heldout = read_data(config)
-    if config.method in ("arlrr", "axis_mean", "gdpo"):
-        arlrr.check_classes(examples, config.class_by)
-    template_kwargs = parse_template_kwargs(config.template_kwargs)
-    judge = make_judge(config)
-    eval_judge = make_eval_judge(config)
-    method = make_method(config, judge)
-    for asked in (judge, eval_judge):
-        line = from_rank_zero(probe, asked)
-        if line:
-            say(line)
-
-    # A resumed run's weights are those of its checkpoint.
-    name = config.model
-    if state:
-        name = str(find_checkpoint(folder))
-    policy = Policy(name, config.dtype, template_kwargs)
-    examples = fitting(examples, policy, config.max_new_tokens, "training")
-    heldout = fitting(heldout, policy, config.max_new_tokens, "held-out")
-    examples, validation = choose_prompts(examples, config, method)
-
-    # Moments that forget in about 20 steps (0.95, not 0.999): a run has tens to hundreds of steps.
-    # No weight decay: it would pull the policy away from its start, whatever the reward says.
-    options = {"lr": config.lr, "betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
-    optimizer = torch.optim.AdamW(policy.model.parameters(), **options)
-
-    # The reference is the model that the run began with, also when it is resumed.
-    if state:
-        reference = Policy(config.model, config.dtype).model.requires_grad_(False)
-        load_state(optimizer, method, state, folder)
-    else:
-        reference = grpo.freeze(policy.model)
-    if config.sampler != "torch":
-        policy.start_engine(config, examples + heldout + validation)
-    return Run(
-        config, policy, reference, optimizer, method, examples, heldout, validation, eval_judge
-    )
+def stopped(folder: RunFolder, stop: Stop) -> int:
+    """Says how to continue. Returns the exit status, as shells have it for a signal."""
+    advice = "nothing is saved yet"
+    if (folder.path / "config.json").exists():
+        advice = f"continue with: python train.py --resume {folder.path}"
+    say(f"\nstopped; {advice}")
+    return 128 + stop.signal
 
 
-def choose_prompts(
-    examples: list[rar.Example], config: Config, method: rar.RubricReward
-) -> tuple[list[rar.Example], list[rar.Example]]:
-    """(prompts to train on, prompts held back for arlrr's schedules). Raises UserError."""
-    # Held back for every schedule, so that all of them train on the same prompts.
-    validation = []
-    if config.method == "arlrr":
-        if len(examples) <= config.validation:
-            why = f"only {len(examples)} training prompts"
-            raise UserError(f"--validation {config.validation}: {why}; at least one must be left")
-        validation = examples[-config.validation :]
-        examples = examples[: -config.validation]
-
-    # Few prompts that come back often show learning in ten minutes; own data are used in full.
-    size = config.prompts
-    if size == 0:
-        size = len(examples) if config.data else 20
-    chosen = [example for example in examples[:size] if method.can_learn_from(example)]
-
-    # Some rows have no reference to compare with, some no criterion of any class.
-    if not chosen:
-        why = "can learn from none of the training prompts (reference_likert needs references)"
-        raise UserError(f"--method {config.method} {why}")
-    return chosen, validation
+# ---------------------------------------------------------------------- main
 
 
-def parse_template_kwargs(text: str) -> dict | None:
-    """Arguments for the chat template. Raises UserError."""
-    # Only the template knows which ones it takes; it ignores the others.
-    if not text:
-        return None
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        example = '{"enable_thinking": false}'
-        raise UserError(f"--template_kwargs {text[:80]}: not a JSON object such as {example}")
-    return value
-
-
-def announce(run: Run, folder: Path) -> None:
-    """Says what is about to happen."""
-    # Before the first step, while it is cheap to press Ctrl-C.
-    config = run.config
-    prompts = f"{len(run.examples)} training and {len(run.heldout)} held-out prompts"
-    shape = f"{config.prompts_per_step} x {config.group_size} rollouts"
-    say(f"{prompts}, {config.steps} steps of {shape}, into {folder}/")
-    if config.judge != "offline":
-        # Who pays for calls wants to know before the first one.
-        calls = 0.0
-        for example in run.examples:
-            per_call = config.judge_k or len(example.rubric)
-            calls += math.ceil(len(example.rubric) / per_call)
-        calls *= config.prompts_per_step * config.group_size / len(run.examples)
-        say(
-            f"judge {config.judge_model}: up to {calls:.0f} calls per step for the rollouts, "
-            f"{calls * config.steps:.0f} in all, less what repeats; evaluations, a search's trials "
-            "and the writing of criteria come on top"
-        )
-    elif config.data:
-        say(
-            "The offline judge is a stand-in: it compares words and counts form, it does not "
-            "understand. Read its scores as a smoke test."
-        )
-
-
-def train(config: Config, given: set[str]) -> int:
+def train(config: Config, given: dict) -> int:
     """A run, new or resumed. Returns the exit status: 0, or 128 + the signal that stopped it."""
     folder = RunFolder(config)
     stop = Stop()
@@ -1587,23 +1696,25 @@ def train(config: Config, given: set[str]) -> int:
         folder.abandon()
 
 
-def train_in(folder: RunFolder, config: Config, given: set[str], stop: Stop) -> int:
+def train_in(folder: RunFolder, config: Config, given: dict, stop: Stop) -> int:
     """Loading, the loop, and the words around them. Returns the exit status."""
     state = None
     step = 0
+    unfinished = None
     if config.resume:
         saved = read_saved(folder.path)
-        config = resumed_config(saved, config, given)
+        config = resumed_config(saved, given, folder.path)
         state = read_state(folder.path, saved["save_every"])
     if state:
         step = state["step"]
+        unfinished = state.get("unfinished")
         last, _ = last_evaluation(folder.path, step)
-        if step >= config.steps and last < step:
+        if step >= config.steps and last < step and not unfinished:
             # There would be no "after" to show.
             why = f"the run is at step {step} already, and was not evaluated there"
             raise UserError(f"--steps {config.steps}: {why}; give more")
 
-    # Nothing of ours draws from torch's own stream; a model with dropout would.
+    # For models that draw by themselves, as dropout does. The sampler has a generator of its own.
     torch.manual_seed(config.seed)
     run = begin(config, folder.path, state)
     stop.agree()
@@ -1612,13 +1723,26 @@ def train_in(folder: RunFolder, config: Config, given: set[str], stop: Stop) -> 
 
     if config.resume:
         # Step 0 was logged too: a run killed before its first checkpoint begins again.
-        from_rank_zero(folder.truncate, step if state else -1)
+        logged = -1
+        if state:
+            logged = step
+        if unfinished:
+            logged = step - 1
+        from_rank_zero(folder.truncate, logged)
     folder.write_start(run)
     announce(run, folder.path)
     was_finished = step >= config.steps
+    if unfinished:
+        # Its update is in the checkpoint, its rows as well; what is missing is the evaluation.
+        folder.append("samples.jsonl", unfinished["samples"])
+        log_step(run, folder, step, unfinished["log"], [])
     loop(run, folder, step, stop)
+
     if stop.signal:
-        return stopped(folder, stop)
+        status = stopped(folder, stop)
+        # The first one may still be writing, and a process that ends makes torchrun end the others.
+        gather(None)
+        return status
 
     if was_finished:
         # It may have been killed before its last report.
@@ -1630,15 +1754,6 @@ def train_in(folder: RunFolder, config: Config, given: set[str], stop: Stop) -> 
     files += ", checkpoint (loads with transformers)"
     say(f"\n{minutes:.1f} minutes. In {folder.path}/: {files}")
     return 0
-
-
-def stopped(folder: RunFolder, stop: Stop) -> int:
-    """Says how to continue. Returns the exit status, as shells have it for a signal."""
-    advice = "nothing is saved yet"
-    if (folder.path / "config.json").exists():
-        advice = f"continue with: python train.py --resume {folder.path}"
-    say(f"\nstopped; {advice}")
-    return 128 + stop.signal
 
 
 def reuse_memory() -> None:
@@ -1662,7 +1777,10 @@ def main(argv: list[str] | None = None) -> int:
             config, given = parse_config(argv)
             status = train(config, given)
         except (UserError, rar.DataError, JudgeError, FloatingPointError, ImportError) as error:
-            # Any process may be the one with the error: whoever has one prints it.
+            # Any process may be the one with the error. Most errors are those of all: the first one
+            # prints its line and ends, and torchrun ends the others while they wait.
+            if not is_first():
+                time.sleep(3)
             write_line(sys.stderr, "train.py: " + " ".join(str(error).split()))
             status = 2
         except KeyboardInterrupt:

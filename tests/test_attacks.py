@@ -515,7 +515,7 @@ def fuzz(seed, count):
             assert str(error)
             continue
         accepted += 1
-        for name in given - {"tis_cap"}:
+        for name in given.keys() - {"tis_cap"}:
             assert train.setting_problem(name, getattr(config, name)) == "" and getattr(config, name) != ""
     return accepted
 

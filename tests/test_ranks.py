@@ -152,7 +152,24 @@ def test_an_error_of_the_judge_ends_all_of_them_at_once(tiny, few, forms, tmp_pa
     with JudgeServer(status=404) as server:
         flags = ["--model", tiny, "--data", forms, "--eval_data", few, *FLAGS, "--judge", server.url, "--judge_model", "m"]
         status, printed = together(2, *flags, "--out", tmp_path / "run")
-    assert status != 0 and "404" in printed and "train.py: " in printed
+    assert status != 0 and "404" in printed
+    assert printed.count("train.py: ") == 1  # of the first one: all have the same error
+
+
+def test_asked_to_stop_all_of_them_finish_the_step_and_the_first_one_saves(tiny, few, forms, tmp_path):
+    """torchrun ends all when one has ended: the others wait for the save."""
+    flags = ["--model", tiny, "--data", forms, "--eval_data", few, *FLAGS, "--steps", "400", "--save_every", "1000", "--eval_every", "1"]
+    process = subprocess.Popen(torchrun(2, *flags, "--out", tmp_path / "run"), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log = tmp_path / "run" / "metrics.jsonl"
+    while not log.exists() or len(log.read_text().split("\n")) < 4:
+        time.sleep(0.1)
+        assert process.poll() is None, process.stdout.read()
+    process.terminate()
+    printed = process.communicate(timeout=120)[0]
+    assert "stopped; continue with" in printed
+    step = lines(log)[-1]["step"]
+    assert (tmp_path / "run" / "checkpoint").resolve().name == f"checkpoint-{step}"
+    assert not list((tmp_path / "run").glob("*.tmp"))
 
 
 def one_update(tiny: str, loss: str) -> dict:

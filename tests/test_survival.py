@@ -243,6 +243,47 @@ def test_what_breaks_a_step_is_one_line_and_the_checkpoint_stays(tiny, few, tmp_
     same_run(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.parametrize("method", ["explicit", "rler"])
+def test_a_judge_that_goes_away_during_an_evaluation_costs_no_step(tiny, few, tmp_path, capsys, monkeypatch, method):
+    """The update is in the checkpoint with its rows; the resumed run evaluates first, and is the same run. Twice, and at the end."""
+    original = train.evaluate_heldout
+    flags = ["--method", method, "--steps", "4", "--save_every", "100"]
+    calls = []
+
+    def goes_away(made):
+        calls.append(1)
+        if len(calls) in (2, 3, 5):
+            raise train.JudgeError("the judge is gone")
+        return original(made)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate_heldout", goes_away)
+        assert run(tiny, few, tmp_path / "cut", *flags) == 2
+        for _ in range(2):
+            printed = capsys.readouterr().err.strip().split("\n")[-1]
+            assert "evaluation after step 2: the judge is gone" in printed and "--resume" in printed
+            assert saved_state(tmp_path / "cut")["step"] == 2
+            status = train.main(["--resume", str(tmp_path / "cut")])
+            assert status == 2
+        assert "evaluation after step 4: the judge is gone" in capsys.readouterr().err
+        assert train.main(["--resume", str(tmp_path / "cut")]) == 0
+    assert "held-out score" in capsys.readouterr().out
+    assert run(tiny, few, tmp_path / "whole", *flags) == 0
+    same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_judge_that_is_gone_before_the_first_step_is_one_line(tiny, few, tmp_path, capsys, monkeypatch):
+    def gone(made):
+        raise train.JudgeError("the judge is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate_heldout", gone)
+        assert run(tiny, few, tmp_path / "run") == 2
+    printed = capsys.readouterr().err.strip().split("\n")[-1]
+    assert "evaluation before training: the judge is gone" in printed and "--resume" in printed
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
+
+
 def test_a_gradient_that_is_not_finite_leaves_the_weights(tiny, few, tmp_path, capsys):
     """A real one: the learning rate is so high that the second step's numbers overflow."""
     assert run(tiny, few, tmp_path / "run", "--lr", "1e30", "--steps", "4", "--advantage", "none") == 2
@@ -250,7 +291,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights(tiny, few, tmp_path, c
     assert "not finite" in printed and "lower --lr" in printed and "\n" not in printed.split("train.py: ")[-1]
     state = saved_state(tmp_path / "run")
     assert state["step"] >= 1
-    assert set(state["versions"]) == {"python", "torch", "transformers", "threads", "device"}
+    assert set(state["versions"]) == {"python", "torch", "transformers", "threads", "processes", "device"}
 
 
 def test_other_versions_are_named(tiny, few, tmp_path, capsys):

@@ -2,11 +2,13 @@
 
 import importlib.util
 import json
+import math
 import os
 import shutil
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -309,6 +311,15 @@ def test_defaults_that_depend(tiny):
     assert train.Config(sampler="vllm", tis_cap=0.0).tis_cap == 0
 
 
+def test_a_default_that_depends_is_resumed_by_the_run_s_other_settings(tmp_path):
+    """-1 means 2 with vllm, also where --sampler is not given again."""
+    saved = train.asdict(train.Config(sampler="vllm"))
+    assert saved["tis_cap"] == 2
+    assert train.resumed_config(saved, {"tis_cap": -1.0}, tmp_path).tis_cap == 2
+    with pytest.raises(train.UserError, match="--tis_cap 0.0"):
+        train.resumed_config(saved, {"tis_cap": 0.0}, tmp_path)
+
+
 def test_the_package_of_the_default_model_is_missing(monkeypatch, tmp_path, capsys):
     real = importlib.util.find_spec
 
@@ -509,6 +520,30 @@ def test_a_second_judge_may_move_but_not_go(tiny, few, tmp_path, capsys):
     capsys.readouterr()
     assert train.main([*moved, "offline"]) == 2
     assert "would mix two experiments: --eval_judge offline" in capsys.readouterr().err
+
+
+def test_the_cache_lies_beside_the_run_by_whatever_name(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    model = {"judge": "http://h/v1", "judge_model": "m"}
+    for name in (".", "../run", str(tmp_path / "run")):
+        judge = train.make_judge(train.Config(resume=name, **model))
+        assert Path(judge.cache.path) == tmp_path.resolve() / "judge_cache.sqlite"
+
+
+def test_two_judges_share_no_cache(tmp_path):
+    """A judge is cached by its model's name; the offline judge has no cache, whatever name is given with it."""
+    names = {"judge_model": "a,m", "eval_judge": "http://h/v1", "eval_judge_model": "m", "out": str(tmp_path / "run")}
+    with pytest.raises(train.UserError, match="the judge that pays"):
+        train.make_eval_judge(train.Config(judge="offline,http://g/v1", **names))
+    assert train.make_eval_judge(train.Config(judge="http://g/v1,offline", **names)).model == "m"
+
+
+def test_a_step_without_a_criterion_has_no_share_of_missing_verdicts():
+    rollout = grpo.Rollout([1], [2], [0.0], "stop", "Rest.")
+    rollout.criteria, rollout.verdicts, rollout.reward = [], [], math.nan
+    metrics = train.group_metrics([rar.Group(COLD, [rollout, rollout])])
+    assert math.isnan(metrics["judge_missing"]) and metrics["verdicts"] == 0
 
 
 def test_several_urls_are_a_panel(tiny, few, tmp_path):
