@@ -562,7 +562,7 @@ def test_several_urls_are_a_panel(tiny, few, tmp_path):
 
 def test_limits_reach_the_judge(tmp_path):
     config = train.Config(judge="http://h/v1", judge_model="m", judge_rpm=30.0, judge_tpm=9.0, out=str(tmp_path / "run"))
-    limiter = train.make_judge(config).limiter
+    limiter = train.make_judge(config).server.limiter
     assert (limiter.seconds_per_request, limiter.seconds_per_token) == (60 / 30, 60 / 9)
 
 
