@@ -140,7 +140,8 @@ class Config:
 
     loss: Annotated[
         Literal["grpo", "dr_grpo", "dapo"],
-        "token weights: dr_grpo (constant), grpo (sequence mean; shortens), dapo (token mean)",
+        "token weights: dr_grpo (constant), grpo (sequence mean; made answers shrink to a third "
+        "here), dapo (token mean)",
     ] = "dr_grpo"
     advantage: Annotated[
         Literal["std", "mean", "none"], "(r - mean) / std of the group, r - mean, or r alone"
@@ -148,9 +149,9 @@ class Config:
     lr: Annotated[float, "AdamW's, after a warm-up; 1e-6 to 5e-6 at 7B", POSITIVE] = 1e-4
     epochs: Annotated[int, "passes over a batch of rollouts", COUNT] = 1
     minibatches: Annotated[int, "optimiser steps per epoch, each on a part", COUNT] = 1
-    clip_low: Annotated[float, "the ratio counts down to 1 - this (PPO's clip)", SHARE] = 0.2
+    clip_low: Annotated[float, "PPO's clip: ratio at least 1 - this", SHARE] = 0.2
     clip_high: Annotated[
-        float, "and up to 1 + this; 0: 0.28 with --loss dapo, else as clip_low", NOT_NEGATIVE
+        float, "ratio at most 1 + this; 0: 0.28 with --loss dapo, else as clip_low", NOT_NEGATIVE
     ] = 0.0
     beta: Annotated[float, "weight of the KL penalty; 0: only measured", NOT_NEGATIVE] = 0.0
     tis_cap: Annotated[
@@ -390,16 +391,19 @@ def loop(run: Run, folder: "RunFolder", step: int, stop: "Stop") -> None:
     with progress_bar(config.steps, "steps", "step", is_first()) as bar:
         bar.update(step)
         while step < config.steps and not stop.signal:
+            # A judge that fails: what is done is saved, and one line says how to go on.
             with explained(run, folder, step, f"step {step + 1}"):
                 # Only ARL-RR decides something here, and uses the lab; the others return {}.
                 log = run.method.before_step(step, run.examples, lab.at(step))
                 metrics, groups = train_step(run, step)
                 log |= metrics
 
-            # All processes agree here whether to stop. A signal that comes later counts in the next
-            # step: until the save below the answer stays the same.
+            # All processes agree here whether to stop. stop.signal changes only here, so that they
+            # all take the same branch at the save below.
             stop.agree()
-            log |= from_rank_zero(run.method.after_step, groups)  # RLER retires rubrics
+
+            # RLER retires rubrics; its buffers live in the first process only.
+            log |= from_rank_zero(run.method.after_step, groups)
             step += 1
 
             # Logged before it is saved: resuming can cut a log that is ahead of the checkpoint, but
@@ -606,7 +610,7 @@ def make_judge(config: Config):
 def make_method(config: Config, judge) -> rar.RubricReward:
     """The reward that the settings name. A reward of your own goes here."""
     # The loop never asks which method it is: they differ in their hooks. Only `begin` and
-    # `choose_prompts` do, for what the classes of arlrr.py need of the data.
+    # `choose_prompts` ask, for what the classes of arlrr.py need of the data.
     methods = {
         "rler": rler.RLER,
         "arlrr": arlrr.ARLRR,
@@ -650,7 +654,7 @@ def begin(config: Config, folder: Path, state: dict | None) -> Run:
         reference = Policy(config.model, config.dtype).model.requires_grad_(False)
         load_state(optimizer, method, state, folder)
     else:
-        reference = grpo.freeze(policy.model)
+        reference = grpo.freeze(policy.model)  # a frozen copy
     if config.sampler != "torch":
         start_engine(policy, config, examples + heldout + validation)
     return Run(
@@ -1611,10 +1615,11 @@ def explained(
     try:
         yield
     except (JudgeError, FloatingPointError) as error:
-        # All processes raise these two, so all of them come here. After a JudgeError the policy is
-        # that of `step` updates. After a FloatingPointError too, unless there are several
-        # minibatches or epochs: then those of the next update that went well are in it.
-        if step:
+        # All processes raise these two, so all of them come here. The policy is that of `step`
+        # updates, but for a FloatingPointError with several minibatches or epochs: part of the
+        # next update is then in it, and a run resumed from there would be no run at all.
+        is_whole = isinstance(error, JudgeError) or run.config.epochs * run.config.minibatches == 1
+        if step and is_whole:
             from_rank_zero(folder.save_checkpoint, run, step, unfinished)
         advice = f"when that is put right: python train.py --resume {folder.path}"
         raise type(error)(f"{where}: {error}; {advice}") from None
