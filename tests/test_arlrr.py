@@ -687,6 +687,7 @@ def comparable(folder):
     return json.dumps(history, default=str)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("schedule", "when", "at"),
     [("cyclic", 4, 3), ("search", 6, 2), ("search", 9, 4), ("lowest_score", 2, 1)],

@@ -314,6 +314,7 @@ def test_noise_hurts_and_a_rubric_helps():
     assert simulate_noise(0.0, groups=60) == quiet
 
 
+@pytest.mark.long
 def test_the_study_has_its_own_command_line(tmp_path):
     script = ROOT / "tests" / "evidence" / "reproduce_rar.py"
     picture = tmp_path / "noise.png"

@@ -974,6 +974,7 @@ def test_a_run_killed_between_proposing_and_scoring_is_the_same_run(
     assert weights[0] == weights[1]
 
 
+@pytest.mark.long
 def test_a_run_can_be_watched(few, tmp_path):
     """With the real model: what random bytes say has nothing that a detector could tell apart."""
     out = tmp_path / "run"

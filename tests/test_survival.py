@@ -19,6 +19,8 @@ from test_train import lines, run
 
 import train
 
+pytestmark = pytest.mark.long  # runs of whole processes take minutes: pytest --long
+
 METHODS = {
     "explicit": [],
     "points": ["--method", "points", "--epochs", "2", "--minibatches", "2", "--beta", "0.1"],
