@@ -255,9 +255,7 @@ class Policy:
             raise UserError(f"{name}: {why}; give smollm2, a folder or a hub id") from None
 
         self.ends = grpo.end_tokens(self.model, self.tokenizer)
-        # Some models have no limit; some keep it in a config inside the config.
-        text_config = self.model.config.get_text_config()
-        self.context = getattr(text_config, "max_position_embeddings", None) or 10**9
+        self.context = grpo.context_length(self.model)
         self.engine = None  # vLLM's, see start_engine
 
     def encode(self, example: rar.Example) -> list[int]:
