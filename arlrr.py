@@ -27,8 +27,8 @@ reading:
    r_c is HealthBench's own axis score.
 2. A prompt whose class has penalties only has no r_c (it would be divided by 0 points): it is
    not rolled out for that class, and these penalties are never trained. With --class_by category
-   all pitfalls drop out (but in a rubric that also has one worded as avoidance). The score by
-   which the search chooses counts them.
+   that is the class "pitfall", unless the rubric also has a pitfall worded as avoidance (weight
+   > 0). The search chooses by the score over the whole rubric, which counts these penalties.
 3. A stage is a fixed number of updates (--stage). Optimiser state and the KL reference carry
    over from stage to stage.
 4. The search tries one update per class, from the same state, and takes each back bit by bit.
@@ -42,7 +42,8 @@ reading:
 
     python arlrr.py                                     # the theorem, measured and predicted
     python train.py --method arlrr --schedule search    # also cyclic, random, lowest_score
-    python train.py --method axis_mean                  # also gdpo: all classes in every step
+    python train.py --method axis_mean   # all classes in every step: the mean of the r_c
+    python train.py --method gdpo        # ... advantages per class, then their mean
 """
 
 import math
@@ -168,7 +169,8 @@ def class_rewards(
 ) -> dict[str, list[float]]:
     """Class -> rewards r_c [G] of a group, from its verdicts [G][K].
 
-    Missing verdicts are treated as in rar.group_rewards.
+    Missing verdicts are treated as in rar.group_rewards. For axis_mean, gdpo and measurements:
+    ARLRR is given the verdicts of one class only, and has nothing to split.
 
     >>> rubric = [Criterion("", 6, axis="a"), Criterion("", 2, axis="b")]
     >>> class_rewards(rubric + [Criterion("", -2, axis="b")], [[1, 0, 0], [1, 1, 1]])
@@ -343,7 +345,6 @@ def choose_by_search(method: ARLRR, order: list[str], lab: "Lab") -> tuple[str, 
 
     Cost per stage: C updates (the winner's is done again by the stage) and C + 1 validations.
     """
-    # What the gains in the log are measured against.
     baseline = overall_scores(lab.validate())
 
     # What every trial starts from.
@@ -419,7 +420,7 @@ def within_one_se(scores: dict[str, list[float]], order: list[str]) -> list[str]
         error = 0.0
         if len(gaps) > 1:
             error = statistics.stdev(gaps) / math.sqrt(len(gaps))
-        if statistics.fmean(gaps) <= error + ZERO_STD:
+        if statistics.fmean(gaps) <= error + ZERO_STD:  # the latter for rounding errors
             tied.append(name)
     return tied
 
@@ -447,7 +448,7 @@ class Lab:
         self.at(0)
 
     def at(self, step: int) -> "Lab":
-        """Begins a new account, for the decision before this step."""
+        """Sets the step that is decided about, and all costs to zero."""
         self.step = step
         self.cost = Counter()
         self.started = time.perf_counter()
@@ -525,10 +526,10 @@ class Lab:
 
 
 def class_weights(rubric: Rubric, class_by: str = "axis") -> dict[str, float]:
-    """w_c [C]: the positive points of class c in parts of all. They sum to one.
+    """w_c [C]: class c's share of the rubric's positive points. The shares sum to one.
 
-    With them HealthBench's score is R = sum_c w_c r_c, plus the points of classes that have
-    penalties only, which are in no r_c. Here "tone" is such a class, -4 beside 8 points:
+    HealthBench's score is R = sum_c w_c r_c + n / (all positive points), where n are the (negative)
+    points of met criteria in classes that have penalties only. "tone" is such a class, n = -4:
 
     >>> rubric = [Criterion("", 6, axis="a"), Criterion("", 2, axis="b")]
     >>> rubric += [Criterion("", -2, axis="b"), Criterion("", -4, axis="tone")]
@@ -538,7 +539,7 @@ def class_weights(rubric: Rubric, class_by: str = "axis") -> dict[str, float]:
     >>> points_reward(rubric, scores), 0.75 * 1.0 + 0.25 * -1.0 + -4 / 8
     (0.0, 0.0)
     """
-    # Classes without a reward have no positive points, so this is the sum over all the others.
+    # Of the whole rubric: classes without a reward have no positive points to add.
     total = positive_points(rubric)
     weights = {}
     for name, indices in meta_classes(rubric, class_by).items():
@@ -567,10 +568,10 @@ def contraction(weights: list[float], rewards: list[list[float]]) -> tuple[float
     Five classes that have nothing to do with each other leave a fifth of the variance.
 
     What it means for learning: without division by the std, the update shrinks with std(R).
-    With the division, the shrinking itself cancels. Two effects remain. (a) R points only partly
-    along r_c: corr(r_c, R) < 1. (b) Averaging shrinks what is special to a class, but not the
-    noise that all classes share, such as a judge's liking for long answers: in R it weighs more
-    beside a class's own signal than in r_c.
+    With the division, the size of R no longer matters. Two effects remain. (a) R is only partly
+    about class c: corr(r_c, R) < 1. (b) Averaging shrinks what one class says alone, but not the
+    noise that all classes share, such as a judge's liking for long answers. Beside the signal of
+    class c the noise is larger in R than in r_c.
 
     >>> w = [0.5, 0.3, 0.2]
     >>> r = [[0.0, 1.0, 1.0, 0.0], [0.5, 0.5, 1.0, 0.0], [1.0, 0.0, 0.25, 0.5]]

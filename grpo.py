@@ -101,8 +101,8 @@ def advantages(rewards: torch.Tensor, kind: str = "std") -> torch.Tensor:
     >>> advantages(torch.tensor([[1.0, 0, math.nan]])).tolist()
     [[1.0, -1.0, 0.0]]
     """
-    # An advantage of 0 adds nothing to the policy's gradient: not scored, not learned from (with
-    # beta > 0 the KL term still pulls on such a rollout).
+    # nan, not scored, becomes 0: it adds nothing to the policy's gradient (with beta > 0 the KL
+    # term still pulls on such a rollout).
     if kind == "none":
         return rewards.nan_to_num()
 
@@ -131,7 +131,8 @@ def token_weights(lengths: list[int], loss: str, max_new_tokens: int) -> list[fl
     dr_grpo  1 / (B * max_new_tokens)  no reward for being long when wrong (arXiv 2503.20783)
     dapo     1 / (all tokens)          every token counts the same (arXiv 2503.14476, Eq. 8)
 
-    The choice can turn the sign of the mean advantage. Three short good ones and a long bad one:
+    The choice can turn the sign of the summed advantage. Three short completions with advantage 1
+    and a long one with -1:
 
     >>> for loss in ("grpo", "dr_grpo", "dapo"):
     ...     short, _, _, long = token_weights([10, 10, 10, 500], loss, 500)
@@ -158,14 +159,15 @@ def policy_loss(logp, old, advantage, clip_low: float = 0.2, clip_high: float = 
     >>> policy_loss(logp, old, torch.tensor([1.0])).round(decimals=4)
     tensor([-1.2000])
     """
-    # The smaller of the two: a ratio that comes back into the range keeps its gradient.
+    # The smaller of the two: a ratio that has left the range against its advantage keeps its
+    # gradient, and so comes back.
     ratio = (logp - old).exp()
     clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
     return -torch.minimum(ratio * advantage, clipped_ratio * advantage)
 
 
 def upper_clip(config) -> float:
-    """How far the ratio may count above 1. config.clip_high 0: as the loss has it."""
+    """How far the ratio may count above 1. config.clip_high 0: the default of config.loss."""
     if config.clip_high:
         return config.clip_high
     # DAPO's clip-higher (section 3.1): more room upwards lets unlikely tokens become likely.
@@ -484,6 +486,7 @@ def completion_logprobs(
     ids, _ = pad(id_rows, model.device)  # [R, S]
     segments, _ = pad(segment_rows, model.device)
     positions, _ = pad(position_rows, model.device)
+    # (Padding is of segment 0 as well, but it stands behind everything: nothing real sees it.)
 
     # Who sees whom is decided in `training_mask`: a token sees what stands before it in segment 0
     # and in its own segment. The mask of ones here is a dummy: without one the library would take
@@ -602,7 +605,7 @@ def make_passes(groups: list[list[Rollout]], config) -> list[list[Pass]]:
     for minibatch in minibatches(groups, config):
         remaining = with_gradient(minibatch, config)
         # A minibatch without a gradient takes no step, on any process. One with fewer groups than
-        # there are processes does: a process without a pass takes part in the sum all the same.
+        # processes takes one: a process without a pass still takes part in the sum.
         if not remaining:
             continue
         batches = micro_batches(remaining[rank::world], config.pass_tokens)
@@ -729,8 +732,8 @@ def load_policy(name: str, device: str = "cpu", bfloat16: bool | None = None):
     # On the model, because a copy of it (the reference) has to compute alike.
     model.bfloat16_layers = bfloat16
 
-    # Exact or refused: a policy that samples or trains another distribution than its checkpoint has
-    # shows in no metric.
+    # Refused, if sampling or training would not compute the distribution of the checkpoint: no
+    # metric would show it.
     tokenizer = AutoTokenizer.from_pretrained(folder)
     note(check_policy(model, tokenizer))
     return model, tokenizer

@@ -12,7 +12,7 @@ up or down by the sign of the criterion. rar.py decides what a missing verdict d
 
     to read    questions and verdicts, prompts, reading an answer    what is asked, what counts
                LLMJudge                                              a language model as judge
-               checks                                                decided by counting
+               words and sentences, checks                           decided by counting
                LexicalJudge, demo                                    without a network
     to skip    all below the banner "below: what makes it last a weekend": JSON found in a text,
                replies taken apart, retries, the probe, connections, limits, the cache, panels
@@ -217,8 +217,8 @@ CONTROL_TOKEN = re.compile(
 def clean(text: str) -> str:
     """The text as servers take it: no lone surrogates, no null bytes, no control tokens of chat
     templates, about LONGEST_TEXT characters at most."""
-    # Cut first: what follows would be slow on a text of megabytes. Of a conversation the end is
-    # what the response answers, and of a response the beginning is worth as much.
+    # Cut first: what follows would be slow on megabytes. The middle goes: a conversation's end is
+    # what the response answers, and a response's beginning counts as much as its end.
     if len(text) > LONGEST_TEXT:
         half = LONGEST_TEXT // 2
         text = f"{text[:half]}\n[cut here: longer than the judge is sent]\n{text[-half:]}"
@@ -266,10 +266,11 @@ def read_answer(text: str, questions: list[Question], is_cut: bool = False) -> l
     """The verdicts in a model's answer, one per question; each that is not valid is missing.
 
     One question: the last JSON object in the text that holds its key. Several: by the exact names
-    S1, S2, ... is_cut: the answer broke off, so an object before its end is an example or a draft.
+    S1, S2, ... Python's True and False are read as JSON's.
 
-    What does not count: objects in thoughts (<think>); every object, when an answer that comes
-    after the last whole one is no JSON. Python's True and False are read as JSON's.
+    What does not count: objects in thoughts (<think>); any object that a later answer in broken
+    JSON follows (the later one was meant); with is_cut, where the answer broke off, any object
+    before the end of the text (it was an example or a draft).
     """
     # A single statement has no name to repeat, so a model cannot get it wrong.
     if len(questions) == 1:
@@ -282,7 +283,7 @@ def read_answer(text: str, questions: list[Question], is_cut: bool = False) -> l
     for number, question in enumerate(questions, 1):
         item = by_name.get(f"S{number}", {})
 
-        # The score may be missing while the reason is there; both go into the sample.
+        # Of a reason without a score nothing stays: `ask_together` puts the kind in its place.
         score = to_score(item.get(question.key), question.scale)
         reason = printable(clean(str(item.get("reason", ""))[:300]))
         verdicts.append(Verdict(score, reason))
@@ -325,9 +326,13 @@ def to_score(value: object, scale: tuple[float, float] | None) -> float | None:
 
 
 class Reading(NamedTuple):
-    """What was read in an answer."""
+    """What was read in an answer.
 
-    value: object  # None: nothing
+    value: in `ask` a list of Verdicts, which may have gaps; in `write` the pair (what its `read`
+    made, the object); None when there was nothing.
+    """
+
+    value: object
     is_usable: bool
     problem: str = ""  # what the model is told when it is asked once more
 
@@ -356,14 +361,14 @@ class LLMJudge:
                                                                 four times the tokens
         unparsable   no valid verdict in the answer             asks once more, as plain text and
                                                                 warmer (`write`: with the reason)
-        unparsable   no reply of a chat server, three times     asks again until then
+        unparsable   no reply of a chat server                  asks again, gives up at the third
         JudgeError   no access (401, 403, 407), no credit       ends the batch, in the server's
                      (402), nothing there (404, 405, 410),      words
                      moved (3xx); a 400 or other 4xx for
                      20 responses in a row
 
-    All but the last leave a missing verdict whose reason is the kind; JudgeError comes as well
-    when more than max_missing of a batch is missing. A single missing verdict ends no run.
+    All but the last leave a missing verdict whose reason is the kind (`write`: a None). `ask` also
+    raises JudgeError when more than max_missing of its batch is missing; one alone never does it.
 
     The key comes from JUDGE_API_KEY and goes into one header, nowhere else. That header has room
     for one login: with a key, a user name and password in the URL are not sent.
@@ -388,9 +393,10 @@ class LLMJudge:
 
         k: statements per call, 0 for all of a response's (at HealthBench's sizes an eighth of the
         text, at the price of verdicts that may lean on each other). max_tokens: of an answer, per
-        statement. timeout: seconds to connect and for a whole reply. patience: seconds after which
-        a question that only meets faults is given up, and all of a batch when none was answered
-        for so long. rpm, tpm: requests and tokens per minute, 0 for no limit. Raises JudgeError.
+        statement. timeout: seconds to connect and for a whole reply. patience: a question that met
+        nothing but faults for so many seconds is given up; where none at all was answered for so
+        long, the batch is. rpm, tpm: requests and tokens per minute, 0 for no limit. Raises
+        JudgeError.
         """
         # Servers with one model take any name, others none but the right one.
         if not model:
@@ -402,7 +408,7 @@ class LLMJudge:
         self.max_tokens = max_tokens
         self.temperature = temperature
 
-        # All that may fail below a question is theirs.
+        # Connections, retries, limits: an answer comes back from there, or a kind of failure.
         self.server = ChatServer(url, model, workers, timeout, patience, Limiter(rpm, tpm))
         self.shown = self.server.shown
         self.cache = Cache(cache_path)
@@ -439,7 +445,7 @@ class LLMJudge:
         with a reason if it cannot: the model is told the reason and asked once more. The last
         usable object of an answer counts. Equal prompts are asked once. Raises JudgeError.
         """
-        # Equal prompts share one call, but each has a reader's state of its own.
+        # Equal prompts share one call; `read` still runs for each of them, with its own index.
         indexes = {}
         for index, prompt in enumerate(prompts):
             indexes.setdefault(prompt, []).append(index)
@@ -555,7 +561,8 @@ class LLMJudge:
             has_all = all(verdict.score is not None for verdict in verdicts)
             return Reading(verdicts, has_all)
 
-        # All answers may be as long as one would be alone.
+        # max_tokens is per statement. about: by this the server counts the responses that it was
+        # refused.
         request = Request(
             messages,
             max_tokens=self.max_tokens * len(questions),
@@ -654,7 +661,8 @@ class LLMJudge:
         # A schema may be what went wrong, so the second request is without one.
         again = request._replace(response_format=None, max_tokens=reply.max_tokens)
         if reply.finish == "length":
-            # The server has counted the prompt, so what is left of its context is no guess.
+            # Four times the room where the context has it, never less than before. The server has
+            # counted the prompt, so what is left of its context is no guess.
             return again._replace(
                 max_tokens=4 * reply.max_tokens,
                 least_tokens=reply.max_tokens,
@@ -703,7 +711,7 @@ STOP = set(SMALL_WORDS.split())
 
 # Everyday names of one idea, which criteria and answers use for each other. Few on purpose: wider
 # lists (any "professional", any "visit") lower the agreement with physicians. Of the emergency
-# numbers only one that is no usual dose.
+# numbers only 911: others, such as 112, may be a dose.
 SYNONYMS = {
     "physician": "doctor",
     "gp": "doctor",
@@ -734,7 +742,7 @@ def content_words(text: str) -> list[str]:
     """
     words = []
     for word in re.findall(r"[^\W_]+", text.lower()):
-        # Single Latin letters carry nothing; single signs of other scripts and digits do.
+        # Single Latin letters mean nothing; digits and single signs of other scripts do.
         is_letter = len(word) == 1 and word.isascii() and not word.isdigit()
         if word in STOP or is_letter:
             continue
@@ -1012,7 +1020,7 @@ def boxed(response: str, words: tuple[str, ...]) -> bool:
             # A letter is a letter: the option "B" is not met by an answer whose text is "b".
             if letter and letter[1] == word:
                 return True
-        elif word.strip(" .").lower() == inside.lower():
+        elif undress(word).lower() == inside.lower():
             return True
     return False
 
@@ -1036,10 +1044,23 @@ def boxed_text(response: str) -> str | None:
     if boxed is None:
         return None
 
-    # Dress such as \text{...} or \mathrm{...} is no part of the answer; few wear more than two.
+    return undress(boxed)
+
+
+# Only of letters: \sqrt{2} is another answer than 2.
+DRESS = re.compile(r"\\(?:text|math|operatorname|mbox|bold|bm\b)\w*\s*\{([^{}]*)\}")
+
+
+def undress(text: str) -> str:
+    r"""A formula's text without \text{...}, \mathrm{...} and their like, dots and dollars around it.
+
+    >>> undress(r"$\mathrm{H}_2\mathrm{O}$"), undress(r"\sqrt{2}")
+    ('H_2O', '\\sqrt{2}')
+    """
+    # Few wear more than two.
     for _ in range(4):
-        boxed = re.sub(r"\\\w+\s*\{([^{}]*)\}", r"\1", boxed)
-    return boxed.strip(" .$")
+        text = DRESS.sub(r"\1", text)
+    return text.strip(" .$")
 
 
 class Rule(NamedTuple):

@@ -8,8 +8,9 @@ Where this file decides what the paper leaves open or contradicts:
 
 1. Polarity. The paper's footnote words pitfalls as avoidance ("avoids X": met is good), its own
    prompt for writers as the fault ("recommends X": met is bad), and the released data hold both.
-   Here the sign of `Criterion.weight` is the polarity: weight < 0 means "bad when met". Before
-   Eq. 1 every c_j is turned so that 1 is good, and all weights are positive.
+   Here the sign of `Criterion.weight` is the polarity: weight < 0 means "bad when met", and a
+   pitfall worded as avoidance has a weight > 0. Before Eq. 1 the verdicts on faults are turned,
+   so that c_j = 1 is good; the weights in Eq. 1 are all positive.
 2. A missing verdict counts as the mean of its group's verdicts on that criterion, so that it
    moves the rollout neither up nor down. A rollout of which less than half of the weight was
    judged is unscored (reward nan, advantage 0).
@@ -139,14 +140,14 @@ def satisfied(criterion: Criterion, score: float) -> float:
 
 
 def explicit_weight(criterion: Criterion) -> float:
-    """The paper's weight of the category (section 4.4), without one the size of the weight."""
+    """The weight of the category (section 4.4); |weight| where it has none of the four."""
     return CATEGORY_WEIGHTS.get(criterion.category.lower(), abs(criterion.weight))
 
 
 def explicit_reward(rubric: Rubric, scores: Scores) -> float:
     """RaR-Explicit, Eq. 1, in [0, 1]; nan when a verdict is missing.
 
-    The second response commits the pitfall, the third one is silent on A:
+    The second response commits the pitfall, the third one leaves A out:
 
     >>> states = Criterion("States A.", 5, category="Essential")
     >>> rubric = [states, Criterion("Recommends B.", -4, category="Pitfall")]
@@ -213,16 +214,16 @@ def group_rewards(
             means.append(statistics.fmean(verdicts))
     judged_rubric = [rubric[k] for k in judged_indices]
 
-    # Where every positive criterion is dropped, points have nothing to divide by: nobody is
-    # scored, under Eq. 1 too, so that both score the same rollouts. A rubric that has penalties
-    # only from the start (no row of a file does) is not meant by this.
+    # Where every positive criterion is dropped, points have nothing to divide by: the group is
+    # unscored, whichever the reward, so that all score the same rollouts. (A rubric without a
+    # positive criterion from the start is left to response_reward.)
     has_positive = any(criterion.weight > 0 for criterion in rubric)
     keeps_positive = any(criterion.weight > 0 for criterion in judged_rubric)
     if has_positive and not keeps_positive:
         return [math.nan] * len(matrix)
 
-    # For the test below only, which asks whether half of the weight was judged: Eq. 1's weights,
-    # under points too, so that both score the same rollouts.
+    # For the test below, not for the reward: the size of each criterion. Eq. 1's weights, under
+    # points too, so that the same rollouts are unscored.
     weights = [explicit_weight(criterion) for criterion in rubric]
     rewards = []
     for row in matrix:
@@ -285,7 +286,7 @@ def criterion_questions(
             verdict = check_verdict(criterion.check, response, example.question)
             questions.append(verdict)
         else:
-            # `is_fault` is for LexicalJudge; a model judges the sentence as it stands.
+            # `is_fault` is for an offline judge, which compares words; a model judges the sentence.
             question = Question(
                 conversation=conversation,
                 response=response,
@@ -341,7 +342,9 @@ def rating_question(example: Example, response: str, how: str, more: str = "") -
     )
 
 
-# In the next three `rubric` is unused: it is OVERALL, the one item for the one rating.
+# One rating is one verdict, so its rubric has one item: Eq. 1 then returns the rating itself.
+# (In the next three functions `rubric` is this one, and unused.)
+OVERALL = [Criterion("Overall rating, 1 to 10.", 1.0, "Overall rating")]
 
 
 def likert_questions(example: Example, response: str, rubric: Rubric) -> list[Question]:
@@ -384,8 +387,6 @@ GENERIC = [
     Criterion(CONCISE, 1.0, "Concise"),
     Criterion(USEFUL, 1.0, "Useful"),
 ]
-# One rating is one verdict, so its rubric has one item: Eq. 1 then returns the rating itself.
-OVERALL = [Criterion("Overall rating, 1 to 10.", 1.0, "Overall rating")]
 
 
 @dataclass(frozen=True)
@@ -393,8 +394,9 @@ class Design:
     """How a response becomes a reward.
 
     questions: what the judge is asked. response_reward: one response's verdicts as one number.
-    rubric: what the verdicts are about, one item per verdict, and not what the judge is shown;
-    None: the example's own. needs_model: the judge must have an opinion, not count words.
+    rubric: one item per verdict; None: the example's own. criterion_questions asks about its items;
+    a rating's one item (OVERALL) only names the verdict. needs_model: the judge must have an
+    opinion, not count words.
     """
 
     questions: Callable[[Example, str, Rubric], list[Question | Verdict]]
@@ -498,7 +500,7 @@ class RubricReward:
     # ---- not hooks: what all methods share
 
     def can_learn_from(self, example: Example) -> bool:
-        """Whether the method can ever use the example. `pool` chooses among those that it can."""
+        """Whether the method can ever use the example: `pool` is given only those that it can."""
         # Some rows have no reference answer to be compared with.
         if self.config.method == "reference_likert":
             return bool(example.reference)
@@ -548,6 +550,8 @@ def judge_groups(
     places = []
     for (example, rollouts), rubric in zip(groups, rubrics, strict=True):
         for rollout in rollouts:
+            # Silent rollouts too, so that each has a verdict per criterion in the log; `score`
+            # leaves them out.
             rollout.criteria = rubric
             entries = questions(example, rollout.text, rubric)
             rollout.verdicts = entries

@@ -14,8 +14,8 @@ responses that it has to tell apart:
                S(y) = sum_k w_k s_k(y) / max(1, sum_{w_k > 0} w_k)     # k over persistent + active
                advantages and policy update as in GRPO
 
-               active[x] = the K criteria of active[x] (--rubrics_kept, 5) whose scores differ
-                           most among ys (population std; without spread one is retired)
+               active[x] = those of active[x] whose scores differ most among ys (population std),
+                           at most 5 (--rubrics_kept); one without spread is retired in any case
 
 S is the paper's Eq. 1 but for the max (decision 7).
 
@@ -92,7 +92,7 @@ from rar import (
 
 DATA = Path(__file__).resolve().parent / "data"
 EVOLVE = ("std", "static")  # keep the criteria with the largest std; or let nothing evolve
-MAX_PROPOSALS = 5  # per visit, duplicates among them: the paper's writer is asked for one to five
+MAX_PROPOSALS = 5  # per visit, duplicates included; the paper asks its writer for one to five
 
 # ------------------------------------------------------------------------------------ the buffer
 
@@ -105,7 +105,7 @@ class EvolvingCriterion(Criterion):
     born: int = 0  # the step of its first visit, counted from 1; 0: it is an initial one
     seen: list[list] = field(default_factory=list)  # [step, std or None] of each visit
     retired: int | None = None  # the step whose visit ended it; None: in use
-    why: str = ""  # it was retired
+    why: str = ""  # why it was retired; "": it is in use
 
     @property
     def is_initial(self) -> bool:
@@ -114,7 +114,7 @@ class EvolvingCriterion(Criterion):
 
     @property
     def last_std(self) -> float:
-        """The spread at the last visit that had verdicts."""
+        """The spread at the last visit that had one (two verdicts or more)."""
         for _, std in reversed(self.seen):
             if std is not None:
                 return std
@@ -142,7 +142,7 @@ def criterion_id(prompt_id: str, text: str) -> str:
 
 @dataclass
 class Buffer:
-    """The criteria of one prompt: initial ones for ever, at most K active ones, the retired ones.
+    """The criteria of one prompt: initial ones for ever, active ones, and the retired ones.
 
     An initial criterion that all responses meet costs verdicts and moves no advantage, but it holds
     the policy to what it has learned: the first rollout that breaks it is paid less.
@@ -216,8 +216,8 @@ class Buffer:
                 criterion.retired = step
                 criterion.why = "no spread"
 
-        # A criterion without a verdict keeps the rank of its last one. The sort is stable: ties
-        # go to the criterion that has been active longer.
+        # Where this visit gave no std, that of the last visit with one stands in. The sort is
+        # stable: ties go to the criterion that has been active longer.
         ranked = [criterion for criterion in self.active if criterion.retired is None]
         ranked.sort(key=lambda criterion: criterion.last_std, reverse=True)
         for criterion in ranked[rubrics_kept:]:
@@ -366,9 +366,9 @@ def graded_questions(
             statement=clean(criterion.text),
         )
         question = Question(
-            conversation,
-            response,
-            criterion.text,
+            conversation=conversation,
+            response=response,
+            statement=criterion.text,
             is_fault=criterion.weight < 0,
             prompt=prompt,
             key="score",
@@ -428,7 +428,7 @@ class Visit:
 class RLER(RubricReward):
     """Rubric rewards whose rubrics grow in `score`, before judging, and shrink in `after_step`.
 
-    Both work on copies of the buffers, which `after_step` puts in place. With several
+    Both methods work on copies of the buffers; `after_step` puts the copies in place. With several
     processes they run on rank 0 alone, which holds the buffers.
     """
 
@@ -498,7 +498,8 @@ class RLER(RubricReward):
             proposals = {}
             for visit in visits:
                 proposed = detect(visit.example, visit.texts, visit.buffer)
-                # Before judging: a fault has one limit at a time.
+                # A detector whose limit has moved proposes the new one. The old one goes before
+                # judging, so that a fault is not paid for twice.
                 self.count["retired"] += retire_old_limits(visit.buffer, proposed, self.step)
                 proposals[visit.example.id] = proposed
             return proposals
@@ -509,7 +510,7 @@ class RLER(RubricReward):
             prompts.append(write_prompt(visit.example, visit.texts, visit.buffer))
 
         def read(index: int, answer: dict) -> list[Criterion]:
-            """The writer's answers all read alike, whichever prompt they belong to."""
+            """The criteria in one answer. index: of its prompt, which makes no difference here."""
             return read_proposal(answer)
 
         # None where the model gave nothing usable, twice.
@@ -543,7 +544,7 @@ class RLER(RubricReward):
         rubric_proposed, _new, _revived, _duplicates, _failed, _retired: counts of the step.
         rubric_active: active criteria per prompt; _age: steps since they were born, on average (a
         revived one was retired for some of them); _negative: the share with weight -1;
-        _agreement: see `agreement`.
+        _agreement: a figure for the log, no part of the method.
         """
         active = []
         agreements = []

@@ -106,7 +106,7 @@ class Config:
     data: Annotated[str, "training prompts, own format or HealthBench's [data/train.jsonl]"] = ""
     eval_data: Annotated[str, "held-out prompts [data/heldout.jsonl; 1/10 of --data, <= 24]"] = ""
     prompts: Annotated[
-        int, "the first so many training prompts; 0: all of --data, 20 built-in ones", NOT_NEGATIVE
+        int, "how many training prompts; 0: all of --data, or 20 of the built-in", NOT_NEGATIVE
     ] = 0
 
     judge: Annotated[
@@ -117,7 +117,7 @@ class Config:
     judge_max_missing: Annotated[float, "stop when a larger share is missing", SHARE] = 0.1
     judge_rpm: Annotated[float, "requests per minute; 0: no limit", NOT_NEGATIVE] = 0.0
     judge_tpm: Annotated[float, "tokens per minute; 0: no limit", NOT_NEGATIVE] = 0.0
-    eval_judge: Annotated[str, "a second judge, for held-out answers: it does not pay"] = ""
+    eval_judge: Annotated[str, "a second judge, of held-out answers only: no part of a reward"] = ""
     eval_judge_model: Annotated[str, "its model's name"] = ""
 
     steps: Annotated[int, "updates of the policy", COUNT] = 25
@@ -140,8 +140,8 @@ class Config:
 
     loss: Annotated[
         Literal["grpo", "dr_grpo", "dapo"],
-        "token weights: dr_grpo (constant), grpo (sequence mean; made answers shrink to a third "
-        "here), dapo (token mean)",
+        "token weights: dr_grpo (constant), grpo (sequence mean; shrank the default run's answers "
+        "to a third), dapo (token mean)",
     ] = "dr_grpo"
     advantage: Annotated[
         Literal["std", "mean", "none"], "(r - mean) / std of the group, r - mean, or r alone"
@@ -346,6 +346,7 @@ def train_step(run: Run, step: int, is_trial: bool = False) -> tuple[dict, list[
     config = run.config
     policy = run.policy
     method = run.method
+    # pool: the prompts that the method uses now. Only in arlrr not all: those of its class.
     batch = next_batch(method.pool(run.examples), config, step)
 
     # 1. Roll out G completions per prompt. The draws follow from (seed, step) alone: a resumed run
@@ -422,6 +423,7 @@ def log_step(
     """Evaluates when it is time, and writes the step's row of metrics.jsonl. Returns it."""
     config = run.config
     if step == config.steps or step % config.eval_every == 0:
+        # If the judge fails in here, `explained` still saves the rows of the update that was made.
         unfinished = unlogged_rows(step, log, groups)
         with explained(run, folder, step, f"evaluation after step {step}", unfinished):
             metrics, answers = evaluate_heldout(run)
@@ -439,9 +441,9 @@ def scored(method: rar.RubricReward, groups: list[rar.Group]) -> list[rar.Group]
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, step: int) -> None:
     """Linear warm-up over a tenth of the steps."""
-    # Adam's first steps divide by the moments of a single gradient. The rate follows from step and
-    # --steps, so that there is no scheduler to save; resumed with more than ten times the steps it
-    # has done, a run warms up once more.
+    # Because Adam's first steps divide by the moments of a single gradient. The rate follows from
+    # step and --steps, so there is no scheduler to save. Resumed with a larger --steps, a run warms
+    # up again where it has done less than a tenth of the new number.
     warm_up = max(1, round(config.steps * 0.1))
     for options in optimizer.param_groups:
         options["lr"] = config.lr * min(1.0, (step + 1) / warm_up)
@@ -566,8 +568,8 @@ def graded(judge, groups: list[rar.Group], other_judge) -> tuple[dict, list[rar.
         for name, value in other_judge.take_stats().items():
             other[f"eval_other_{name}"] = value
 
-    # A policy learns the taste of the judge that pays: where only that judge's score climbs, this
-    # difference does.
+    # A policy learns the taste of the judge that pays: the gap climbs where only that judge's score
+    # climbs.
     metrics = rar.evaluate(judge, groups, show_progress=True)
     if other:
         other["eval_judge_gap"] = metrics["eval_score"] - other["eval_other_score"]
@@ -601,7 +603,10 @@ def first_score(run: Run, folder: "RunFolder", step: int) -> float:
 
 
 def make_judge(config: Config):
-    """The judge that pays. One of your own goes here: it needs `ask` and `take_stats`."""
+    """The judge that pays: its verdicts become the rewards. One of your own goes here.
+
+    It needs `ask` and `take_stats`.
+    """
     return judge_at(config, config.judge, config.judge_model)
 
 
@@ -621,7 +626,7 @@ def make_method(config: Config, judge) -> rar.RubricReward:
 
 def begin(config: Config, folder: Path, state: dict | None) -> Run:
     """A run in memory, new or as its checkpoint has it. Raises UserError, DataError, JudgeError."""
-    # In the order of what it costs to be wrong: data and flags first, the model after them.
+    # What is cheap to check comes first: a wrong flag should not cost the loading of a model.
     examples, heldout = read_data(config)
     if config.method in ("arlrr", "axis_mean", "gdpo"):
         arlrr.check_classes(examples, config.class_by)
