@@ -1052,7 +1052,7 @@ DRESS = re.compile(r"\\(?:text|math|operatorname|mbox|bold|bm\b)\w*\s*\{([^{}]*)
 
 
 def undress(text: str) -> str:
-    r"""A formula's text without \text{...}, \mathrm{...} and their like, dots and dollars around it.
+    r"""A formula without \text{...}, \mathrm{...} and their like, and dots and dollars around it.
 
     >>> undress(r"$\mathrm{H}_2\mathrm{O}$"), undress(r"\sqrt{2}")
     ('H_2O', '\\sqrt{2}')
