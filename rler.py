@@ -78,7 +78,6 @@ from judge import (
 from rar import (
     ZERO_STD,
     Criterion,
-    DataError,
     Example,
     Group,
     Matrix,
@@ -91,7 +90,6 @@ from rar import (
 )
 
 DATA = Path(__file__).resolve().parent / "data"
-EVOLVE = ("std", "static")  # keep the criteria with the largest std; or let nothing evolve
 MAX_PROPOSALS = 5  # per visit, duplicates included; the paper asks its writer for one to five
 
 # ------------------------------------------------------------------------------------ the buffer
@@ -433,13 +431,7 @@ class RLER(RubricReward):
     """
 
     def __init__(self, judge, config):
-        """config: evolve (one of EVOLVE), rubrics_kept (K), and those of RubricReward.
-
-        Raises DataError for another evolve.
-        """
-        if config.evolve not in EVOLVE:
-            choices = ", ".join(EVOLVE)
-            raise DataError(f"--evolve {config.evolve}: not known; use one of {choices}")
+        """config: rubrics_kept (K), and the settings of RubricReward."""
         super().__init__(judge, config)
         # A language model can write; the offline judge cannot, and the detectors propose.
         self.has_writer = hasattr(judge, "write")
@@ -489,8 +481,6 @@ class RLER(RubricReward):
 
     def propose(self, show_progress: bool) -> dict[str, list[Criterion] | None]:
         """Proposals by prompt id; None where the writer failed, no entry where nobody was asked."""
-        if self.config.evolve == "static":
-            return {}
         # A group without any text has nothing to write from.
         visits = [visit for visit in self.visits.values() if visit.texts]
 
@@ -551,8 +541,7 @@ class RLER(RubricReward):
         for prompt_id, visit in self.visits.items():
             # Before pruning: the verdicts belong to the criteria in use until now.
             agreements.append(agreement(visit))
-            kept = self.config.rubrics_kept
-            self.count["retired"] += visit.buffer.prune(spreads(visit), self.step, kept)
+            self.count["retired"] += self.select(visit)
             # The policy is updated: from here on the visit has happened (decision 5).
             self.buffers[prompt_id] = visit.buffer
             active += visit.buffer.active
@@ -566,6 +555,15 @@ class RLER(RubricReward):
         metrics["rubric_negative"] = nanmean([float(c.weight < 0) for c in active])
         metrics["rubric_agreement"] = nanmean(agreements)
         return metrics
+
+    def select(self, visit: Visit) -> int:
+        """The paper's selection: the K active criteria of widest spread stay. Returns the number
+        retired.
+
+        A rule of its own, so that a study can put another one in its place
+        (tests/evidence/reproduce_rler.py keeps criteria at random).
+        """
+        return visit.buffer.prune(spreads(visit), self.step, self.config.rubrics_kept)
 
     def state_dict(self) -> dict:
         """All buffers as plain values, for a checkpoint. The step is the training loop's."""
@@ -876,7 +874,7 @@ def demo() -> None:
         rollouts.append(SimpleNamespace(text=text, finish="stop"))
 
     group = Group(example, rollouts)
-    config = SimpleNamespace(method="rler", advantage="std", evolve="std", rubrics_kept=5)
+    config = SimpleNamespace(method="rler", advantage="std", rubrics_kept=5)
     method = RLER(LexicalJudge(), config)
     method.before_step(0, [example])
     method.score([group])

@@ -167,9 +167,6 @@ class Config:
         Literal["auto", "float32", "bfloat16"], "of the layers' arithmetic; weights are float32"
     ] = "auto"
 
-    evolve: Annotated[
-        Literal["std", "static"], "rler: keep rubrics that tell rollouts apart (std), or add none"
-    ] = "std"
     rubrics_kept: Annotated[int, "rler: evolving rubrics kept per prompt (K)", COUNT] = 5
     schedule: Annotated[
         Literal["search", "lowest_score", "cyclic", "random"], "arlrr: how a class is chosen"

@@ -35,7 +35,7 @@ TEXTS = [
 def method_of(name, judge=None, **changes):
     """A method object with the settings that train.py would give it."""
     values = {"advantage": "std", "class_by": "axis", "seed": 0, "schedule": "cyclic", "stage": 1}
-    values |= {"evolve": "std", "rubrics_kept": 5}
+    values |= {"rubrics_kept": 5}
     config = SimpleNamespace(method=name, **(values | changes))
     kinds = {"rler": rler.RLER, "arlrr": arlrr.ARLRR, "axis_mean": arlrr.AxisMean}
     kind = kinds.get(name, rar.RubricReward)

@@ -5,6 +5,7 @@ import math
 import random
 import re
 import statistics
+import sys
 import zlib
 from copy import deepcopy
 from types import SimpleNamespace
@@ -22,6 +23,10 @@ from judge import JudgeError, LexicalJudge, LLMJudge, Verdict, check_verdict
 from rar import Criterion, Example, Group
 from rler import RLER, EvolvingCriterion
 
+sys.path.append(str(ROOT / "tests" / "evidence"))
+import reproduce_rler
+from reproduce_rler import AtRandom, Fixed
+
 COLD_PROMPT = [{"role": "user", "content": "What helps against a cold?"}]
 INITIAL = [Criterion("States that rest helps.", 1), Criterion("Mentions water.", 1)]
 EXAMPLE = Example("cold", COLD_PROMPT, INITIAL)
@@ -29,7 +34,7 @@ ALL = "abcd"
 
 
 def settings(**changes):
-    values = {"method": "rler", "advantage": "std", "evolve": "std", "rubrics_kept": 5}
+    values = {"method": "rler", "advantage": "std", "rubrics_kept": 5}
     return SimpleNamespace(**(values | changes))
 
 
@@ -103,7 +108,7 @@ def test_offline_it_agrees_with_rar_on_every_wording_of_a_pitfall():
         rubric = [pitfall, Criterion("Advises rest.", 5)]
         cold = Example("cold", [{"role": "user", "content": "Cold?"}], rubric)
         points = rar.RubricReward(LexicalJudge(), settings(method="points"))
-        for method in (points, RLER(LexicalJudge(), settings(evolve="static"))):
+        for method in (points, Fixed(LexicalJudge(), settings())):
             group = rollouts("Rest well.", bad)
             method.score([Group(cold, group)])
             assert group[0].reward > group[1].reward, (pitfall.text, method)
@@ -115,7 +120,7 @@ def test_a_check_is_decided_by_counting_whichever_judge_is_used():
     example = Example("metal", COLD_PROMPT, [Criterion("The final answer is (A) Lead", 1, check=check)])
     for judge in (LexicalJudge(), Script({})):
         group = rollouts(r"\boxed{A}", r"\boxed{B}", "Lead.")
-        RLER(judge, settings(evolve="static")).score([Group(example, group)])
+        Fixed(judge, settings()).score([Group(example, group)])
         assert [rollout.reward for rollout in group] == [1.0, 0.0, 0.0]
         assert [rollout.verdicts[0].score for rollout in group] == [1.0, 0.0, 0.0]
 
@@ -125,12 +130,6 @@ def test_a_cut_proposal_keeps_both_signs():
     answer = {"positive": entries, "negative": [{"title": "T", "text": "Shouts."}]}
     criteria = rler.read_proposal(answer)[: rler.MAX_PROPOSALS]
     assert texts(criteria) == ["Says 0.", "Shouts.", "Says 1.", "Says 2.", "Says 3."]
-
-
-def test_a_selection_that_does_not_exist_costs_one_line():
-    for wrong in ("fifo", "random", "best"):
-        with pytest.raises(rar.DataError, match=f"^--evolve {wrong}: not known; use one of std, static$"):
-            RLER(LexicalJudge(), settings(evolve=wrong))
 
 
 # ---------------------------------------------------------------------------- the update by hand
@@ -219,14 +218,41 @@ def test_the_most_discriminative_stay_and_ties_go_to_the_older():
     assert metrics["rubric_age"] == pytest.approx(2 / 3)
 
 
-@pytest.mark.parametrize("evolve, active", [("std", {"A.", "B."}), ("static", set())])
-def test_selections(evolve, active):
-    scores = {"A.": row(1, 1, 0, 0), "B.": row(1, 0.5, 0, 0), "C.": row(0.5, 0, 0, 0)}
-    method = scripted(scores, [positive("A.", "B.", "C.")], rubrics_kept=2, evolve=evolve)
+THREE = {"A.": row(1, 1, 0, 0), "B.": row(1, 0.5, 0, 0), "C.": row(0.5, 0, 0, 0)}
+
+
+def arm_of(kind, seed=0):
+    judge = Script(THREE, [positive("A.", "B.", "C.")])
+    return kind(judge, settings(rubrics_kept=2, seed=seed))
+
+
+def test_the_widest_spread_stays():
+    method = arm_of(RLER)
     visit(method, ALL)
     buffer = method.buffers["cold"]
-    assert set(texts(buffer.active)) == active
+    assert texts(buffer.active) == ["A.", "B."]
     assert all(criterion.is_initial and criterion.born == 0 for criterion in buffer.persistent)
+
+
+def test_the_arms_of_the_study_differ_in_one_hook_each():
+    fixed = arm_of(Fixed)
+    visit(fixed, ALL)
+    buffer = fixed.buffers["cold"]
+    assert buffer.active == buffer.retired == [] and len(buffer.persistent) == 2
+
+    # By chance: any two of the three, the same two for the same seed, all pairs over the seeds.
+    kept = set()
+    for seed in range(20):
+        method = arm_of(AtRandom, seed)
+        _, metrics = visit(method, ALL)
+        again = arm_of(AtRandom, seed)
+        visit(again, ALL)
+        buffer = method.buffers["cold"]
+        assert texts(buffer.active) == texts(again.buffers["cold"].active)
+        assert len(buffer.active) == 2 and metrics["rubric_retired"] == 1
+        assert [c.seen for c in buffer.by_birth] == [c.seen for c in again.buffers["cold"].by_birth]
+        kept.add(tuple(texts(buffer.active)))
+    assert len(kept) == 3
 
 
 def test_unequal_initial_weights_keep_their_proportions_and_have_a_mean_of_one():
@@ -255,7 +281,7 @@ def test_it_is_a_rubric_reward_that_overrides_hooks_alone():
     assert issubclass(RLER, rar.RubricReward)
     own = {name for name in vars(RLER) if not name.startswith("_")}
     hooks = {"before_step", "rubric_for", "questions", "aggregate", "after_step"}
-    assert own - set(vars(rar.RubricReward)) == {"open_visits", "propose"}
+    assert own - set(vars(rar.RubricReward)) == {"open_visits", "propose", "select"}
     assert hooks | {"score", "state_dict", "load_state_dict"} == own & set(vars(rar.RubricReward))
     assert RLER(LexicalJudge(), settings()).can_learn_from(EXAMPLE)
 
@@ -838,14 +864,14 @@ def test_stuffed_words_pay_less_once_the_group_has_shown_them():
         if criterion.axis in ("accuracy", "completeness") and criterion.weight > 0:
             content.append(criterion)
     rewards = {}
-    for evolve in ("static", "std"):
+    for name, kind in {"fixed": Fixed, "evolving": RLER}.items():
         short = "Rest and drink plenty of fluids."
         group = rollouts(COLD.reference, stuffed, TEXTS["broken"], short)
         example = Example("x", COLD.prompt, content, COLD.reference)
-        RLER(LexicalJudge(), settings(evolve=evolve)).score([Group(example, group)])
-        rewards[evolve] = [rollout.reward for rollout in group]
-    assert rewards["static"][1] == rewards["static"][0] == 1
-    assert rewards["std"][1] < rewards["std"][0] - 0.3
+        kind(LexicalJudge(), settings()).score([Group(example, group)])
+        rewards[name] = [rollout.reward for rollout in group]
+    assert rewards["fixed"][1] == rewards["fixed"][0] == 1
+    assert rewards["evolving"][1] < rewards["evolving"][0] - 0.3
 
 
 # ---------------------------------------------------------------------------- a model behind a server
@@ -996,11 +1022,36 @@ def test_a_run_can_be_watched(few, tmp_path):
     assert evolved & judged
 
 
+def test_the_study_is_made_from_real_runs(tiny, tmp_path, monkeypatch, capsys):
+    flags = f"--model {tiny} --method rler --prompts_per_step 2 --group_size 3 --max_new_tokens 12 "
+    monkeypatch.setattr(reproduce_rler, "FLAGS", flags + "--eval_every 9 --save_every 1")
+    monkeypatch.setattr(reproduce_rler, "LAST", 1)
+    # Random bytes have nothing that the detectors tell apart: one proposal, which nobody meets.
+    monkeypatch.setattr(rler, "detect", lambda *_: [Criterion("Shouts.", -1, check='contains "!!!"')])
+    study = ["--out", str(tmp_path), "--seeds", "0", "--steps", "2"]
+    assert reproduce_rler.main([*study, "--png", str(tmp_path / "picture.png")]) == 0
+    printed = capsys.readouterr().out
+    for comparison in ("evolving - fixed", "random - fixed", "evolving - random"):
+        assert printed.count(f"| {comparison} |") == len(reproduce_rler.MEASURES)
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+    # Each arm ran as its own class: nothing evolves, nothing without spread stays, anything may.
+    last = {}
+    for arm in reproduce_rler.ARMS:
+        last[arm] = lines(tmp_path / f"{arm}-0" / "metrics.jsonl")[-1]
+    assert [last[arm]["rubric_proposed"] for arm in last] == [0, 2, 2]
+    assert [last[arm]["rubric_active"] for arm in last] == [0, 0, 1]
+    assert rler.RLER is RLER
+    # A finished run is not run again.
+    assert reproduce_rler.main(study) == 0
+    assert "minutes" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
         (["--rubrics_kept", "0"], "--rubrics_kept 0: give at least 1"),
-        (["--evolve", "best"], "invalid choice: 'best'"),
+        (["--evolve", "std"], "unknown flag --evolve"),
         (["--flaws", "zero"], "unknown flag --flaws"),
         (["--form_share", "0.5"], "unknown flag --form_share"),
     ],

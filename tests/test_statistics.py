@@ -110,6 +110,21 @@ def test_t_is_the_textbooks():
     half = 2.2622 * statistics.stdev(values) / math.sqrt(10)
     assert t_interval(values).low == pytest.approx(4.5 - half, abs=1e-4)
     assert math.isnan(t_interval([1.0]).low) and math.isnan(t_interval([]).mean)
+    # The 97.5 % quantiles leave 5 % on both sides, whatever the degrees of freedom.
+    for degrees, quantile in enumerate(intervals.T_QUANTILES, 1):
+        assert intervals.t_tail(quantile, degrees) == pytest.approx(0.05, abs=2e-5)
+    assert intervals.t_tail(0.0, 4) == 1 and intervals.t_tail(-2.0, 3) == intervals.t_tail(2.0, 3)
+
+
+def test_the_larger_p_value_counts():
+    """Three seeds that agree a little: a resampling is sure, Student's t is not."""
+    base = [(prompt, seed, 0.0) for prompt in "abcd" for seed in range(3)]
+    arm = [(prompt, seed, 0.1 + 0.2 * seed) for prompt in "abcd" for seed in range(3)]
+    [row] = intervals.compare_arms({"arm": arm, "base": base}, "base")
+    assert row.crossed.p < 0.05 < row.seeds.p == row.p_holm
+    [first, second] = intervals.compare_pairs({"one": (base, arm), "two": (base, arm)})
+    assert (first.arm, second.arm) == ("one", "two")
+    assert first.p_holm == pytest.approx(2 * row.p_holm)
 
 
 # ------------------------------------------------------------------------- several arms

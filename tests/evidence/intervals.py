@@ -10,7 +10,7 @@ Nor are the scores of one seed on 24 prompts: a lucky run is lucky on many. So
 3. of n prompts or seeds n - 1 are drawn (Rao and Wu 1988): drawing n understates the variance of a
    mean by (n - 1) / n, a third for 3 seeds;
 4. with few seeds the t interval over the seeds' means stands beside it, because no resampling of
-   three values knows their tails; believe the wider one;
+   three values knows their tails; believe the wider one: the p-value is the larger of the two;
 5. an arm that is the best of several is so by luck too: p-values are corrected for the number of
    arms compared (Holm 1979).
 
@@ -51,7 +51,7 @@ class Comparison(NamedTuple):
     """An arm minus the baseline.
 
     crossed: over prompts and seeds. seeds: Student's t over the seeds' mean differences.
-    p_holm: the p-value of `crossed`, corrected for the number of arms compared.
+    p_holm: the larger p-value of the two, corrected for the number of arms compared.
     """
 
     arm: str
@@ -147,18 +147,53 @@ def crossed_bootstrap(table: np.ndarray, seed: int = 0, resamples: int = RESAMPL
 
 
 def t_interval(values: list[float]) -> Interval:
-    """Mean and 95 % interval of independent values by Student's t; p-values are not given.
+    """Mean, 95 % interval and p-value of independent values by Student's t.
 
     >>> t_interval([1.0, 2.0, 3.0])
-    Interval(mean=2.0, low=-0.4841, high=4.4841, p=nan)
+    Interval(mean=2.0, low=-0.4841, high=4.4841, p=0.0742)
     """
     n = len(values)
     mean = float(np.mean(values)) if n else math.nan
     if n < 2:
         return Interval(mean, math.nan, math.nan, math.nan)
     quantile = T_QUANTILES[min(n - 1, len(T_QUANTILES)) - 1]
-    half = quantile * float(np.std(values, ddof=1)) / math.sqrt(n)
-    return Interval(mean, round(mean - half, 4), round(mean + half, 4), math.nan)
+    error = float(np.std(values, ddof=1)) / math.sqrt(n)
+
+    # Without any spread the values say that they are never another one: no test can use that.
+    p = math.nan
+    if error > 0:
+        p = round(t_tail(mean / error, n - 1), 4)
+    half = quantile * error
+    return Interval(mean, round(mean - half, 4), round(mean + half, 4), p)
+
+
+def t_tail(t: float, degrees: int) -> float:
+    """How likely Student's t is to be at least this far from 0, on either side.
+
+    The finite series for whole degrees of freedom (Abramowitz and Stegun 1964, 26.7.3, 26.7.4).
+
+    >>> [round(t_tail(t, degrees), 4) for t, degrees in ((12.7062, 1), (4.30265, 2), (2.262, 9))]
+    [0.05, 0.05, 0.05]
+    """
+    angle = math.atan(abs(t) / math.sqrt(degrees))
+    sine = math.sin(angle)
+    cosine = math.cos(angle)
+
+    # The series of an odd number begins with cos, that of an even number with 1; each term comes
+    # from the one before it.
+    is_odd = degrees % 2 == 1
+    power = 1 if is_odd else 0
+    term = cosine if is_odd else 1.0
+    total = 0.0
+    while power <= degrees - 2:
+        total += term
+        term *= (power + 1) / (power + 2) * cosine**2
+        power += 2
+
+    inside = sine * total
+    if is_odd:
+        inside = 2 / math.pi * (angle + inside)
+    return 1 - inside
 
 
 def holm(p_values: dict[str, float]) -> dict[str, float]:
@@ -211,13 +246,38 @@ def compare_arms(arms: dict[str, list[Row]], baseline: str) -> list[Comparison]:
         by_seed[arm] = t_interval(seed_means(differences))
         shapes[arm] = table.shape
 
-    p_holm = holm({arm: interval.p for arm, interval in crossed.items()})
+    # The larger of the two: a resampling of three seeds is too sure of itself.
+    p_values = {}
+    for arm, interval in crossed.items():
+        p_values[arm] = larger_p(interval, by_seed[arm])
+    p_holm = holm(p_values)
+
     comparisons = []
     for arm, interval in crossed.items():
         n_prompts, n_seeds = shapes[arm]
         row = Comparison(arm, interval, by_seed[arm], p_holm[arm], n_prompts, n_seeds)
         comparisons.append(row)
     return sorted(comparisons, key=lambda row: -row.crossed.mean)
+
+
+def larger_p(crossed: Interval, seeds: Interval) -> float:
+    """The p-value of the wider interval; where one has none (a single seed), that of the other."""
+    p_values = [interval.p for interval in (crossed, seeds) if not math.isnan(interval.p)]
+    return max(p_values, default=math.nan)
+
+
+def compare_pairs(pairs: dict[str, tuple[list[Row], list[Row]]]) -> list[Comparison]:
+    """Comparisons of (before, after), each with a baseline of its own, in the order given.
+
+    The p-values are corrected for the number of pairs.
+    """
+    comparisons = []
+    for name, (before, after) in pairs.items():
+        comparisons += compare_arms({name: after, "baseline": before}, "baseline")
+
+    # Each was corrected for itself alone, that is not at all.
+    p_holm = holm({row.arm: row.p_holm for row in comparisons})
+    return [row._replace(p_holm=p_holm[row.arm]) for row in comparisons]
 
 
 def comparison_table(comparisons: list[Comparison]) -> str:

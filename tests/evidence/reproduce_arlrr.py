@@ -41,10 +41,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from intervals import (
     Row,
-    compare_arms,
+    compare_pairs,
     comparison_table,
     crossed_bootstrap,
-    holm,
     score_table,
 )
 
@@ -219,15 +218,6 @@ def difference_tables(out: Path, runs: dict[str, list[int]], logs: dict) -> None
     print(comparison_table(compare_pairs(equal_verdicts)))
     cells = [f"{arm} {step:.0f}" for arm, step in steps.items()]
     print(f"\nThe scalar arm's step with as many verdicts: {'; '.join(cells)}.")
-
-
-def compare_pairs(pairs: dict[str, tuple[list[Row], list[Row]]]) -> list:
-    """Comparisons of (before, after) per arm; each has a baseline of its own."""
-    comparisons = []
-    for arm, (before, after) in pairs.items():
-        comparisons += compare_arms({arm: after, "base": before}, "base")
-    adjusted = holm({row.arm: row.crossed.p for row in comparisons})
-    return [row._replace(p_holm=adjusted[row.arm]) for row in comparisons]
 
 
 def axis_table(runs: dict[str, list[int]], logs: dict) -> None:

@@ -1,10 +1,16 @@
-"""When a policy shifts to reward hacking, does its rubric shift, too? Fixed against evolving rubrics.
+"""When a policy shifts to reward hacking, does its rubric shift too? Does the selection matter?
 
 The initial rubric here asks for content alone: of two built-in prompts that want an answer in at
 most two sentences, only the criteria about content are kept. The lexical judge then pays for words,
 and a policy that is paid by it soon says the same few words over and over without ever ending. Each
-seed is trained twice from the same start, for the same steps: with this rubric alone (--evolve
-static) and with the rubrics that evolve from it (--evolve std).
+seed is trained three times from the same start, for the same steps:
+
+  fixed      with this rubric alone
+  evolving   with criteria that evolve from it, as in rler.py: those of widest spread stay
+  random     the same, but which criteria stay is drawn by lot
+
+The arms are subclasses of rler.RLER, below, each of one hook. The detectors, which propose here,
+choose by spread themselves, in all arms that evolve: `random` draws among what they propose.
 
 What is reported was chosen before the first run with evolving rubrics, on two static runs with
 other prompts and settings, and is no part of either reward:
@@ -22,6 +28,7 @@ Finished runs are not run again.
 
 import argparse
 import json
+import random
 import re
 import shutil
 import statistics
@@ -33,13 +40,16 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from intervals import Row, compare_pairs
 
 import rar
+import rler
 import train
 from judge import LexicalJudge
 
 PROMPTS = ("mild-fever-adult", "blue-daytime-sky")
-ARMS = {"static": "fixed rubric", "std": "evolving rubric"}
 MEASURES = ("looping", "honest", "cut off", "content")
 STEPS = 20
 LAST = 5  # steps at the end that are reported
@@ -47,6 +57,41 @@ FLAGS = (
     "--method rler --prompts_per_step 2 --group_size 8 --max_new_tokens 48 "
     "--temperature 0.9 --lr 2e-4 --eval_every 1000 --save_every 10"
 )
+
+# ------------------------------------------------------------------------------------ the arms
+
+
+class Fixed(rler.RLER):
+    """Nothing evolves: nobody is asked for criteria."""
+
+    def propose(self, show_progress: bool) -> dict:
+        """No proposals."""
+        return {}
+
+
+class AtRandom(rler.RLER):
+    """The criteria that stay are drawn by lot, whatever their spread."""
+
+    def select(self, visit: rler.Visit) -> int:
+        """Retires all active criteria but K that are drawn. Returns the number retired."""
+        buffer = visit.buffer
+        for criterion, std in zip(buffer.in_use, rler.spreads(visit), strict=True):
+            criterion.seen.append([self.step, std])
+
+        # From the seed, the step and the prompt: a resumed run draws the same.
+        name = f"{self.config.seed}-{self.step}-{visit.example.id}"
+        drawn = list(buffer.active)
+        random.Random(name).shuffle(drawn)
+        for criterion in drawn[self.config.rubrics_kept :]:
+            criterion.retired = self.step
+            criterion.why = "drawn by lot"
+        return buffer.move_retired()
+
+
+ARMS = {"fixed": Fixed, "evolving": rler.RLER, "random": AtRandom}
+COLORS = {"fixed": "tab:red", "evolving": "tab:blue", "random": "tab:orange"}
+# (after, before): does evolving help, does it help without the selection, does the selection?
+COMPARED = (("evolving", "fixed"), ("random", "fixed"), ("evolving", "random"))
 
 # ------------------------------------------------------------------------------------ the runs
 
@@ -80,26 +125,32 @@ def is_finished(folder: Path, steps: int) -> bool:
     return f'"step": {steps},' in path.read_text(encoding="utf8")
 
 
-def run(out: Path, arm: str, seed: int, steps: int) -> Path:
-    """One training run, continued or done before; returns its folder."""
+def run(out: Path, arm: str, seed: int, steps: int) -> None:
+    """One training run: new, continued, or done before."""
     folder = out / f"{arm}-{seed}"
     if is_finished(folder, steps):
-        return folder
+        return
 
     if (folder / "checkpoint" / "trainer.pt").exists():
         flags = ["--resume", str(folder)]
     else:
         # Killed before its first checkpoint: from the beginning.
         shutil.rmtree(folder, ignore_errors=True)
-        flags = [*FLAGS.split(), "--evolve", arm, "--seed", str(seed), "--steps", str(steps)]
+        flags = [*FLAGS.split(), "--seed", str(seed), "--steps", str(steps)]
         flags += ["--data", str(out / "train.jsonl"), "--eval_data", str(out / "heldout.jsonl")]
         flags += ["--out", str(folder)]
 
+    # `--method rler` is the class of that name: for this run it is the arm's.
+    original = rler.RLER
     started = time.time()
-    if train.main(flags):
+    rler.RLER = ARMS[arm]
+    try:
+        status = train.main(flags)
+    finally:
+        rler.RLER = original
+    if status:
         sys.exit(f"{folder}: the run failed")
     print(f"{arm}, seed {seed}: {(time.time() - started) / 60:.1f} minutes", flush=True)
-    return folder
 
 
 # ------------------------------------------------------------------------------------ the measures
@@ -141,14 +192,14 @@ def rouge_l(text: str, reference: str) -> float:
 
 
 def measure(folder: Path, examples: dict[str, rar.Example]) -> dict:
-    """table[step][measure] = its mean in each group of that step."""
+    """table[step][measure][prompt] = its mean in the prompt's group of that step."""
     groups = defaultdict(list)
     for row in read_lines(folder / "samples.jsonl"):
         if row["split"] == "train":
             groups[row["step"], row["id"]].append(row)
 
     points = rar.RubricReward(LexicalJudge(), SimpleNamespace(method="points", advantage="std"))
-    table = defaultdict(lambda: defaultdict(list))
+    table = defaultdict(lambda: defaultdict(dict))
     for (step, prompt), rows in sorted(groups.items()):
         example = examples[prompt]
         rollouts = [SimpleNamespace(text=row["text"]) for row in rows]
@@ -160,50 +211,58 @@ def measure(folder: Path, examples: dict[str, rar.Example]) -> dict:
             "content": [rollout.reward for rollout in rollouts],
         }
         for key in MEASURES:
-            table[step][key].append(statistics.fmean(values[key]))
+            table[step][key][prompt] = statistics.fmean(values[key])
     return table
 
 
 # ------------------------------------------------------------------------------------ the report
 
 
-def late(tables: dict, arm: str, seed: int, key: str, steps: int) -> list[float]:
-    """The values of a run's last steps, one per group."""
-    values = []
-    for step in range(steps - LAST + 1, steps + 1):
-        values += tables[arm, seed][step][key]
-    return values
+def rows_of(tables: dict, arm: str, key: str, steps: list[int]) -> list[Row]:
+    """(prompt, seed, mean over these steps) of an arm's runs: one row per prompt and seed."""
+    rows = []
+    for (of_arm, seed), table in tables.items():
+        if of_arm != arm:
+            continue
+        for prompt in PROMPTS:
+            values = [table[step][key][prompt] for step in steps]
+            rows.append((prompt, seed, statistics.fmean(values)))
+    return rows
 
 
-def summarise(tables: dict, seeds: list[int], steps: int) -> None:
-    """Prints a table: start, each arm's last steps, difference with an interval.
+def mean_of(rows: list[Row]) -> float:
+    """The mean score of some rows."""
+    return statistics.fmean(score for _, _, score in rows)
 
-    The interval is over (seed, step, prompt).
+
+def summarise(tables: dict, steps: int) -> None:
+    """Prints each arm's start and last steps, then the differences with their intervals.
+
+    p-values are corrected for the three comparisons of a measure.
     """
-    heads = [f"{name}, last {LAST}" for name in ARMS.values()]
-    print(f"\n| measure | seed | step 1 | {' | '.join(heads)} | difference, 95 % interval |")
-    print("|---|---|---|---|---|---|")
+    last = list(range(steps - LAST + 1, steps + 1))
+    print(f"\n| measure | step 1 | {' | '.join(ARMS)} |")
+    print("|---" * (2 + len(ARMS)) + "|")
     for key in MEASURES:
-        starts = []
-        fixed = []
-        evolving = []
-        for seed in seeds:
-            start = []
-            for arm in ARMS:
-                start += tables[arm, seed][1][key]
-            a = late(tables, "static", seed, key, steps)
-            b = late(tables, "std", seed, key, steps)
-            means = [statistics.fmean(values) for values in (start, a, b)]
-            cells = " | ".join(f"{mean:.3f}" for mean in means)
-            print(f"| {key} | {seed} | {cells} | {means[2] - means[1]:+.3f} |")
-            starts += start
-            fixed += a
-            evolving += b
+        # All arms start alike: the first step's rollouts come before the first update.
+        cells = [key, f"{mean_of(rows_of(tables, 'fixed', key, [1])):.3f}"]
+        for arm in ARMS:
+            cells.append(f"{mean_of(rows_of(tables, arm, key, last)):.3f}")
+        print("| " + " | ".join(cells) + " |")
 
-        low, high = rar.bootstrap([y - x for x, y in zip(fixed, evolving, strict=True)])
-        start, a, b = [statistics.fmean(values) for values in (starts, fixed, evolving)]
-        cells = f"{start:.3f} | **{a:.3f}** | **{b:.3f}** | {b - a:+.3f}"
-        print(f"| **{key}** | all | {cells} ({low:+.3f} to {high:+.3f}) |")
+    heads = ("measure", "comparison", "difference", "over prompts and seeds", "over seeds (t)")
+    print(f"\n| {' | '.join(heads)} | p, Holm |")
+    print("|---" * (len(heads) + 1) + "|")
+    for key in MEASURES:
+        pairs = {}
+        for after, before in COMPARED:
+            of_both = (rows_of(tables, before, key, last), rows_of(tables, after, key, last))
+            pairs[f"{after} - {before}"] = of_both
+        for row in compare_pairs(pairs):
+            cells = [key, row.arm, f"{row.crossed.mean:+.3f}"]
+            for interval in (row.crossed, row.seeds):
+                cells.append(f"{interval.low:+.3f} to {interval.high:+.3f}")
+            print("| " + " | ".join([*cells, f"{row.p_holm:.3f}"]) + " |")
 
 
 def draw(tables: dict, seeds: list[int], path: str) -> None:
@@ -216,15 +275,16 @@ def draw(tables: dict, seeds: list[int], path: str) -> None:
         "honest": "ROUGE-L F1 with the reference",
     }
     for axis, (key, title) in zip(figure.subplots(1, 2), titles.items()):
-        for arm, color in zip(ARMS, ("tab:red", "tab:blue")):
+        for arm, color in COLORS.items():
             steps = sorted(tables[arm, seeds[0]])
             curves = []
             for seed in seeds:
-                curve = [statistics.fmean(tables[arm, seed][step][key]) for step in steps]
+                table = tables[arm, seed]
+                curve = [statistics.fmean(table[step][key].values()) for step in steps]
                 axis.plot(steps, curve, color=color, alpha=0.25, linewidth=0.8)
                 curves.append(curve)
             mean = [statistics.fmean(values) for values in zip(*curves)]
-            axis.plot(steps, mean, color=color, linewidth=2, label=ARMS[arm])
+            axis.plot(steps, mean, color=color, linewidth=2, label=arm)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("step", fontsize=8)
         axis.grid(alpha=0.25)
@@ -247,12 +307,14 @@ def main(argv: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     write_data(out)
     examples = {example.id: example for example in rar.read_examples(out / "train.jsonl")}
+    # Seed by seed, so that a study that is stopped has whole seeds.
     tables = {}
     for seed in args.seeds:
         for arm in ARMS:
-            tables[arm, seed] = measure(run(out, arm, seed, args.steps), examples)
+            run(out, arm, seed, args.steps)
+            tables[arm, seed] = measure(out / f"{arm}-{seed}", examples)
 
-    summarise(tables, args.seeds, args.steps)
+    summarise(tables, args.steps)
     if args.png:
         draw(tables, args.seeds, args.png)
     return 0
