@@ -1112,18 +1112,19 @@ def parse_criterion(item: object, where: str) -> Criterion:
         if not axis and tag.startswith("axis:"):
             axis = tag.removeprefix("axis:")
 
+    title = as_text(item.get("title"), where, "title", allow_number=True)
     return Criterion(
         text=as_text(text, where, "text").strip(),
         weight=float(weight),
-        title=as_text(item.get("title"), where, "title", allow_number=True),
-        category=parse_category(item.get("category"), weight, text, where),
+        title=title,
+        category=parse_category(item.get("category"), weight, text, title, where),
         axis=sys.intern(axis),
         tags=tags,
         check=parse_criterion_check(item.get("check"), where),
     )
 
 
-def parse_category(category: object, weight: float, text: str, where: str) -> str:
+def parse_category(category: object, weight: float, text: str, title: str, where: str) -> str:
     """The category as written, or "". Raises DataError where its polarity is not the sign's."""
     category = as_text(category, where, "category", allow_number=True)
     if not category:
@@ -1138,7 +1139,7 @@ def parse_category(category: object, weight: float, text: str, where: str) -> st
     # does ("Avoids X", in RaR's data), and so it is good when met.
     is_demand = kind != "pitfall" and weight > 0
     is_fault = kind == "pitfall" and weight < 0
-    is_avoidance = kind == "pitfall" and weight > 0 and names_avoidance(text.strip())
+    is_avoidance = kind == "pitfall" and weight > 0 and names_avoidance(text.strip(), title)
     if is_demand or is_fault or is_avoidance:
         return category
 
@@ -1163,14 +1164,15 @@ def parse_criterion_check(check: object, where: str) -> str:
 
 # Who a criterion is about; most leave it out. Named words only: "The medication should be doubled"
 # and "The immune response should be suppressed" are content.
-SUBJECT = r"""^(?:(?: it | (?:the|an?|this)\ (?:(?:final|good|ideal|whole|model)\ )?
+SUBJECT = r"""^(?:(?: it | (?:(?:the|an?|this)\ )?(?:(?:final|good|ideal|whole|model)\ )?
     (?: response | answer | reply | text | output | method | approach | proof | argument
       | explanation | solution | discussion | derivation | calculation | description | conclusion
       | student | author | model | assistant ) )\ )?"""
 # A duty. "The answer should state units" matches, "The answer should lose points" does not.
 DUTY = re.compile(
     SUBJECT
-    + r"""(?:should|must|needs?\ to|has\ to|ought\ to|is\ (?:expected|required)\ to)\b
+    + r"""(?:should|must|needs?\ to|has\ to|ought\ to|is\ (?:expected|required)\ to
+    |is\ (?:important|essential|crucial|critical|vital|necessary)\ (?:not\ )?to)\b
     (?!\ (?:be|lose|receive)\ (?:penali[sz]ed|marked|downgraded|considered|points|no|fewer)\b)""",
     re.VERBOSE | re.IGNORECASE,
 )
@@ -1188,8 +1190,8 @@ AVOIDS = re.compile(
     |(?:warn|caution)s?\ against|takes?\ care|is\ careful)\b""",
     re.VERBOSE | re.IGNORECASE,
 )
-# "Does not" and a word that names a fault. "Does not confuse the masses" matches. "Does not mention
-# X" does not: it names an omission; nor "Does not suggest X", which is good or bad as X is.
+# "Does not" and a word that names a fault. "Does not confuse the masses" matches, and "Does not
+# mention irrelevant tests". "Does not mention X" and "Does not suggest X" do not.
 FAULT_DENIED = re.compile(
     SUBJECT
     + r"""(?:does\ not|doesn't)\ (?:
@@ -1202,36 +1204,81 @@ FAULT_DENIED = re.compile(
     | exaggerate | fabricate | invent | hallucinate | contradict | leave\ out | gloss\ over
     | rush | jump\ to | deviate | digress | stray | trivialize | obscure | distort | violate
     | rely\ (?:only|solely|exclusively) | introduce\ (?:\w+\ )?(?:error|mistake|confusion)
-    | (?:include|contain|provide|present|introduce|use|make|give|add|offer|state|draw|reach)
+    | (?:include|contain|provide|present|introduce|use|make|give|add|offer|state|draw|reach
+        |mention|recommend|suggest|propose)
       \ (?:any\ |an?\ )?(?:irrelevant|unnecessary|extraneous|incorrect|inaccurate|misleading
         |unrelated|unsupported|unfounded|erroneous|false|wrong)\b
     )""",
     re.VERBOSE | re.IGNORECASE,
 )
+# Good or bad as X is: "Does not mention X" is an omission where X is right, a fault avoided where
+# X is wrong; "Recommends avoiding X" is good advice or bad.
+EITHER_WAY = re.compile(
+    SUBJECT
+    + r"""(?:does\ not|doesn't|never
+    |(?:recommend|advis|suggest|counsel)\w*\ (?:against|avoiding))\b""",
+    re.VERBOSE | re.IGNORECASE,
+)
+# The title often knows which: "Avoids Unrelated Tests", "Misdiagnosis Avoidance". Not "Fails to
+# Avoid Jargon", and not "Avoids Mentioning Risks", which may be the fault itself.
+TITLE_AVOIDS = re.compile(
+    r"""^(?!.*\b(?:fail|not|lack|miss))
+    .*\bavoid(?:s|ed|ing|ance)?\b(?!\ (?:mention|discuss|address|explain|specif|detail))""",
+    re.VERBOSE | re.IGNORECASE,
+)
+# "Omits Dose", "Misses Key Points", "Overlooked Allergy".
+TITLE_OMITS = re.compile(
+    r"\b(?:omi(?:t|ssion)|miss(?:es|ed|ing)\b|overlook|ignor|neglect|fail|lack|absen|forget)",
+    re.IGNORECASE,
+)
 
 
-def names_avoidance(text: str) -> bool:
-    """Whether a pitfall of unknown polarity is worded as what a good response does.
+def pitfall_polarity(text: str, title: str = "") -> int:
+    """How a pitfall of unknown polarity is meant: 1 good when met, -1 bad when met, 0 undecided.
 
     For data whose pitfalls are all stored with the same sign (data/prepare.py).
 
-    >>> names_avoidance("The response should avoid rounding early.")
-    True
-    >>> names_avoidance("Does not confuse the two masses.")
-    True
-    >>> names_avoidance("Rounds early.")
-    False
-    >>> names_avoidance("Does not mention rounding.")
-    False
+    >>> pitfall_polarity("The response should avoid rounding early.")
+    1
+    >>> pitfall_polarity("Does not confuse the two masses.")
+    1
+    >>> pitfall_polarity("Rounds early.")
+    -1
+    >>> pitfall_polarity("Does not mention friction.")
+    0
+    >>> pitfall_polarity("Does not mention friction.", "Omits Assumption")
+    -1
+    >>> pitfall_polarity("Does not mention friction.", "Avoids Wrong Causes")
+    1
+    """
+    # All look at the beginning only: a fault may well be described by "should" or "never" later in
+    # its sentence.
+    for wording in (DUTY, AVOIDS, FAULT_DENIED):
+        if wording.match(text):
+            return 1
+
+    # A fault that is named stays one whatever its title: "Avoid Product B" stands above
+    # "Recommends product B" in the released data.
+    if not EITHER_WAY.match(text):
+        return -1
+
+    # Only here the title is asked, because only here the text does not say.
+    if TITLE_AVOIDS.search(title):
+        return 1
+    if TITLE_OMITS.search(title):
+        return -1
+    return 0
+
+
+def names_avoidance(text: str, title: str = "") -> bool:
+    """Whether a pitfall of unknown polarity is worded as what a good response does.
+
+    Where wording and title leave it open it is not: most such items name an omission.
+
     >>> names_avoidance("Never tells the reader when to see a doctor.")
     False
     """
-    # All three look at the beginning only: a fault may well be described by "should" or "never"
-    # later in its sentence.
-    for wording in (DUTY, AVOIDS, FAULT_DENIED):
-        if wording.match(text):
-            return True
-    return False
+    return pitfall_polarity(text, title) > 0
 
 
 # ------------------------------------------------------------------------- a worked example

@@ -438,12 +438,12 @@ def rule_check(checker: str, parameters: dict) -> tuple[str, str]:
     relation = parameters.get("relation")
     operator = OPERATORS.get(str(relation))
     for measure in ("words", "sentences"):
-        number = parameters.get(f"num_{measure}")
+        number = whole(parameters.get(f"num_{measure}"))
         if checker == f"length_constraints:number_{measure}" and operator and is_number(number):
             return f"Has {relation} {number} {measure}.", f"{measure} {operator} {number}"
 
     # IFEval asks for that number of bullet points and no other.
-    bullets = parameters.get("num_bullets")
+    bullets = whole(parameters.get("num_bullets"))
     if checker == "detectable_format:number_bullet_lists" and is_number(bullets):
         return f"Has exactly {bullets} list items.", f"items == {bullets}"
 
@@ -460,6 +460,13 @@ def rule_check(checker: str, parameters: dict) -> tuple[str, str]:
     return "", ""
 
 
+def whole(number: object) -> object:
+    """The value; 300 for 300.0, as a table stores whole numbers in a column that has gaps."""
+    if isinstance(number, float) and number.is_integer():
+        return int(number)
+    return number
+
+
 def quoted(text: str) -> str:
     """A text as checks write it: in double quotes."""
     return json.dumps(text, ensure_ascii=False)
@@ -467,15 +474,10 @@ def quoted(text: str) -> str:
 
 # ----------------------------------------------------------------------------- descriptions
 
-PREFIX = re.compile(r"\s*(?:(\w+) +criteri(?:a|on) *: *)?(.*)", re.IGNORECASE | re.DOTALL)
-DOES_NOT = re.compile(r"(?:the \w+ )?(?:does not|doesn't|never)\b", re.IGNORECASE)
-# "Does not mention X" names an omission, as the prompt that wrote the data asks: bad when met.
-OMITS = re.compile(
-    r"(?:the \w+ )?(?:does not|doesn't) (?:explicitly |clearly |adequately |correctly |properly )?"
-    r"(?:mention|state|include|identify|address|note|specify|list|provide|discuss|explain|consider|"
-    r"acknowledge|emphasi[sz]e|recogni[sz]e|clarify|distinguish|differentiate|warn|advise|account|"
-    r"describe|define|give|show|verify|check|ask|cite|justify|outline|highlight|connect|apply)\b",
-    re.IGNORECASE,
+# "Pitfall Criteria: Recommends surgery." Some hundred items have the category alone: "Pitfall: ...".
+PREFIX = re.compile(
+    r"\s*(?:(\w+) +criteri(?:a|on) *: *|(essential|important|optional|pitfall) *: *)?(.*)",
+    re.IGNORECASE | re.DOTALL,
 )
 
 
@@ -517,13 +519,25 @@ def released_item(item: object) -> object:
     if not is_text(text) or not is_number(weight):
         return {"text": text, "weight": weight}
 
-    word, text = PREFIX.match(text).groups("")
-    category = released_category(word.lower(), weight)
-    # All pitfalls are stored with a negative weight; here the wording decides (1. above).
-    if category == "pitfall":
-        weight = abs(weight) if rar.names_avoidance(text) else -abs(weight)
+    word, text = split_prefix(text)
     title = item.get("title")
+    category = released_category(word, weight)
+    # The stored sign is the same for all; the wording decides, and the title (1. above).
+    if category == "pitfall":
+        is_good = rar.names_avoidance(text, title if is_text(title) else "")
+        weight = abs(weight) if is_good else -abs(weight)
     return {"title": title, "text": text, "category": category.capitalize(), "weight": weight}
+
+
+def split_prefix(description: str) -> tuple[str, str]:
+    """(category in small letters, text) of a description; ("", text) where it names none.
+
+    >>> split_prefix("Pitfall: Rounds early."), split_prefix("Rounds early.")
+    (('pitfall', 'Rounds early.'), ('', 'Rounds early.'))
+    """
+    before_criteria, alone, text = PREFIX.match(description).groups("")
+    word = before_criteria if before_criteria else alone
+    return word.lower(), text
 
 
 def released_category(word: str, weight: float) -> str:
@@ -541,18 +555,6 @@ def released_category(word: str, weight: float) -> str:
     if weight >= 5:
         return "essential"
     return "important" if weight >= 3 else "optional"
-
-
-def is_undecided(text: str) -> bool:
-    """Whether a pitfall can be meant either way: "Does not suggest X" is good or bad as X is.
-
-    >>> is_undecided("Does not suggest delaying fluids."), is_undecided("Does not mention fluids.")
-    (True, False)
-    """
-    # Both are decided: the first is good when met, the second bad.
-    if rar.names_avoidance(text) or OMITS.match(text):
-        return False
-    return bool(DOES_NOT.match(text))
 
 
 def ground_truth(row: dict) -> dict:
@@ -576,7 +578,8 @@ def convert_ground_truth(row: dict, place: Place) -> list[dict]:
     # RaR's data exist in this layout as well: their descriptions still begin with a category.
     is_rar = False
     for item in items:
-        if PREFIX.match(str(item.get("description"))).group(1):
+        word, _ = split_prefix(str(item.get("description")))
+        if word:
             is_rar = True
 
     rubric = []
@@ -709,6 +712,10 @@ def choice_rows(
     and c = match, Eq. 1 is the verifiable reward. Raises DataError.
     """
     all_text = all(is_text(text) for text in [question, right, *texts])
+    if all_text:
+        # GPQA's options end in line breaks here and there.
+        right = right.strip()
+        texts = [text.strip() for text in texts]
     # A wrong option that is listed twice is listed once: nothing is lost.
     options = list(dict.fromkeys(texts)) if all_text else []
     if not 2 <= len(options) <= len(LETTERS) or right not in options or texts.count(right) > 1:
@@ -757,10 +764,11 @@ class Format(NamedTuple):
 
 
 RELEASED = "RaR as released"
+GROUND_TRUTH = "DR Tulu or open-instruct"  # RaR's data exist in this layout too
 # The first that matches is used: texts of criteria come before descriptions, both before options.
 FORMATS = {
     "RubricHub or verl": Format(is_reward_model, convert_reward_model),
-    "DR Tulu or open-instruct": Format(is_ground_truth, convert_ground_truth),
+    GROUND_TRUTH: Format(is_ground_truth, convert_ground_truth),
     "ours or HealthBench": Format(is_ours, convert_ours),
     "rubric_items": Format(is_rubric_items, convert_rubric_items),
     "ResearchQA": Format(is_research_qa, convert_research_qa),
@@ -930,12 +938,13 @@ def refuse_known_ids(converted: Converted, place: Place, place_of_id: dict[str, 
 def count_undecided(converted: Converted) -> int:
     """Pitfalls of RaR's released data that may be meant either way."""
     # Everywhere else the sign was published, whatever the wording.
-    if converted.format != RELEASED:
+    if converted.format not in (RELEASED, GROUND_TRUTH):
         return 0
     count = 0
     for example in converted.examples:
         for criterion in example.rubric:
-            if criterion.category == "Pitfall" and is_undecided(criterion.text):
+            is_pitfall = criterion.category == "Pitfall"
+            if is_pitfall and rar.pitfall_polarity(criterion.text, criterion.title) == 0:
                 count += 1
     return count
 
@@ -1018,7 +1027,7 @@ def print_report(report: Report) -> None:
 
     # Not errors, but a person may want to look.
     if report.undecided_pitfalls:
-        doubt = "pitfalls can be meant either way; they are read as naming the fault"
+        doubt = "pitfalls can be meant either way ('Does not mention X'); read as omissions"
         print(f"{report.undecided_pitfalls} {doubt}", file=sys.stderr)
     if report.in_several_files:
         leak = "questions are in more than one file or split; never train on held-out ones"
