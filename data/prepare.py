@@ -23,15 +23,16 @@ Formats, told apart by the values of a row; a column that is null or not named h
 
 What the formats leave open, and what is done here:
 
-1. Polarity. All pitfalls of RaR's released data have negative weights, but 80 % of RaR-Science's
-   forbid the fault ("Avoids ...": good when met) and 88 % of RaR-Medicine's name it ("Recommends
-   ..."; others counted). `rar.names_avoidance` decides; a pitfall that is good when met gets a
-   positive weight. In all other formats the published sign is the polarity.
+1. Polarity. All pitfalls of RaR's released data have negative weights, but nearly all of
+   RaR-Science's forbid the fault ("Should avoid ...": good when met), and so does half of
+   RaR-Medicine's. `rar.pitfall_polarity` decides by wording and title (97 % right on 71 items kept
+   back, tests/evidence/README.md); a pitfall that is good when met gets a positive weight. How many
+   it cannot decide is printed. In all other formats the published sign is the polarity.
 2. Weights. ResearchQA and OpenRubrics publish none: every criterion weighs 1.
 3. Axis and category stay empty where a format has none; ResearchRubrics' own axes are copied.
-4. Rules. RubricHub names checkers of instruction following ("length_constraints:number_words"). One
-   that a check of judge.py can express becomes that check; a row with any other is skipped. Their
-   parameters are named as in IFEval, because RubricHub does not publish its own names.
+4. Rules. RubricHub names checkers of instruction following ("length_constraints:number_words"),
+   with the parameters of IFEval. One that a check of judge.py can express becomes that check; a row
+   with any other is skipped: many rows of that domain, so allow it with --max_bad.
 5. Ids. A row without one is named after its place: path below SOURCE, a colon, the row's number.
 """
 
@@ -474,7 +475,7 @@ def quoted(text: str) -> str:
 
 # ----------------------------------------------------------------------------- descriptions
 
-# "Pitfall Criteria: Recommends surgery." Some hundred items have the category alone: "Pitfall: ...".
+# "Pitfall Criteria: Recommends surgery."; a few rows of RaR-Science have the category alone.
 PREFIX = re.compile(
     r"\s*(?:(\w+) +criteri(?:a|on) *: *|(essential|important|optional|pitfall) *: *)?(.*)",
     re.IGNORECASE | re.DOTALL,
@@ -575,11 +576,11 @@ def convert_ground_truth(row: dict, place: Place) -> list[dict]:
     """DR Tulu's training data and others in open-instruct's layout; here signs are polarities."""
     truth = ground_truth(row)
     items = list_of(truth["rubrics"])
-    # RaR's data exist in this layout as well: their descriptions still begin with a category.
+    # RaR's data exist in this layout as well: their descriptions still begin with a category. The
+    # word "Criteria" must follow it: anybody may begin a sentence with "Important:".
     is_rar = False
     for item in items:
-        word, _ = split_prefix(str(item.get("description")))
-        if word:
+        if PREFIX.match(str(item.get("description"))).group(1):
             is_rar = True
 
     rubric = []
@@ -814,6 +815,9 @@ def format_name(row: dict, place: Place) -> str:
     for name, entry in FORMATS.items():
         if entry.matches(row):
             return name
+    # DR Tulu's data have a few of these.
+    if ground_truth(row).get("rubrics") == []:
+        raise DataError(f"{place}: its rubric has no items")
     # The columns tell a person at once which data set it is.
     columns = ", ".join(sorted(map(str, row))[:12])
     raise DataError(f"{place}: no rubric that data/prepare.py knows in its columns: {columns}")

@@ -393,6 +393,14 @@ def test_a_wrong_option_listed_twice_is_taken_once(convert):
     assert [(e.id, e.question) for e in twice] == [(e.id, e.question) for e in convert(GPQA)]
 
 
+def test_line_breaks_after_options_are_no_part_of_them(convert):
+    loose = GPQA | {"Correct Answer": "Lead\n", "Incorrect Answer 2": " Tin\n"}
+    assert convert(loose) == convert(GPQA)
+    # "Lead" and "Lead " are one option, so no letter could be right alone.
+    with pytest.raises(rar.DataError, match="needs a question"):
+        convert(GPQA | {"Incorrect Answer 1": "Lead "})
+
+
 def test_options_with_quotes_and_letters_without_a_text(convert):
     [first, *_] = convert(MEDQA | {"options": {"A": 'the "red" one', "B": "Lead\\", "C": None}})
     assert first.rubric[0].check.endswith('"Lead\\\\"')
@@ -469,6 +477,13 @@ def rule_row(checker, parameters=None, **more):
     return (
         HUB | {"Rubrics": plain, "reward_model": {"ground_truth": "", "rubrics": items}} | more
     )
+
+
+def test_whole_numbers_of_a_table_are_whole(convert):
+    """A table keeps every parameter in a column of its own: null for most, 3.0 for 3."""
+    given = {"num_words": 3.0, "relation": "at least", "num_bullets": None, "keywords": None}
+    [e] = convert(rule_row("length_constraints:number_words", given))
+    assert (e.rubric[0].text, e.rubric[0].check) == ("Has at least 3 words.", "words >= 3")
 
 
 @pytest.mark.parametrize(
@@ -698,9 +713,9 @@ def test_labels_of_physicians_are_no_prompts(convert):
 # ----------------------------------------------------------------------------- polarity
 
 
-def pitfall(text, weight=-1):
+def pitfall(text, weight=-1, title=""):
     return prepare.released_item(
-        {"title": "", "description": f"Pitfall Criteria: {text}", "weight": weight}
+        {"title": title, "description": f"Pitfall Criteria: {text}", "weight": weight}
     )["weight"]
 
 
@@ -772,6 +787,12 @@ GOOD_WHEN_MET = [
     "Does not omit the units.",
     "Does not exaggerate the risk.",
     "The derivation should not skip steps.",
+    "Does not mention irrelevant drugs.",
+    "Does not mention any incorrect dose.",
+    "Does not recommend unnecessary scans.",
+    "Response must not mix units.",
+    "It is important not to drop the constant.",
+    "It is essential to state the units.",
 ]
 # Bad when met: the fault is named, or an omission is, or it cannot be told.
 BAD_WHEN_MET = [
@@ -823,17 +844,105 @@ BAD_WHEN_MET = [
     "Never tells the reader when to see a doctor.",
     "The medication should be doubled.",
     "The immune response should be suppressed.",
+    "It is important data that is left out.",
+    "Response time is not given.",
+    "Recommends against vaccination.",
+    "Suggests avoiding all exercise.",
+    "Recommends an irrelevant scan.",
+]
+# The same words, good or bad as the title says.
+TITLED = [
+    ("Avoids Unrelated Drugs", "Does not mention ibuprofen or aspirin.", 2),
+    ("Common Mistake Avoidance", "Does not recommend antibiotics before the culture.", 2),
+    ("Avoid Wrong Option", "The response does not mention or support option (C).", 2),
+    ("Avoiding Overreach", "Never suggests a dose.", 2),
+    ("Avoids Needless Tests", "Recommends against a scan without red flags.", 2),
+    ("Misdiagnosis Avoidance", "Recommends avoiding tests for other diseases.", 2),
+    ("Omits Dose", "Does not mention the dose.", -2),
+    ("Pitfall: Omitted Allergy", "Does not mention the allergy.", -2),
+    ("Omission of Causes", "Does not mention other causes.", -2),
+    ("Misses Key Sign", "Does not mention neck stiffness.", -2),
+    ("Overlooks Follow-up", "Does not recommend a second visit.", -2),
+    ("Fails to Avoid Jargon", "Does not mention plain words.", -2),
+    ("Avoids Mentioning Risks", "Does not mention the risk of bleeding.", -2),
+    # What the text says itself, a title does not turn.
+    ("Avoid Recommending Product B", "Recommends product B without a reason.", -2),
+    ("Avoids Unrelated Drugs", "Fails to mention the dose.", -2),
+    ("Avoids Detail", "Ignores the allergy.", -2),
+    ("Confuses Mass with Weight", "Does not confuse mass with weight.", 2),
+    ("Omitted Units", "The response should not omit the units.", 2),
+    ("Neglecting Friction", "Avoids ignoring friction.", 2),
 ]
 
 
 @pytest.mark.parametrize("text", GOOD_WHEN_MET)
 def test_pitfalls_that_are_good_when_met(text):
-    assert pitfall(text, -2) == 2 and not prepare.is_undecided(text)
+    assert pitfall(text, -2) == 2
 
 
 @pytest.mark.parametrize("text", BAD_WHEN_MET)
 def test_pitfalls_that_are_bad_when_met(text):
     assert pitfall(text, -2) == -2
+
+
+@pytest.mark.parametrize("title, text, weight", TITLED)
+def test_the_title_decides_where_the_text_does_not(title, text, weight):
+    assert pitfall(text, -2, title) == weight
+
+
+def test_a_title_that_is_no_text_decides_nothing():
+    for title in (None, 7, ["Avoids"]):
+        assert pitfall("Does not mention fruit.", -2, title) == -2
+
+
+def test_a_pitfall_turned_by_its_title_is_read_back(convert):
+    item = {
+        "title": "Avoids Unrelated Drugs",
+        "description": "Pitfall Criteria: Does not mention ibuprofen.",
+        "weight": -2,
+    }
+    [e] = convert(RELEASED | {"rubric": [RELEASED["rubric"][0], item]})
+    assert signed(e)[1] == ("Does not mention ibuprofen.", 2)
+    assert rar.explicit_reward(e.rubric, [1, 1]) == 1.0
+    # Without the title nobody could say that met is good.
+    untitled = {"text": "Does not mention ibuprofen.", "weight": 2, "category": "Pitfall"}
+    with pytest.raises(rar.DataError, match="a Pitfall names a fault"):
+        convert(OWN | {"rubric": [untitled]})
+
+
+def test_a_category_without_the_word_criteria(convert):
+    """A few rows of RaR-Science have it, and their pitfalls a positive weight."""
+    items = [
+        {"title": "Law", "description": "Essential: States Ohm's law.", "weight": 4},
+        {"title": "Units", "description": "Optional: Gives units.", "weight": 2},
+        {"title": "Extra", "description": "Pitfall: The response should avoid AC.", "weight": 1},
+        {"title": "Sign", "description": "Pitfall: Drops the sign.", "weight": 1},
+        {"title": "Colon", "description": "Important Criteria: Writes: U = RI.", "weight": 3},
+    ]
+    [e] = convert(RELEASED | {"rubric": items})
+    assert [(c.category, c.weight, c.text) for c in e.rubric] == [
+        ("Essential", 4, "States Ohm's law."),
+        ("Optional", 2, "Gives units."),
+        ("Pitfall", 1, "The response should avoid AC."),
+        ("Pitfall", -1, "Drops the sign."),
+        ("Important", 3, "Writes: U = RI."),
+    ]
+
+
+def test_a_word_before_a_colon_does_not_make_a_row_of_dr_tulu_one_of_rar(convert):
+    items = [
+        {"title": "A", "description": "Important: Cites a source.", "weight": 1.0},
+        {"title": "B", "description": "Avoids naming a source.", "weight": -1.0},
+    ]
+    truth = json.dumps({"query": "Which?", "rubrics": items})
+    [e] = convert(DR_TULU | {"ground_truth": truth})
+    assert signed(e) == [("Important: Cites a source.", 1), ("Avoids naming a source.", -1)]
+
+
+def test_a_rubric_without_items_is_named_as_such(convert):
+    empty = DR_TULU | {"ground_truth": json.dumps({"query": "Which?", "rubrics": []})}
+    with pytest.raises(rar.DataError, match="its rubric has no items"):
+        convert(empty)
 
 
 def test_misspelt_and_missing_categories():
@@ -873,9 +982,15 @@ def test_what_stays_undecided_is_counted_and_said(tmp_path, capsys):
         {"title": "", "description": f"Pitfall Criteria: {text}", "weight": -1}
         for text in texts
     ]
-    write(tmp_path / "a.jsonl", RELEASED | {"rubric": RELEASED["rubric"] + items})
-    assert prepare.main([str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out.jsonl")]) == 0
-    assert "3 pitfalls can be meant either way" in capsys.readouterr().err
+    items.append({"title": "Omits", "description": "Does not mention fluids.", "weight": -1})
+    items.append({"title": "Avoids", "description": "Does not mention surgery.", "weight": -1})
+    rubric = RELEASED["rubric"] + items
+    truth = json.dumps({"query": "What treats scurvy?", "rubrics": rubric})
+    for row in (RELEASED | {"rubric": rubric}, DR_TULU | {"ground_truth": truth}):
+        source = str(write(tmp_path / "a.jsonl", row))
+        assert prepare.main([source, "--force", "--out", str(tmp_path / "out.jsonl")]) == 0
+        # Four of the five, and one of RELEASED; the two with a title are decided.
+        assert "5 pitfalls can be meant either way" in capsys.readouterr().err
 
 
 def test_nothing_is_undecided_where_the_sign_was_published(tmp_path):

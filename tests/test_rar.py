@@ -545,6 +545,22 @@ def test_a_fault_that_sounds_like_a_duty_is_never_paid_for(tmp_path, text):
         rar.read_examples(write(tmp_path / "a.jsonl", row))
 
 
+def test_a_title_tells_of_a_denial_only(tmp_path):
+    """The title of a pitfall decides what its text leaves open, and nothing else."""
+    title = "Avoids Unrelated Drugs"
+    denial = {"text": "Does not mention ibuprofen.", "weight": 2, "category": "Pitfall"}
+    row = {**GOOD, "rubric": [*GOOD["rubric"], denial | {"title": title}]}
+    [example] = rar.read_examples(write(tmp_path / "a.jsonl", row))
+    assert example.rubric[-1].weight == 2
+
+    # A fault that is named stays one, and a denial without a title may be an omission.
+    fault = {"text": "Mentions ibuprofen.", "weight": 2, "category": "Pitfall", "title": title}
+    for item in (fault, denial, denial | {"title": "Omits Ibuprofen"}):
+        row = {**GOOD, "rubric": [*GOOD["rubric"], item]}
+        with pytest.raises(DataError, match="criterion 2: a Pitfall names a fault"):
+            rar.read_examples(write(tmp_path / "a.jsonl", row))
+
+
 def test_a_name_of_the_hub_names_the_command_that_converts_it():
     with pytest.raises(DataError, match="python data/prepare.py someone/rows:test --out"):
         rar.read_examples("someone/rows:test")

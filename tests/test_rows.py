@@ -295,7 +295,8 @@ def assert_sound(example):
         assert all(isinstance(tag, str) for tag in criterion.tags)
         fault = criterion.category.lower() == "pitfall"
         signed = fault == (criterion.weight < 0)
-        assert not criterion.category or signed or rar.names_avoidance(criterion.text)
+        avoided = rar.names_avoidance(criterion.text, criterion.title)
+        assert not criterion.category or signed or avoided
     scores = [1.0] * len(example.rubric)
     assert 0 <= rar.explicit_reward(example.rubric, scores) <= 1
     assert rar.points_reward(example.rubric, scores) <= 1
