@@ -241,14 +241,18 @@ class ARLRR(RubricReward):
         """Whether any class of the example has a reward."""
         return bool(meta_classes(example.rubric, self.config.class_by))
 
+    def needs_rest(self, step: int) -> bool:
+        """Whether a stage begins with this step."""
+        # The end of a stage follows from the step, so there is no counter to save.
+        return not self.history or step >= self.history[-1]["step"] + self.config.stage
+
     def before_step(self, step: int, examples: list[Example], lab: "Lab | None" = None) -> dict:
         """Begins a new stage when the last one has ended; returns the choice as metrics.
 
         step: updates done so far. lab: lets a schedule run and undo an update, and validate; None
         under other trainers (tools/adapters.py). Raises DataError when the schedule needs one.
         """
-        # The end of a stage follows from the step, so there is no counter to save.
-        if self.history and step < self.history[-1]["step"] + self.config.stage:
+        if not self.needs_rest(step):
             return {"class": self.active_class}
 
         # Other trainers cannot take an update back, and give us no validation prompts.

@@ -473,6 +473,10 @@ class LLMJudge:
         """
         return self.server.probe()
 
+    def interrupt(self) -> None:
+        """Ends the batch under way, from another thread; what was not asked yet is missing."""
+        self.server.stopping.set()
+
     def take_stats(self) -> dict:
         """Metrics since the last time: calls, cache hits, retries, missing by kind, tokens."""
         # Taken and emptied in one go, so that no call is counted twice or never.
@@ -2533,6 +2537,12 @@ class Panel:
         # A judge of one's own need not have it.
         lines = [judge.probe() for judge in self.judges if hasattr(judge, "probe")]
         return "\n".join(lines)
+
+    def interrupt(self) -> None:
+        """Ends the batch under way of each judge that can."""
+        for judge in self.judges:
+            if hasattr(judge, "interrupt"):
+                judge.interrupt()
 
     def take_stats(self) -> dict:
         """The judges' numbers added up, the slowest one's times, and the share of questions that

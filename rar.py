@@ -446,6 +446,13 @@ class RubricReward:
 
     # ---- hooks
 
+    def needs_rest(self, step: int) -> bool:
+        """Whether before_step(step) changes the pool, or uses the policy of `step` updates.
+
+        Asked with --judge_ahead only: the next rollouts then wait for the update.
+        """
+        return False
+
     def before_step(self, step: int, examples: list[Example], lab=None) -> dict:
         """Decides what the step is about, after `step` updates. Returns metrics: here none.
 

@@ -16,7 +16,7 @@ transformers). tools/report.py compares runs, tools/compare.py evaluates one.
 
 Read Config, data, Policy, the loop, evaluation and `begin`, in this order: the first third of the
 file. The rest keeps a run safe, and can be skipped: processes, terminal, flags, the run's folder,
-logs, checkpoints, resuming, signals, main. Of several processes each samples its share of the
+logs, checkpoints, resuming, signals, judging ahead, main. Of several processes each samples its share of the
 prompts, the first one judges, each takes the gradient of its share of the rollouts (grpo.update),
 and all of them step by the sum.
 """
@@ -114,9 +114,13 @@ class Config:
     ] = "offline"
     judge_model: Annotated[str, "the model's name there (key: environment, JUDGE_API_KEY)"] = ""
     judge_k: Annotated[int, "criteria per call to the judge; 0: all", NOT_NEGATIVE] = 1
-    judge_max_missing: Annotated[float, "stop when a larger share is missing", SHARE] = 0.1
     judge_rpm: Annotated[float, "requests per minute; 0: no limit", NOT_NEGATIVE] = 0.0
     judge_tpm: Annotated[float, "tokens per minute; 0: no limit", NOT_NEGATIVE] = 0.0
+    judge_ahead: Annotated[
+        ONE_IF_ON,
+        "1: the next batch is judged while the model trains on this one, so rollouts are one "
+        "update old (--tis_cap corrects that)",
+    ] = 0
     eval_judge: Annotated[str, "a second judge, of held-out answers only: no part of a reward"] = ""
     eval_judge_model: Annotated[str, "its model's name"] = ""
 
@@ -157,7 +161,7 @@ class Config:
     tis_cap: Annotated[
         float,
         "truncated importance sampling against the sampler's log-probs: cap on a token's weight; "
-        "0: off; -1: 2 with vllm, whose kernels are not the trainer's, else off",
+        "0: off; -1: 2 where they differ (vllm's kernels, judge_ahead's older policy), else off",
         Limits(at_least=-1),
     ] = -1.0
     mask_truncated: Annotated[ONE_IF_ON, "1: cut-off completions stay out of the loss"] = 0
@@ -183,10 +187,11 @@ class Config:
 
     def __post_init__(self):
         # Resolved here, so that config.json holds the number that was used. vLLM's kernels give
-        # other log-probs than the trainer's; torch's are the same.
+        # other log-probs than the trainer's, and so does a policy one update older; torch's
+        # sampler and the trainer agree.
         if self.tis_cap < 0:
             self.tis_cap = 0.0
-            if self.sampler != "torch":
+            if self.sampler != "torch" or self.judge_ahead:
                 self.tis_cap = 2.0
 
 
@@ -333,6 +338,7 @@ class Run:
     heldout: list[rar.Example]
     validation: list[rar.Example]  # what the schedules of arlrr.py choose by; else empty
     eval_judge: object = None  # grades held-out answers besides the judge that pays
+    pending: "Batch | None" = None  # the next rollouts, see --judge_ahead
 
 
 def train_step(run: Run, step: int, is_trial: bool = False) -> tuple[dict, list[rar.Group]]:
@@ -340,42 +346,20 @@ def train_step(run: Run, step: int, is_trial: bool = False) -> tuple[dict, list[
 
     step: updates before this one (the log counts from 1). is_trial: arlrr's search takes it back.
     """
-    config = run.config
-    policy = run.policy
-    method = run.method
-    # pool: the prompts that the method uses now. Only in arlrr not all: those of its class.
-    batch = next_batch(method.pool(run.examples), config, step)
-
-    # 1. Roll out G completions per prompt. The draws follow from (seed, step) alone: a resumed run
-    #    repeats them.
+    # 1. Roll out G completions per prompt.
     started = time.perf_counter()
-    seed = random.Random(f"{config.seed}-{step}").getrandbits(62)
-    sampling = (config.group_size, config.max_new_tokens, config.temperature)
-    groups = policy.rollouts(batch, *sampling, seed)
+    groups = roll_out(run, step)
 
     # 2. Judge: one verdict per (completion, criterion), one reward per completion; nan: not scored.
     #    The first process asks, in one batch of calls; the others get its groups.
     rolled_out = time.perf_counter()
-    groups = from_rank_zero(scored, method, groups)
+    groups = from_rank_zero(scored, run.method, groups)
 
     # 3. Learn from being better or worse than the rest of the group. A batch comes from the policy
     #    that learns from it, and is then thrown away.
     judged = time.perf_counter()
-    method.set_advantages(groups)
-    set_learning_rate(run.optimizer, config, step)
-    policy.free_engine_memory()
-    rollouts = [group.rollouts for group in groups]
-    with progress_bar(len(groups) * config.group_size, "train", "row", is_first()) as bar:
-        learned = grpo.update(
-            policy.model, run.optimizer, rollouts, config, run.reference, bar.update
-        )
-    if learned["kl"] is None and not is_trial:
-        # The loss did not need it (beta is 0). From the rollouts' own log-probs, so of the policy
-        # before this update.
-        sizes = (config.temperature, config.pass_tokens)
-        learned["kl"] = grpo.measure_kl(run.reference, rollouts, *sizes)
-    policy.sync()
-    log = {"step": step + 1} | group_metrics(groups) | learned
+    run.method.set_advantages(groups)
+    log = learn(run, step, groups, is_trial)
     return log | phases(log, started, rolled_out, judged), groups
 
 
@@ -395,23 +379,68 @@ def loop(run: Run, folder: "RunFolder", step: int, stop: "Stop") -> None:
                 log |= metrics
 
             # All processes agree here whether to stop. stop.signal changes only here, so that they
-            # all take the same branch at the save below.
+            # all take the same branch where the step is saved.
             stop.agree()
 
             # RLER retires rubrics; its buffers live in the first process only.
             log |= from_rank_zero(run.method.after_step, groups)
             step += 1
-
-            # Logged before it is saved: resuming can cut a log that is ahead of the checkpoint, but
-            # it cannot fill one that lags.
-            folder.write_samples(step, "train", groups)
-            log = log_step(run, folder, step, log, groups)
+            log = finish_step(run, folder, step, log, groups, stop)
             score = log.get("eval_score", score)
-            if step == config.steps or stop.signal or step % config.save_every == 0:
-                from_rank_zero(folder.save_checkpoint, run, step)
-            if "eval_score" in log:
-                folder.write_report()
             show_step(bar, config, log, score)
+
+
+def roll_out(run: Run, step: int) -> list[rar.Group]:
+    """The step's batch of prompts, each with G completions of the policy as it is now."""
+    # pool: the prompts that the method uses now. Only in arlrr not all: those of its class.
+    config = run.config
+    batch = next_batch(run.method.pool(run.examples), config, step)
+
+    # The draws follow from (seed, step) alone: a resumed run repeats them.
+    seed = random.Random(f"{config.seed}-{step}").getrandbits(62)
+    sampling = (config.group_size, config.max_new_tokens, config.temperature)
+    return run.policy.rollouts(batch, *sampling, seed)
+
+
+def learn(run: Run, step: int, groups: list[rar.Group], is_trial: bool = False) -> dict:
+    """The update itself, from groups whose advantages are set. Returns the step's metrics."""
+    config = run.config
+    policy = run.policy
+    set_learning_rate(run.optimizer, config, step)
+    policy.free_engine_memory()
+    rollouts = [group.rollouts for group in groups]
+    with progress_bar(len(groups) * config.group_size, "train", "row", is_first()) as bar:
+        learned = grpo.update(
+            policy.model, run.optimizer, rollouts, config, run.reference, bar.update
+        )
+    if learned["kl"] is None and not is_trial:
+        # The loss did not need it (beta is 0). From the rollouts' own log-probs, so of the policy
+        # that sampled them.
+        sizes = (config.temperature, config.pass_tokens)
+        learned["kl"] = grpo.measure_kl(run.reference, rollouts, *sizes)
+    policy.sync()
+    return {"step": step + 1} | group_metrics(groups) | learned
+
+
+def finish_step(
+    run: Run,
+    folder: "RunFolder",
+    step: int,
+    log: dict,
+    groups: list[rar.Group],
+    stop: "Stop",
+) -> dict:
+    """Logs, evaluates and saves, after `step` updates. Returns the row of metrics.jsonl."""
+    # Logged before it is saved: resuming can cut a log that is ahead of the checkpoint, but it
+    # cannot fill one that lags.
+    config = run.config
+    folder.write_samples(step, "train", groups)
+    log = log_step(run, folder, step, log, groups)
+    if step == config.steps or stop.signal or step % config.save_every == 0:
+        from_rank_zero(folder.save_checkpoint, run, step)
+    if "eval_score" in log:
+        folder.write_report()
+    return log
 
 
 def log_step(
@@ -419,14 +448,20 @@ def log_step(
 ) -> dict:
     """Evaluates when it is time, and writes the step's row of metrics.jsonl. Returns it."""
     config = run.config
-    if step == config.steps or step % config.eval_every == 0:
+    is_evaluated = step == config.steps or step % config.eval_every == 0
+    if is_evaluated:
         # If the judge fails in here, `explained` still saves the rows of the update that was made.
         unfinished = unlogged_rows(step, log, groups)
         with explained(run, folder, step, f"evaluation after step {step}", unfinished):
             metrics, answers = evaluate_heldout(run)
         log = log | metrics
         folder.write_samples(step, "heldout", answers)
-    folder.append("metrics.jsonl", [log | run.method.judge.take_stats()])
+
+    # With judge_ahead the row has its own numbers already, and those that the judge counts now
+    # are the next row's; only an evaluation's are to be added.
+    if is_evaluated or not config.judge_ahead:
+        log = add_stats(log, run.method.judge.take_stats())
+    folder.append("metrics.jsonl", [log])
     return log
 
 
@@ -498,6 +533,22 @@ def phases(log: dict, started: float, rolled_out: float, judged: float) -> dict:
         "seconds_train": time.perf_counter() - judged,
         "tokens_per_second": log["tokens"] / rollout,
     }
+
+
+def add_stats(log: dict, stats: dict) -> dict:
+    """The row with what a judge has counted. Counts that it has already add up; the rest stays.
+
+    >>> add_stats({"judge_calls": 3, "judge_p50_seconds": 0.2}, {"judge_calls": 1})
+    {'judge_calls': 4, 'judge_p50_seconds': 0.2}
+    """
+    # Times and shares do not add up, and a median of two medians is none.
+    total = dict(log)
+    for name, value in stats.items():
+        if name not in total:
+            total[name] = value
+        elif type(value) is int:
+            total[name] += value
+    return total
 
 
 def make_lab(run: Run) -> arlrr.Lab:
@@ -575,6 +626,9 @@ def graded(judge, groups: list[rar.Group], other_judge) -> tuple[dict, list[rar.
 
 def evaluate_heldout(run: Run) -> tuple[dict, list[rar.Group]]:
     """`evaluate` on the run's held-out examples."""
+    # A judge takes one batch at a time.
+    if run.pending:
+        run.pending.wait()
     limit = run.config.max_new_tokens
     return evaluate(run.policy, run.method.judge, run.heldout, limit, run.eval_judge)
 
@@ -665,7 +719,8 @@ def begin(config: Config, folder: Path, state: dict | None) -> Run:
 # ---------------------------------------------------------------------- what keeps a run safe
 
 # A first reader can stop here: what follows keeps a run safe. Processes, terminal, flags, judges'
-# URLs, loading, the run's folder, logs, checkpoints, resuming, errors and signals, main.
+# URLs, loading, the run's folder, logs, checkpoints, resuming, errors and signals, judging ahead,
+# main.
 
 
 # ---------------------------------------------------------------------- processes
@@ -985,7 +1040,6 @@ def judge_at(config: Config, urls: str, models: str):
     options = {
         "k": config.judge_k,
         "cache_path": str(folder.parent / "judge_cache.sqlite"),
-        "max_missing": config.judge_max_missing,
         "rpm": config.judge_rpm,
         "tpm": config.judge_tpm,
     }
@@ -1267,7 +1321,10 @@ class RunFolder:
             "optimizer": run.optimizer.state_dict(),
             "method": run.method.state_dict(),
             "unfinished": unfinished,
+            "pending": None,
         }
+        if run.pending:
+            state["pending"] = run.pending.state_dict()
 
         # Written aside, renamed, then named by the link: at every moment `checkpoint` is complete.
         aside = self.path / f"checkpoint-{step}.tmp"
@@ -1607,10 +1664,12 @@ def explained(
     step: int,
     where: str,
     unfinished: dict | None = None,
+    saves: bool = True,
 ):
     """Turns what can break an update, or an evaluation, into one line that says what to do.
 
-    step: updates done. where: words for the line. unfinished: see `save_checkpoint`.
+    step: updates done. where: words for the line. unfinished: see `save_checkpoint`. saves: False
+    where the run is not as it was after `step` updates.
     """
     try:
         yield
@@ -1619,7 +1678,7 @@ def explained(
         # updates, but for a FloatingPointError with several minibatches or epochs: part of the
         # next update is then in it, and a run resumed from there would be no run at all.
         is_whole = isinstance(error, JudgeError) or run.config.epochs * run.config.minibatches == 1
-        if step and is_whole:
+        if step and is_whole and saves:
             from_rank_zero(folder.save_checkpoint, run, step, unfinished)
         advice = f"when that is put right: python train.py --resume {folder.path}"
         raise type(error)(f"{where}: {error}; {advice}") from None
@@ -1682,6 +1741,191 @@ def stopped(folder: RunFolder, stop: Stop) -> int:
     return 128 + stop.signal
 
 
+# ---------------------------------------------------------------------- judging ahead
+
+# With --judge_ahead 1 batch t + 1 is judged while the model trains on batch t and rolls out t + 2:
+#
+#     this process   | roll out 2 | train 1 | roll out 3 | train 2 | roll out 4 | train 3 |
+#     its thread     | judge 1    | judge 2              | judge 3              | judge 4
+#
+# A step takes as long as the slower of the two, not both. The price: a batch comes from the policy
+# one update before the one that learns from it. The importance weights of grpo.pass_loss correct
+# that (--tis_cap); in the log, logp_gap says how far the two are apart, and kl is that of the
+# older one.
+#
+# On-policy all the same: the first batch, the first one after a run's last step where that run is
+# made longer, and those before which `needs_rest` is true (the first of each stage of arlrr).
+
+SAMPLED = ("prompt_ids", "ids", "logp", "finish", "text", "thoughts")  # of a rollout, by sampling
+LONGEST_END = 10  # seconds that a run which stops waits for its judge
+
+
+class Batch:
+    """The rollouts of a step, and their verdicts, for which a thread of the first process asks.
+
+    While it does, nothing else may ask the judge or use the method's `score`.
+    """
+
+    def __init__(self, log: dict, groups: list[rar.Group], seconds_rollout: float):
+        """log: what before_step said of the step."""
+        self.log = log
+        self.groups = groups
+        self.seconds_rollout = seconds_rollout
+        self.seconds_judge = 0.0
+        self.stats = {}
+        self.error = None
+        self.thread = None
+
+    def start(self, method: rar.RubricReward) -> None:
+        """Begins the judging."""
+        # A daemon: a judge that hangs must not keep a run that was told to end.
+        if is_first():
+            work = {"target": self.work, "args": (method,), "name": "judging ahead"}
+            self.thread = threading.Thread(**work, daemon=True)
+            self.thread.start()
+
+    def work(self, method: rar.RubricReward) -> None:
+        """The thread."""
+        started = time.perf_counter()
+        try:
+            # Without a bar: the one of the training is on the screen.
+            method.score(self.groups)
+            # Taken here: what the judge counts from now on is not this step's.
+            self.stats = method.judge.take_stats()
+        except Exception as error:  # noqa: BLE001  (raised again by `result`)
+            self.error = error
+        self.seconds_judge = time.perf_counter() - started
+
+    def wait(self) -> None:
+        """Returns when the judge is free."""
+        if self.thread:
+            self.thread.join()
+
+    def result(self) -> tuple[list[rar.Group], dict]:
+        """(groups with verdicts and rewards, metrics). Raises the error of the judging.
+
+        Called through from_rank_zero: all processes get the groups, or the error.
+        """
+        waiting = time.perf_counter()
+        self.wait()
+        if self.error:
+            raise self.error
+        seconds = {
+            "seconds_rollout": self.seconds_rollout,
+            "seconds_judge": self.seconds_judge,
+            "seconds_wait": time.perf_counter() - waiting,
+        }
+        return self.groups, self.log | self.stats | seconds
+
+    def end(self, judge) -> None:
+        """Ends the judging, for a run that stops."""
+        # More than once: a method may ask for several batches (RLER's writer, then its judge). A
+        # judge of one's own need not have `interrupt`.
+        until = time.monotonic() + LONGEST_END
+        while self.thread and self.thread.is_alive() and time.monotonic() < until:
+            if hasattr(judge, "interrupt"):
+                judge.interrupt()
+            self.thread.join(0.1)
+
+    def state_dict(self) -> dict:
+        """What a checkpoint keeps: the rollouts come from a policy that is gone by then."""
+        # Without verdicts. The judge is asked again; its answers are in its cache.
+        groups = []
+        for group in self.groups:
+            rows = []
+            for rollout in group.rollouts:
+                rows.append({name: getattr(rollout, name) for name in SAMPLED})
+            groups.append(rows)
+        return {"log": self.log, "groups": groups, "seconds_rollout": self.seconds_rollout}
+
+
+def read_batch(run: Run, step: int, saved: dict, folder: Path) -> Batch:
+    """The pending batch of a checkpoint after `step` updates. Raises UserError."""
+    examples = next_batch(run.method.pool(run.examples), run.config, step)
+    groups = []
+    for example, rows in zip(examples, saved["groups"]):
+        rollouts = [grpo.Rollout(**row) for row in rows]
+        # Its answers would be judged by another prompt's rubric.
+        if rollouts[0].prompt_ids != run.policy.encode(example):
+            why = "its pending rollouts are of other prompts than the data have now"
+            raise UserError(f"{folder}/checkpoint/trainer.pt: {why}; put the data back")
+        groups.append(rar.Group(example, rollouts))
+    return Batch(saved["log"], groups, saved["seconds_rollout"])
+
+
+def begin_batch(run: Run, step: int, lab: arlrr.Lab) -> Batch:
+    """A batch of the policy that learns from it, as in `loop`; it is being judged."""
+    log = run.method.before_step(step, run.examples, lab.at(step))
+    started = time.perf_counter()
+    groups = roll_out(run, step)
+    batch = Batch(log, groups, time.perf_counter() - started)
+    batch.start(run.method)
+    return batch
+
+
+def loop_ahead(run: Run, folder: RunFolder, step: int, stop: Stop) -> None:
+    """`loop` for --judge_ahead 1: while the judge reads a batch, the model trains on another."""
+    config = run.config
+    lab = make_lab(run)
+    score = first_score(run, folder, step)
+    try:
+        if run.pending:
+            # Of the checkpoint. What before_step decided is in it; what it keeps in memory is not.
+            run.method.before_step(step, run.examples, lab.at(step))
+            run.pending.start(run.method)
+        with progress_bar(config.steps, "steps", "step", is_first()) as bar:
+            bar.update(step)
+            while step < config.steps and not stop.signal:
+                log, groups = ahead_step(run, folder, step, lab)
+                stop.agree()
+                step += 1
+                log = finish_step(run, folder, step, log, groups, stop)
+                score = log.get("eval_score", score)
+                show_step(bar, config, log, score)
+    finally:
+        if run.pending:
+            run.pending.end(run.method.judge)
+
+
+def ahead_step(
+    run: Run, folder: RunFolder, step: int, lab: arlrr.Lab
+) -> tuple[dict, list[rar.Group]]:
+    """One update on the pending batch; the next one is pending afterwards, and being judged.
+
+    Returns the update's metrics and groups.
+    """
+    method = run.method
+    where = f"step {step + 1}"
+    with explained(run, folder, step, where):
+        if run.pending is None:
+            run.pending = begin_batch(run, step, lab)
+
+        # The next batch, by the same policy: its prompts do not depend on this one's verdicts.
+        following = None
+        if step + 1 < run.config.steps and not method.needs_rest(step + 1):
+            started = time.perf_counter()
+            groups = roll_out(run, step + 1)
+            following = Batch({}, groups, time.perf_counter() - started)
+
+        # A judge that fails raises here, in all processes, and the batch is saved as pending.
+        groups, log = from_rank_zero(run.pending.result)
+
+    # From here on the method is ahead of the policy: a checkpoint would fit neither.
+    with explained(run, folder, step, where, saves=False):
+        method.set_advantages(groups)
+        log |= from_rank_zero(method.after_step, groups)
+        run.pending = following
+        if following:
+            following.log = method.before_step(step + 1, run.examples, lab.at(step + 1))
+            following.start(method)
+
+        judged = time.perf_counter()
+        log |= learn(run, step, groups)
+        log["seconds_train"] = time.perf_counter() - judged
+        log["tokens_per_second"] = log["tokens"] / log["seconds_rollout"]
+    return log, groups
+
+
 # ---------------------------------------------------------------------- main
 
 
@@ -1722,6 +1966,8 @@ def train_in(folder: RunFolder, config: Config, given: dict, stop: Stop) -> int:
     # For models that draw by themselves, as dropout does. The sampler has a generator of its own.
     torch.manual_seed(config.seed)
     run = begin(config, folder.path, state)
+    if state and state.get("pending"):
+        run.pending = read_batch(run, step, state["pending"], folder.path)
     stop.agree()
     if stop.signal:
         return stopped(folder, stop)
@@ -1741,7 +1987,10 @@ def train_in(folder: RunFolder, config: Config, given: dict, stop: Stop) -> int:
         # Its update is in the checkpoint, its rows as well; what is missing is the evaluation.
         folder.append("samples.jsonl", unfinished["samples"])
         log_step(run, folder, step, unfinished["log"], [])
-    loop(run, folder, step, stop)
+    if config.judge_ahead:
+        loop_ahead(run, folder, step, stop)
+    else:
+        loop(run, folder, step, stop)
 
     if stop.signal:
         status = stopped(folder, stop)

@@ -1,0 +1,117 @@
+"""What `--judge_ahead 1` saves: seconds per step with judge servers of three speeds.
+
+    python tests/evidence/bench_ahead.py                 # 50 ms, 500 ms and 2 s per call
+    python tests/evidence/bench_ahead.py --delays 0.2 --model FOLDER --steps 12
+
+Prints one JSON line per server, which is a process of its own on this machine and only waits. Both
+runs of a line do the same work: cold caches, the torch sampler, no evaluation in the steps that are
+timed (all but the first and the last). rest = rollout + training of the run without, ideal = the
+larger of judge and rest: no order of the three phases is faster.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import train
+
+
+def start_server(delay: float) -> tuple[subprocess.Popen, str]:
+    """A server process that takes `delay` seconds per call, and its URL."""
+    command = [sys.executable, str(ROOT / "tests" / "judge_server.py"), "--delay", str(delay)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return server, server.stdout.readline().strip()
+
+
+def time_run(flags: list[str], folder: str) -> tuple[float, dict]:
+    """(seconds per step, means of the rows of the log) of one run."""
+    # A step ends where its line is shown.
+    ends = []
+    show_step = train.show_step
+
+    def noted(*arguments) -> None:
+        """train.show_step, with a look at the clock."""
+        ends.append(time.perf_counter())
+        show_step(*arguments)
+
+    train.show_step = noted
+    try:
+        status = train.main([*flags, "--out", f"{folder}/run"])
+    finally:
+        train.show_step = show_step
+    if status:
+        sys.exit(status)
+
+    # The first step has nothing to overlap with, the last one evaluates.
+    seconds = (ends[-2] - ends[0]) / (len(ends) - 2)
+    rows = train.read_log(Path(folder) / "run" / "metrics.jsonl")[2:-1]
+    means = {}
+    for name in ("seconds_rollout", "seconds_judge", "seconds_train", "judge_calls", "tokens"):
+        means[name] = statistics.fmean(row[name] for row in rows)
+    return seconds, means
+
+
+def measure(delay: float, flags: list[str]) -> dict:
+    """Both runs with a server of this speed."""
+    server, url = start_server(delay)
+    flags = [*flags, "--judge", url, "--judge_model", "m"]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            off, means = time_run([*flags, "--judge_ahead", "0"], folder)
+        with tempfile.TemporaryDirectory() as folder:
+            on, means_on = time_run([*flags, "--judge_ahead", "1"], folder)
+    finally:
+        server.kill()
+
+    rest = means["seconds_rollout"] + means["seconds_train"]
+    ideal = max(means["seconds_judge"], rest)
+    return {
+        "seconds_per_call": delay,
+        "calls": round(means["judge_calls"]),
+        "calls_on": round(means_on["judge_calls"]),
+        "judge": round(means["seconds_judge"], 2),
+        "rest": round(rest, 2),
+        "rest_on": round(means_on["seconds_rollout"] + means_on["seconds_train"], 2),
+        "off": round(off, 2),
+        "on": round(on, 2),
+        "saved": round(1 - on / off, 3),
+        "share_of_ideal": round(ideal / on, 3),
+        "load": round(os.getloadavg()[0], 1),
+    }
+
+
+def main() -> None:
+    """One line per speed of the judge."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--delays", type=float, nargs="+", default=[0.05, 0.5, 2.0])
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rollouts", type=int, default=4, help="per prompt, of four prompts")
+    parser.add_argument("--tokens", type=int, default=16, help="of an answer, at most")
+    args = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as folder:
+        # Two held-out prompts: evaluations are not what is measured.
+        lines = (ROOT / "data" / "heldout.jsonl").read_text(encoding="utf8").split("\n")
+        few = Path(folder) / "few.jsonl"
+        few.write_text("\n".join(lines[:2]) + "\n", encoding="utf8")
+        flags = ["--model", args.model, "--eval_data", str(few), "--steps", str(args.steps)]
+        flags += ["--group_size", str(args.rollouts), "--max_new_tokens", str(args.tokens)]
+        flags += ["--eval_every", "1000", "--save_every", "1000"]
+        for delay in args.delays:
+            print(json.dumps(measure(delay, flags)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
