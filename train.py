@@ -16,9 +16,9 @@ transformers). tools/report.py compares runs, tools/compare.py evaluates one.
 
 Read Config, data, Policy, the loop, evaluation and `begin`, in this order: the first third of the
 file. The rest keeps a run safe, and can be skipped: processes, terminal, flags, the run's folder,
-logs, checkpoints, resuming, signals, judging ahead, main. Of several processes each samples its share of the
-prompts, the first one judges, each takes the gradient of its share of the rollouts (grpo.update),
-and all of them step by the sum.
+logs, checkpoints, resuming, signals, judging ahead, main. Of several processes each samples its
+share of the prompts, the first one judges, each takes the gradient of its share of the rollouts
+(grpo.update), and all of them step by the sum.
 """
 
 import argparse
