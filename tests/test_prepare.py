@@ -1483,9 +1483,13 @@ def random_released(rng):
         text = f"{kind} Criteria: {words(rng)}"
         items.append({"title": words(rng), "description": text, "weight": rng.randint(1, 5)})
     for _ in range(rng.randint(0, 3)):
-        # Wordings whose polarity is settled above.
-        text = f"Pitfall Criteria: {rng.choice(GOOD_WHEN_MET + BAD_WHEN_MET)}"
-        items.append({"title": words(rng), "description": text, "weight": -rng.randint(1, 2)})
+        # Wordings whose polarity is settled above, alone or by their title.
+        title = words(rng)
+        text = rng.choice(GOOD_WHEN_MET + BAD_WHEN_MET)
+        if rng.random() < 0.3:
+            title, text, _ = rng.choice(TITLED)
+        text = f"Pitfall Criteria: {text}"
+        items.append({"title": title, "description": text, "weight": -rng.randint(1, 2)})
     return RELEASED | {"question": words(rng), "reference_answer": words(rng), "rubric": items}
 
 
@@ -1583,7 +1587,8 @@ def plain_released(row):
     for item in row["rubric"]:
         kind, text = item["description"].split(" Criteria: ", 1)
         weight = item["weight"]
-        if kind == "Pitfall" and text in GOOD_WHEN_MET:
+        by_title = (item["title"], text, 2) in TITLED
+        if kind == "Pitfall" and (text in GOOD_WHEN_MET or by_title):
             weight = -weight
         criteria.append((text.strip(), weight, "", kind))
     return criteria, row["question"], row["reference_answer"]
