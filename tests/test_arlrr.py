@@ -803,19 +803,66 @@ def test_structure_on_the_command_line(evidence, capsys, tmp_path):
     assert "none.jsonl" in capsys.readouterr().err
 
 
+def test_a_search_that_declines_does_nothing_and_searches_again(evidence, monkeypatch):
+    gains = iter([{"trial/a": -0.2, "trial/b": -0.1}, {"trial/a": -0.2, "trial/b": 0.1}])
+    searched = []
+
+    def search(method, order, lab):
+        # A trial is an ordinary update, whatever the last stage was.
+        groups = [Group(RAIN, [SimpleNamespace(text="x", reward=r) for r in (0.0, 1.0)])]
+        searched.append(method.advantages(groups))
+        return "accuracy", next(gains)
+
+    monkeypatch.setitem(arlrr.SCHEDULES, "search", search)
+    method = evidence.DecliningARLRR(None, settings(schedule="search"))
+    groups = [Group(RAIN, [SimpleNamespace(text="x", reward=r) for r in (0.0, 1.0)])]
+    assert method.before_step(0, [RAIN, ICE], object())["declined"] == 1
+    assert method.advantages(groups) == [[0, 0]]
+    # Searched again after one step, not after five; then the stage lasts.
+    assert method.before_step(1, [RAIN, ICE], object())["declined"] == 0
+    assert method.advantages(groups) == [[-1, 1]]
+    assert method.before_step(2, [RAIN, ICE], object())["declined"] == 0
+    assert searched == [[[-1, 1]], [[-1, 1]]]
+
+
+def test_flipped_verdicts_are_the_share_asked_for_and_always_the_same(evidence, tmp_path):
+    [example, *_] = rar.read_examples(evidence.five_classes.write(tmp_path)[0])
+    exact = rar.criterion_questions
+    flipped = evidence.flipped_questions(exact, 0.2, seed=0)
+    wrong = 0
+    for number in range(200):
+        response = f"1. Water it {number} times.\n2. Keep it warm. Good luck!"
+        truth = exact(example, response, example.rubric)
+        told = flipped(example, response, example.rubric)
+        assert told == flipped(example, response, example.rubric)
+        wrong += sum(a.score != b.score for a, b in zip(truth, told))
+    assert wrong / (200 * 25) == pytest.approx(0.2, abs=0.02)
+
+
+def test_the_five_classes_weigh_alike_and_have_checks_only(evidence, tmp_path):
+    examples = rar.read_examples(evidence.five_classes.write(tmp_path)[0])
+    assert len(examples) == 16
+    for example in examples:
+        assert set(arlrr.class_weights(example.rubric).values()) == {0.2}
+        assert all(criterion.check for criterion in example.rubric)
+
+
 @pytest.mark.long
-def test_the_evidence_is_made_from_real_runs(evidence, tiny, few, tmp_path, monkeypatch, capsys):
-    flags = f"--model {tiny} --eval_data {few} --stage 1 --prompts 3 --prompts_per_step 1 "
+def test_the_evidence_is_made_from_real_runs(evidence, tiny, tmp_path, monkeypatch, capsys):
+    flags = f"--model {tiny} --judge lexical --prompts 3 --prompts_per_step 1 "
     flags += "--group_size 3 --max_new_tokens 12 --validation 2 --eval_every 1 --save_every 1"
     monkeypatch.setattr(evidence, "FLAGS", flags)
     monkeypatch.setattr(evidence, "STEPS", 2)
     picture = tmp_path / "picture.png"
-    arms = ["--arms", "scalar", "search", "--seeds", "0", "--png", str(picture)]
+    names = ["scalar", "search, may decline", "scalar, flip 20 %", "cyclic 1, flip 20 %"]
+    arms = ["--arms", *names, "--seeds", "0", "--png", str(picture)]
     assert evidence.main(["--out", str(tmp_path / "runs"), *arms]) == 0
     printed = capsys.readouterr().out
-    assert "| search | 1 | " in printed and "std of accuracy" in printed
-    assert "equal updates" in printed and "p-values corrected for 1 arms" in printed
-    assert "Stages by class: search" in printed and picture.stat().st_size > 1000
+    assert "| search, may decline | 1 | " in printed and "std of structure" in printed
+    for cost in ("updates", "verdicts", "rollouts"):
+        assert f"equal {cost}" in printed
+    assert "p-values corrected for 2 arms" in printed
+    assert "Stages by class: search, may decline" in printed and picture.stat().st_size > 1000
     # Finished runs are not run again.
     assert evidence.main(["--out", str(tmp_path / "runs"), *arms]) == 0
     assert "seed 0: done" not in capsys.readouterr().out

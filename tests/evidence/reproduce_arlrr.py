@@ -1,17 +1,23 @@
 """One class of criteria at a time against all at once: ARL-RR beside scalar rewards, offline.
 
-Every arm starts from the same model, sees the same training prompts, does the same number of
-updates of as many rollouts, and is scored by the held-out prompts (greedy answers, the whole
-rubric). Two comparisons, because an update of the alternating arms needs a fifth of the verdicts:
+The rubrics are those of five_classes.py: five meta-classes of five checks, decided exactly, so that
+what differs between arms is the method and not its judge. Every arm starts from the same model,
+sees the same training prompts, does the same number of updates of as many rollouts, and is scored
+by the held-out prompts (greedy answers, the whole rubric, exact). Three comparisons:
 
-  equal updates    the arm at its end beside the scalar arm at its end
-  equal verdicts   the arm at its end beside the scalar arm at the evaluation up to which it had
-                   paid as many verdicts (trials and validation of a search counted)
+  equal updates    both arms at their ends
+  equal verdicts   each at its last evaluation that had cost no more verdicts than either's total
+  equal rollouts   the same for rollouts (a search's trials and validation are counted)
 
-The arms with "mean" do not divide advantages by the group's std: if variance contraction is why
-alternation helps, it should help more there. `axis_mean` is the scalar that weighs all classes
-alike. Contraction is measured on the rollouts of the scalar arm, which are judged by their whole
-rubrics.
+What to expect where nothing but arithmetic is at work, K classes of equal spread, small steps: the
+scalar's advantage divides by std(R), which averaging has made sqrt(K) times smaller than std(r_c);
+so per update it moves sqrt(K) times as far along each class as a turn of that class divided by K
+(laboratory.py). Without the division ("mean") both move alike. A turn pays a K-th of the verdicts.
+What differs from this is the finding.
+
+"flip 10 %": a verdict in ten of those that pay is wrong, always the same one for the same text.
+"may decline": a search whose trials all made the score worse skips its stage's first update and
+searches again.
 
 Intervals and p-values are those of intervals.py: prompts and seeds are resampled together, and
 p-values hold for all arms.
@@ -20,13 +26,14 @@ p-values hold for all arms.
     python tests/evidence/reproduce_arlrr.py --report          # only from the runs that are there
     python tests/evidence/reproduce_arlrr.py --structure data/train.jsonl    # a data set's classes
 
-Finished runs are not run again.
+Finished runs are not run again, and one that was stopped goes on.
 """
 
 import argparse
 import json
 import math
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -39,6 +46,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import five_classes
 from intervals import (
     Row,
     compare_pairs,
@@ -50,32 +58,42 @@ from intervals import (
 import arlrr
 import rar
 
+# What follows the comma changes a method: no division by the std, or how many verdicts are wrong.
+SCHEDULE = "--method arlrr --schedule"
 ARMS = {
     "scalar": "--method points",
-    "cyclic": "--method arlrr --schedule cyclic",
-    "search": "--method arlrr --schedule search",
-    "random": "--method arlrr --schedule random",
-    "scalar, mean": "--method points --advantage mean",
-    "cyclic, mean": "--method arlrr --schedule cyclic --advantage mean",
     "axis_mean": "--method axis_mean",
+    "gdpo": "--method gdpo",
+    "cyclic 1": f"{SCHEDULE} cyclic --stage 1",
+    "cyclic 5": f"{SCHEDULE} cyclic --stage 5",
+    "random": f"{SCHEDULE} random --stage 5",
+    "lowest_score": f"{SCHEDULE} lowest_score --stage 5",
+    "search": f"{SCHEDULE} search --stage 5",
+    "search, may decline": f"{SCHEDULE} search --stage 5",
+    "scalar, mean": "--method points --advantage mean",
+    "cyclic 1, mean": f"{SCHEDULE} cyclic --stage 1 --advantage mean",
+    "cyclic 5, mean": f"{SCHEDULE} cyclic --stage 5 --advantage mean",
+    "scalar, flip 10 %": "--method points",
+    "cyclic 1, flip 10 %": f"{SCHEDULE} cyclic --stage 1",
+    "scalar, flip 20 %": "--method points",
+    "cyclic 1, flip 20 %": f"{SCHEDULE} cyclic --stage 1",
 }
-# What each arm is compared with: the scalar reward under the same advantages.
-BASES = {arm: "scalar" for arm in ARMS if arm != "scalar"}
-BASES["cyclic, mean"] = "scalar, mean"
-COLORS = {
-    "scalar": "black",
-    "cyclic": "tab:blue",
-    "search": "tab:red",
-    "random": "tab:orange",
-    "scalar, mean": "tab:gray",
-    "cyclic, mean": "tab:cyan",
-    "axis_mean": "tab:green",
-}
-STEPS = 20
+# An arm is compared with the scalar reward under the same change.
+BASES = {}
+for name in ARMS:
+    _, comma, change = name.partition(", ")
+    base = "scalar"
+    if comma and change != "may decline":
+        base = f"scalar, {change}"
+    if name != base:
+        BASES[name] = base
+STEPS = 25
 FLAGS = (
-    "--stage 2 --prompts 8 --prompts_per_step 2 --group_size 8 --max_new_tokens 48 --lr 1e-4 "
-    "--validation 8 --eval_every 4 --save_every 4"
+    "--judge lexical --prompts 8 --prompts_per_step 2 --group_size 8 --max_new_tokens 56 --lr 1e-4 "
+    "--validation 8 --eval_every 5 --save_every 5"
 )
+COLORS = ("black", "green", "olive", "blue", "deepskyblue", "orange", "brown", "red", "pink")
+STYLES = {"mean": "--", "flip 10 %": "-.", "flip 20 %": ":"}
 COSTS = ("updates", "rollouts", "verdicts", "tokens", "seconds")
 
 
@@ -83,7 +101,9 @@ COSTS = ("updates", "rollouts", "verdicts", "tokens", "seconds")
 
 
 def folder_of(out: Path, arm: str, seed: int) -> Path:
-    return out / f"{arm.replace(', ', '-')}-{seed}"
+    """An arm's name without what shells and file systems stumble over."""
+    name = arm.replace(", ", "-").replace(" %", "").replace(" ", "_")
+    return out / f"{name}-{seed}"
 
 
 def lines(path: Path) -> list[dict]:
@@ -115,14 +135,88 @@ def train(out: Path, arm: str, seed: int, threads: int) -> None:
     else:
         shutil.rmtree(folder, ignore_errors=True)
         flags = [*FLAGS.split(), *ARMS[arm].split(), "--seed", str(seed)]
+        flags += ["--data", str(out / "train.jsonl"), "--eval_data", str(out / "heldout.jsonl")]
         flags += ["--steps", str(STEPS), "--out", str(folder)]
 
-    command = [sys.executable, str(ROOT / "train.py"), *flags]
+    command = [sys.executable, __file__, "--run", arm, *flags]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with open(out / f"{folder.name}.log", "a") as log:
         done = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False)
     outcome = "done" if done.returncode == 0 else f"failed, see {folder.name}.log"
     print(f"{arm}, seed {seed}: {outcome}", flush=True)
+
+
+# ---------------------------------------------------------------------- what no flag changes
+
+
+def flipped_questions(questions, rate: float, seed: int):
+    """The method's `questions` with a share of wrong verdicts, the same for the same text."""
+
+    def flipped(example: rar.Example, response: str, rubric: rar.Rubric) -> list:
+        """The verdicts on a response; all of them are checks here."""
+        verdicts = []
+        for criterion, verdict in zip(rubric, questions(example, response, rubric)):
+            # A judge at temperature 0 errs again on the same text.
+            draw = random.Random(f"{seed}-{example.id}-{criterion.check}-{response}").random()
+            if draw < rate:
+                verdict = verdict._replace(score=1 - verdict.score)
+            verdicts.append(verdict)
+        return verdicts
+
+    return flipped
+
+
+class DecliningARLRR(arlrr.ARLRR):
+    """A search that found every trial worse than doing nothing does nothing, and searches again."""
+
+    @property
+    def has_declined(self) -> bool:
+        """Whether the last stage's trials all lowered the score."""
+        gains = []
+        for name, value in self.history[-1].items():
+            if name.startswith("trial/"):
+                gains.append(value)
+        return bool(gains) and max(gains) < 0
+
+    def before_step(self, step: int, examples: list, lab=None) -> dict:
+        """A stage that was declined ends after one step."""
+        if self.history and self.has_declined and step > self.history[-1]["step"]:
+            # By the rule of the base class: a stage has ended when its first step is long ago.
+            self.history[-1]["step"] = step - self.config.stage
+        self.is_choosing = True
+        metrics = super().before_step(step, examples, lab)
+        self.is_choosing = False
+        return metrics | {"declined": float(self.has_declined)}
+
+    def advantages(self, groups: list) -> list[list[float]]:
+        """No advantage, no update. Trials, which are made while it chooses, are ordinary ones."""
+        rows = super().advantages(groups)
+        if self.is_choosing or not self.has_declined:
+            return rows
+        return [[0.0] * len(row) for row in rows]
+
+
+def run_arm(arm: str, argv: list[str]) -> int:
+    """train.py with the arm's change. Returns its exit status."""
+    import train as trainer
+
+    make_method = trainer.make_method
+
+    def make_changed_method(config, judge):
+        """The method of the settings, or with a change."""
+        if arm.endswith("may decline"):
+            return DecliningARLRR(judge, config)
+        method = make_method(config, judge)
+        if "flip" in arm:
+            rate = int(arm.split()[-2]) / 100
+            method.questions = flipped_questions(method.questions, rate, config.seed)
+        return method
+
+    trainer.make_method = make_changed_method
+    return trainer.main(argv)
+
+
+# ---------------------------------------------------------------------- costs and scores
 
 
 def spent(rows: list[dict], step: int) -> Counter:
@@ -177,47 +271,37 @@ def arm_table(out: Path, runs: dict[str, list[int]], logs: dict) -> None:
         print_row([arm, len(seeds), cell, *means])
 
 
+def paid_up_to(rows: list[dict], cost: str, budget: float) -> int:
+    """The last evaluated step up to which a run had cost no more than the budget."""
+    steps = [row["step"] for row in rows if "eval_score" in row]
+    return max(step for step in steps if spent(rows, step)[cost] <= budget)
+
+
 def difference_tables(out: Path, runs: dict[str, list[int]], logs: dict) -> None:
-    """Every arm against the scalar one, after as many updates and after as many verdicts."""
-    evaluated = []
-    for row in logs["scalar", runs["scalar"][0]]:
-        if "eval_score" in row:
-            evaluated.append(row["step"])
-
-    equal_updates = {}
-    equal_verdicts = {}
-    steps = {}
-    for arm, seeds in runs.items():
-        base = BASES.get(arm)
-        at_end = []
-        at_cost = []
-        after = []
-        steps_of_arm = []
-        for seed in seeds:
-            if seed not in runs.get(base, []):
-                continue
-            after += held_out(folder_of(out, arm, seed), seed, STEPS)
-            at_end += held_out(folder_of(out, base, seed), seed, STEPS)
-
-            # The last evaluation of the scalar arm that had cost no more verdicts.
-            budget = spent(logs[arm, seed], STEPS)["verdicts"]
-            base_log = logs[base, seed]
-            paid = [step for step in evaluated if spent(base_log, step)["verdicts"] <= budget]
-            steps_of_arm.append(max(paid))
-            at_cost += held_out(folder_of(out, base, seed), seed, max(paid))
-        if after:
-            equal_updates[arm] = (at_end, after)
-            equal_verdicts[arm] = (at_cost, after)
-            steps[arm] = statistics.fmean(steps_of_arm)
-
-    if not steps:
-        return
-    print("\nAgainst the scalar arm, equal updates:\n")
-    print(comparison_table(compare_pairs(equal_updates)))
-    print("\nAgainst the scalar arm, equal verdicts:\n")
-    print(comparison_table(compare_pairs(equal_verdicts)))
-    cells = [f"{arm} {step:.0f}" for arm, step in steps.items()]
-    print(f"\nThe scalar arm's step with as many verdicts: {'; '.join(cells)}.")
+    """Every arm against its scalar one, at equal updates, verdicts and rollouts."""
+    for cost in ("updates", "verdicts", "rollouts"):
+        pairs = {}
+        places = []
+        for arm, seeds in runs.items():
+            base = BASES.get(arm)
+            before = []
+            after = []
+            for seed in seeds:
+                if seed not in runs.get(base, []):
+                    continue
+                # What both can afford: the smaller of the two totals.
+                logs_of_pair = (logs[arm, seed], logs[base, seed])
+                budget = min(spent(rows, STEPS)[cost] for rows in logs_of_pair)
+                step, base_step = [paid_up_to(rows, cost, budget) for rows in logs_of_pair]
+                after += held_out(folder_of(out, arm, seed), seed, step)
+                before += held_out(folder_of(out, base, seed), seed, base_step)
+            if after:
+                pairs[arm] = (before, after)
+                places.append(f"{arm} {step} against {base_step}")
+        if pairs:
+            print(f"\nAgainst the scalar arm, equal {cost}:\n")
+            print(comparison_table(compare_pairs(pairs)))
+            print(f"\nSteps compared (last seed): {'; '.join(places)}.")
 
 
 def axis_table(runs: dict[str, list[int]], logs: dict) -> None:
@@ -240,7 +324,7 @@ def axis_table(runs: dict[str, list[int]], logs: dict) -> None:
 def measured_contraction(out: Path, seeds: list[int]) -> list[dict]:
     """What `arlrr.contraction_metrics` says of each step of the scalar arm, from its samples."""
     rubrics = {}
-    for example in rar.read_examples(ROOT / "data" / "train.jsonl"):
+    for example in rar.read_examples(out / "train.jsonl"):
         rubrics[example.id] = example.rubric
 
     steps = []
@@ -264,8 +348,8 @@ def contraction_table(out: Path, runs: dict[str, list[int]], logs: dict) -> None
         "std_scalar": "std of R in a group",
         "dead_scalar": "groups without spread in R",
     }
-    for axis in rar.AXES:
-        names[f"std/{axis}"] = f"std of {axis.replace('_', ' ')}"
+    for name in five_classes.COMMON | {"wording": []}:
+        names[f"std/{name}"] = f"std of {name}"
     print_head(["measured on the scalar arm's rollouts", "mean over steps and seeds"])
     for key, name in names.items():
         values = [row[key] for row in steps if key in row]
@@ -284,7 +368,7 @@ def contraction_table(out: Path, runs: dict[str, list[int]], logs: dict) -> None
     print("; ".join(cells) + ".")
 
     turns = Counter()
-    for arm in ("search", "random"):
+    for arm in ("search", "search, may decline", "random", "lowest_score"):
         for seed in runs.get(arm, []):
             for row in logs[arm, seed]:
                 if row.get("stage"):
@@ -333,11 +417,12 @@ def draw(out: Path, runs: dict[str, list[int]], path: str) -> None:
             highs.append(mean + error)
             verdicts.append(statistics.fmean(spent(rows, step)["verdicts"] for rows in logs))
 
-        style = "--" if arm.endswith(", mean") else "-"
+        style = STYLES.get(arm.partition(", ")[2], "-")
+        color = COLORS[list(ARMS).index(arm) % len(COLORS)]
         label = f"{arm} ({len(seeds)} seeds)"
         for axis, x in zip(axes, (steps, verdicts)):
-            axis.plot(x, means, color=COLORS[arm], linestyle=style, marker=".", label=label)
-            axis.fill_between(x, lows, highs, color=COLORS[arm], alpha=0.1)
+            axis.plot(x, means, color=color, linestyle=style, marker=".", label=label)
+            axis.fill_between(x, lows, highs, color=color, alpha=0.1)
 
     for axis, name in zip(axes, ("updates", "verdicts paid, search included")):
         axis.set_xlabel(name, fontsize=9)
@@ -428,6 +513,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--structure", metavar="FILE", help="only print a data set's classes")
     parser.add_argument("--class_by", default="axis", help="axis, category, or the kind of a tag")
+    if argv is None:
+        argv = sys.argv[1:]
+    if argv[:1] == ["--run"]:
+        # A process of one run, see `train`.
+        return run_arm(argv[1], argv[2:])
     args = parser.parse_args(argv)
     if args.structure:
         try:
@@ -439,6 +529,7 @@ def main(argv: list[str] | None = None) -> int:
 
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    five_classes.write(out)
     if not args.report:
         threads = max(1, (os.cpu_count() or 1) // args.jobs)
         with ThreadPoolExecutor(args.jobs) as pool:
