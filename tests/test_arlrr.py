@@ -849,7 +849,7 @@ def test_the_five_classes_weigh_alike_and_have_checks_only(evidence, tmp_path):
 
 @pytest.mark.long
 def test_the_evidence_is_made_from_real_runs(evidence, tiny, tmp_path, monkeypatch, capsys):
-    flags = f"--model {tiny} --judge lexical --prompts 3 --prompts_per_step 1 "
+    flags = f"--model {tiny} --prompts 3 --prompts_per_step 1 "
     flags += "--group_size 3 --max_new_tokens 12 --validation 2 --eval_every 1 --save_every 1"
     monkeypatch.setattr(evidence, "FLAGS", flags)
     monkeypatch.setattr(evidence, "STEPS", 2)
