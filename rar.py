@@ -447,9 +447,10 @@ class RubricReward:
     # ---- hooks
 
     def needs_rest(self, step: int) -> bool:
-        """Whether before_step(step) changes the pool, or uses the policy of `step` updates.
+        """Whether the rollouts of `step` must wait for the update before them: here never.
 
-        Asked with --judge_ahead only: the next rollouts then wait for the update.
+        True where before_step(step) changes the pool or needs the policy after `step` updates.
+        Asked with --judge_ahead only, which otherwise draws the next rollouts before the update.
         """
         return False
 

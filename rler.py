@@ -426,7 +426,8 @@ class Visit:
 class RLER(RubricReward):
     """Rubric rewards whose rubrics grow in `score`, before judging, and shrink in `after_step`.
 
-    Both methods work on copies of the buffers; `after_step` puts the copies in place. With several
+    (Offline, a criterion with an outdated limit goes in `score` already; see `propose`.) Both
+    methods work on copies of the buffers; `after_step` puts the copies in place. With several
     processes they run on rank 0 alone, which holds the buffers.
     """
 
@@ -488,8 +489,8 @@ class RLER(RubricReward):
             proposals = {}
             for visit in visits:
                 proposed = detect(visit.example, visit.texts, visit.buffer)
-                # A detector whose limit has moved proposes the new one. The old one goes before
-                # judging, so that a fault is not paid for twice.
+                # A detector may propose its criterion with a new limit: another text, another id.
+                # The old one is retired before judging, so that a fault is not paid for twice.
                 self.count["retired"] += retire_old_limits(visit.buffer, proposed, self.step)
                 proposals[visit.example.id] = proposed
             return proposals
@@ -503,7 +504,7 @@ class RLER(RubricReward):
             """The criteria in one answer. index: of its prompt, which makes no difference here."""
             return read_proposal(answer)
 
-        # None where the model gave nothing usable, twice.
+        # None where the model gave nothing usable, asked twice.
         answers = self.judge.write(prompts, read, show_progress=show_progress)
         proposals = {}
         for visit, answer in zip(visits, answers, strict=True):
