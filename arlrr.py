@@ -460,10 +460,11 @@ class Lab:
 
     def save(self) -> dict:
         """Everything that an update changes, copied: weights, moments, random states."""
-        # state_dict() returns the tensors themselves, which the next update changes in place.
+        # Copied, since the next update changes the tensors in place. What is frozen stays as it is.
         weights = {}
-        for name, tensor in self.model.state_dict().items():
-            weights[name] = tensor.detach().clone()
+        for name, tensor in self.model.named_parameters():
+            if tensor.requires_grad:
+                weights[name] = tensor.detach().clone()
         state = {
             "model": weights,
             "optimizer": deepcopy(self.optimizer.state_dict()),
@@ -480,8 +481,9 @@ class Lab:
     def restore(self, state: dict) -> None:
         """Puts back, bit by bit, what `save` copied. The copy can be used again."""
         with torch.no_grad():
-            for name, tensor in self.model.state_dict().items():
-                tensor.copy_(state["model"][name])
+            for name, tensor in self.model.named_parameters():
+                if tensor.requires_grad:
+                    tensor.copy_(state["model"][name])
 
         # A trial that broke off may have left gradients.
         self.optimizer.zero_grad(set_to_none=True)

@@ -14,7 +14,7 @@ R training rows of S tokens, N completion tokens of a pass in one flat row, H hi
 
 In this order: the loss; sampling; the log-probs of completions; the update; loading a policy. Then
 what a first reader can skip: memory and speed, models unlike Llama, chat templates, several
-processes, vLLM. Left out on purpose: sequence packing, LoRA, models larger than one device.
+processes that share a model, vLLM. Left out on purpose: sequence packing, LoRA.
 
     python grpo.py                       # the advantages and the loss of a small group, worked out
 """
@@ -28,14 +28,21 @@ import sys
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
-from dataclasses import dataclass, field
-from functools import cache, partial
+from dataclasses import dataclass, field, replace
+from functools import cache, partial, wraps
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AttentionInterface,
@@ -193,6 +200,7 @@ class Pass:
     pieces: list[list[Rollout]]  # groups, cut where one is too long for a pass; one row each
     old: torch.Tensor | None = None  # [N] of the policy before the first optimiser step
     reference: torch.Tensor | None = None  # [N] of the reference
+    is_idle: bool = False  # counts nothing: keeps step with other processes, see `deal_passes`
 
 
 # What each pass adds up for the log.
@@ -235,7 +243,7 @@ def pass_loss(
 
     # At beta 0 the KL is only measured, see `measure_kl`.
     kl = torch.zeros_like(logp)
-    if config.beta:
+    if config.beta > 0:
         kl = kl_k3(logp, one_pass.reference)
         token_loss = token_loss + config.beta * kl
     loss = (token_loss * weight).sum()
@@ -543,7 +551,8 @@ def update(
             add_over_ranks(model, sums)
 
         # item() waits for the device, so it is called once per step.
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM).item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        norm = full_tensor(norm).item()
         # One bad number in the weights would spoil the run for good.
         if not math.isfinite(norm):
             optimizer.zero_grad(set_to_none=True)
@@ -590,7 +599,7 @@ def with_gradient(groups: list[list[Rollout]], config) -> list[list[Rollout]]:
         rollouts = []
         for rollout in group:
             # With an advantage of 0, only the KL term pulls.
-            pulls = rollout.advantage or config.beta
+            pulls = rollout.advantage or config.beta > 0
             if rollout.weight and pulls:
                 rollouts.append(rollout)
         if rollouts:
@@ -600,16 +609,12 @@ def with_gradient(groups: list[list[Rollout]], config) -> list[list[Rollout]]:
 
 def make_passes(groups: list[list[Rollout]], config) -> list[list[Pass]]:
     """The passes of each optimiser step of an epoch; of several processes, those of this one."""
-    rank, world = rank_and_world()
     steps = []
     for minibatch in minibatches(groups, config):
+        # A minibatch without a gradient takes no step, on any process.
         remaining = with_gradient(minibatch, config)
-        # A minibatch without a gradient takes no step, on any process. One with fewer groups than
-        # processes takes one: a process without a pass still takes part in the sum.
-        if not remaining:
-            continue
-        batches = micro_batches(remaining[rank::world], config.pass_tokens)
-        steps.append([Pass(pieces) for pieces in batches])
+        if remaining:
+            steps.append(deal_passes(remaining, config.pass_tokens))
     return steps
 
 
@@ -625,7 +630,7 @@ def set_fixed_logprobs(model, steps: list[list[Pass]], config, reference) -> Non
                     one_pass.old, _ = completion_logprobs(
                         model, one_pass.pieces, config.temperature
                     )
-                if config.beta:
+                if config.beta > 0:
                     one_pass.reference, _ = completion_logprobs(
                         reference, one_pass.pieces, config.temperature
                     )
@@ -642,6 +647,8 @@ def accumulate_gradients(model, passes: list[Pass], config, on_pass) -> torch.Te
                 one_pass.old = logp.detach()
             loss, pass_sums = pass_loss(one_pass, logp, entropy, config)
             loss.backward()
+            if one_pass.is_idle:
+                continue
             # The sums stay on the device: reading them would wait for the backward pass.
             sums += pass_sums
 
@@ -673,7 +680,7 @@ def update_metrics(totals: torch.Tensor, norms: list[float], groups, config) -> 
         "clip_share": totals["clipped"] / n_tokens,
         "logp_gap": totals["logp_gap"] / n_tokens,
         "tis_mean": totals["importance"] / n_tokens if config.tis_cap else None,
-        "kl": totals["kl"] / n_tokens if config.beta else None,
+        "kl": totals["kl"] / n_tokens if config.beta > 0 else None,
         "zero_std_groups": n_without_advantage,
         "train_tokens": int(totals["tokens"]),
     }
@@ -690,17 +697,24 @@ def measure_kl(
 
     For the log when beta is 0: one row per group, where the loss term would need all.
     """
-    total = 0.0
-    n_tokens = 0
-    for pieces in micro_batches([group[:1] for group in groups], pass_tokens):
+    sums = torch.zeros(2, dtype=torch.float64, device=reference.device)  # KL and tokens
+    for one_pass in deal_passes([group[:1] for group in groups], pass_tokens):
+        reference_logp, _ = completion_logprobs(reference, one_pass.pieces, temperature)
+        if one_pass.is_idle:
+            continue
+
         # By the log-probs they were sampled with: no pass of the policy.
         sampled = []
-        for [rollout] in pieces:
+        for [rollout] in one_pass.pieces:
             sampled.extend(rollout.logp)
-        reference_logp, _ = completion_logprobs(reference, pieces, temperature)
         logp = reference_logp.new_tensor(sampled)
-        total += kl_k3(logp, reference_logp).sum().item()
-        n_tokens += len(sampled)
+        sums[0] += kl_k3(logp, reference_logp).sum()
+        sums[1] += len(sampled)
+
+    # Each process has measured its share.
+    if rank_and_world()[1] > 1:
+        dist.all_reduce(sums)
+    total, n_tokens = sums.tolist()
     return total / n_tokens if n_tokens else math.nan
 
 
@@ -712,10 +726,16 @@ def freeze(model):
 # ---------------------------------------------------------------------------------- the policy
 
 
-def load_policy(name: str, device: str = "cpu", bfloat16: bool | None = None):
+def load_policy(
+    name: str,
+    device: str = "cpu",
+    bfloat16: bool | None = None,
+    attention: str = "",
+):
     """Model and tokenizer: `smollm2` (embedded default), a folder, or a hub id.
 
     bfloat16 (default: where the device has it) is for the layers' arithmetic only, see `precision`.
+    attention: what `check_policy` has chosen for the same model before; it is not checked again.
     Raises ModuleNotFoundError with the command to run when the default model's package is missing,
     ValueError with one line for a model that would not be trained as it is, see `check_policy`.
     """
@@ -735,7 +755,14 @@ def load_policy(name: str, device: str = "cpu", bfloat16: bool | None = None):
     # Refused, if sampling or training would not compute the distribution of the checkpoint: no
     # metric would show it.
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    note(check_policy(model, tokenizer))
+    if attention:
+        model.set_attn_implementation(attention)
+    else:
+        note(check_policy(model, tokenizer))
+
+    # Several processes share the model.
+    if rank_and_world()[1] > 1:
+        shard(model)
     return model, tokenizer
 
 
@@ -781,11 +808,16 @@ def cut_group(group: list[Rollout], pass_tokens: int) -> list[list[Rollout]]:
     return pieces
 
 
-def micro_batches(groups: list[list[Rollout]], pass_tokens: int) -> list[list[list[Rollout]]]:
+def micro_batches(
+    groups: list[list[Rollout]],
+    pass_tokens: int,
+    rank: int = 0,
+    world: int = 1,
+) -> list[list[list[Rollout]]]:
     """Groups, cut where too long, packed into passes of at most pass_tokens tokens with padding.
 
     A pass of a single piece may be longer, see `cut_group`. Memory grows with a pass; the result
-    does not depend on it.
+    does not depend on it. Of several processes: the share of this rank.
     """
     pieces = []
     for group in groups:
@@ -794,7 +826,7 @@ def micro_batches(groups: list[list[Rollout]], pass_tokens: int) -> list[list[li
     # Rows of like length share a pass, so little of it is padding. The first one is the longest.
     pieces.sort(key=row_length, reverse=True)
     batches = []
-    for piece in pieces:
+    for piece in pieces[rank::world]:
         if batches and (len(batches[-1]) + 1) * row_length(batches[-1][0]) <= pass_tokens:
             batches[-1].append(piece)
         else:
@@ -1011,7 +1043,8 @@ def head_logits(model, hidden: torch.Tensor) -> torch.Tensor:
     try:
         # The ids are not looked at, but many forwards want some.
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        return model(ids, use_cache=False).logits[0]
+        # Not model(...): a sharded model would take that for a forward of its own.
+        return model.forward(ids, use_cache=False).logits[0]
     finally:
         for module in replaced:
             vars(module).pop("forward", None)
@@ -1452,13 +1485,189 @@ def add_over_ranks(model, sums: torch.Tensor) -> None:
     # Weights are counted over all rollouts of the optimiser step, so the sum over the processes is
     # what one process would get; an average would not be, with rollouts of different lengths.
     for parameter in model.parameters():
-        if not parameter.requires_grad:
+        # The gradients of a sharded model are added up as they are made, see `shard`.
+        if not parameter.requires_grad or isinstance(parameter, DTensor):
             continue
-        # A process without a pass has no gradient, but the others wait for it.
+        # A parameter that no pass has used has no gradient, but the others may have one.
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         dist.all_reduce(parameter.grad)
     dist.all_reduce(sums)
+
+
+def deal_passes(groups: list[list[Rollout]], pass_tokens: int) -> list[Pass]:
+    """The passes of this process: as many as every other one has. No groups, no passes."""
+    if not groups:
+        return []
+    # Rows are dealt and not groups: sorted by length they make shares that take equally long.
+    rank, world = rank_and_world()
+    shares = []
+    for number in range(world):
+        shares.append(micro_batches(groups, pass_tokens, number, world))
+    passes = [Pass(pieces) for pieces in shares[rank]]
+
+    # All processes gather a layer, and add up its gradients, at once: one that has a pass less
+    # would keep the others waiting for ever. It runs a token without weight instead.
+    shortest = min(groups, key=row_length)[0]
+    idle = replace(shortest, ids=shortest.ids[:1], logp=shortest.logp[:1], weight=0.0)
+    n_passes = max(len(share) for share in shares)
+    while len(passes) < n_passes:
+        passes.append(Pass([[idle]], is_idle=True))
+    return passes
+
+
+# ---------------------------------------------------------------------------------- sharding
+
+
+def shard(model) -> None:
+    """Each process keeps a slice of every weight, and so of its gradient and its moments.
+
+    PyTorch's FSDP2 (`fully_shard`; ZeRO stage 3, arXiv 1910.02054): a layer is gathered when it
+    runs, in bfloat16 where it computes so, and dropped again. Its gradient is added up over the
+    processes in float32 as soon as it is there, and each keeps its slice of the sum.
+    """
+    layer_precision = MixedPrecisionPolicy()
+    if model.bfloat16_layers:
+        layer_precision = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+
+    # Inner layers first. What is left for the model itself are the embedding, the last norm and the
+    # head, tied or not: they stay float32.
+    for module in reversed(list(model.modules())):
+        if isinstance(module, GradientCheckpointingLayer):
+            fully_shard(module, mp_policy=layer_precision, reshard_after_forward=True)
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(), reshard_after_forward=True)
+
+    for module in sharded_modules(model):
+        # A sum and not a mean, see `add_over_ranks`; by a plain sum, since gloo has no scaled one.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+    # See `as_forward`.
+    model.compute = call
+    register_fsdp_forward_method(model, "compute")
+
+
+def sharded_modules(model) -> list:
+    """The modules that are gathered on their own: the layers and the model itself."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def call(function):
+    """The function's result."""
+    return function()
+
+
+def as_forward(function, gathers_all: bool = False):
+    """The function, such that a sharded model takes its call for a forward of its own.
+
+    FSDP gathers weights when the model is called. The functions here call parts of it (its layers,
+    its head) and would find slices there. gathers_all: the whole model is gathered as long as the
+    function runs, so that each process may run the layers as often as it needs.
+    """
+
+    @wraps(function)
+    def gathering(model, *arguments, **options):
+        if not isinstance(model, FSDPModule):
+            return function(model, *arguments, **options)
+
+        # Held by hand, where the first layer to finish would be dropped and gathered again.
+        held = sharded_modules(model) if gathers_all else []
+        model.set_reshard_after_forward(not gathers_all)
+        for module in held:
+            module.unshard()
+        result = model.compute(partial(function, model, *arguments, **options))
+        for module in held:
+            module.reshard()
+        return result
+
+    return gathering
+
+
+# Rebound here and not decorated above: with one process nothing of this happens. A prompt's
+# completions end at different steps in different processes, so sampling holds all of the model.
+sample = torch.no_grad()(as_forward(sample, gathers_all=True))
+completion_logprobs = as_forward(completion_logprobs)
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor, gathered: all processes have to call. Any other tensor as it is."""
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    return tensor
+
+
+def merged_weights(model):
+    """(name, tensor) of every weight, gathered, one at a time. All processes go through all."""
+    # Not named_parameters(): it leaves out a tied output head, and vLLM would keep its old one.
+    for name, tensor in model.state_dict().items():
+        yield name, full_tensor(tensor)
+
+
+def gathered_weights(model) -> dict | None:
+    """A sharded model's weights in the first process's memory; None: the model has them all.
+
+    All processes have to call.
+    """
+    if not isinstance(model, FSDPModule):
+        return None
+    # Gathered, tied weights are two tensors: one name is enough for the library to tie them again.
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    tied = names - {name for name, _ in model.named_parameters()}
+    weights = {}
+    for name, tensor in merged_weights(model):
+        if rank_and_world()[0] == 0 and name not in tied:
+            weights[name] = tensor.cpu()
+    return weights
+
+
+def gathered_moments(optimizer) -> dict:
+    """The optimiser's state_dict with gathered moments, in the first process. All have to call."""
+    # The same file, however many processes have made it.
+    state = optimizer.state_dict()
+    gathered = {}
+    for number, moments in state["state"].items():
+        gathered[number] = {}
+        for key, value in moments.items():
+            tensor = full_tensor(value)
+            # Off the device, where the moments of a large model would not fit.
+            if isinstance(value, DTensor):
+                tensor = tensor.cpu()
+            if rank_and_world()[0] == 0:
+                gathered[number][key] = tensor
+    return state | {"state": gathered}
+
+
+def load_moments(optimizer, state: dict) -> None:
+    """Puts back what `gathered_moments` gave, in each process its slices.
+
+    Raises what the optimiser raises, ValueError for moments of another model.
+    """
+    parameters = []
+    for options in optimizer.param_groups:
+        parameters.extend(options["params"])
+    sliced = {}
+    for number, moments in state["state"].items():
+        parameter = parameters[number]
+        sliced[number] = {}
+        for key, value in moments.items():
+            # The optimiser itself would notice in its first step only.
+            if key != "step" and value.shape != parameter.shape:
+                raise ValueError("moments of another model")
+            if key != "step" and isinstance(parameter, DTensor):
+                # Each has the whole tensor, and takes its slice without asking the others.
+                value = distribute_tensor(
+                    value.to(parameter.device),
+                    parameter.device_mesh,
+                    parameter.placements,
+                    src_data_rank=None,
+                )
+            sliced[number][key] = value
+    optimizer.load_state_dict(state | {"state": sliced})
+
+
+# ---------------------------------------------------------------------------------- vLLM
 
 
 class VLLMSampler:
@@ -1494,6 +1703,11 @@ class VLLMSampler:
         state = random.getstate()
         threads = torch.get_num_threads()
         on_gpu = torch.cuda.is_available()
+        # Of several processes each has its own engine, on its own card: by default every engine
+        # would take the first card.
+        executor = None
+        if rank_and_world()[1] > 1:
+            executor = "external_launcher"
         with torch.random.fork_rng():
             self.engine = LLM(
                 model=str(folder),
@@ -1508,6 +1722,7 @@ class VLLMSampler:
                 enable_sleep_mode=sleep,
                 enforce_eager=not on_gpu,
                 disable_log_stats=True,
+                distributed_executor_backend=executor,
             )
         random.setstate(state)
         torch.set_num_threads(threads)
@@ -1576,8 +1791,7 @@ class VLLMSampler:
             torch.cuda.empty_cache()
             self.engine.wake_up(tags=["weights"])
 
-        # Not named_parameters(): it leaves out a tied output head, and vLLM would keep its old one.
-        weights = iter(model.state_dict().items())
+        weights = merged_weights(model)
         self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if self.asleep:
             self.engine.wake_up(tags=["kv_cache"])

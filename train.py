@@ -18,7 +18,7 @@ Read Config, data, Policy, the loop, evaluation and `begin`, in this order: the 
 file. The rest keeps a run safe, and can be skipped: processes, terminal, flags, the run's folder,
 logs, checkpoints, resuming, signals, judging ahead, main. Of several processes each samples its
 share of the prompts, the first one judges, each takes the gradient of its share of the rollouts
-(grpo.update), and all of them step by the sum.
+(grpo.update), and all of them step by the sum. Each holds a slice of the policy (grpo.shard).
 """
 
 import argparse
@@ -157,7 +157,12 @@ class Config:
     clip_high: Annotated[
         float, "ratio at most 1 + this; 0: 0.28 with --loss dapo, else as clip_low", NOT_NEGATIVE
     ] = 0.0
-    beta: Annotated[float, "weight of the KL penalty; 0: only measured", NOT_NEGATIVE] = 0.0
+    beta: Annotated[
+        float,
+        "weight of the KL penalty; 0: only measured; -1: not measured either, so that no second "
+        "model is held",
+        Limits(at_least=-1),
+    ] = 0.0
     tis_cap: Annotated[
         float,
         "truncated importance sampling against the sampler's log-probs: cap on a token's weight; "
@@ -237,10 +242,19 @@ def next_batch(examples: list[rar.Example], config: Config, step: int) -> list[r
 
 
 class Policy:
-    """Model, tokenizer, and what sampling needs to know of them. Every process holds all of it."""
+    """Model, tokenizer, and what sampling needs to know of them."""
 
-    def __init__(self, name: str, dtype: str = "auto", template_kwargs: dict | None = None):
-        """name: smollm2, a folder, or a hub id. Raises UserError when it cannot be loaded."""
+    def __init__(
+        self,
+        name: str,
+        dtype: str = "auto",
+        template_kwargs: dict | None = None,
+        attention: str = "",
+    ):
+        """name: smollm2, a folder, or a hub id. attention: see grpo.load_policy.
+
+        Raises UserError when it cannot be loaded.
+        """
         self.template_kwargs = template_kwargs
         self.device = "cpu"
         if torch.cuda.is_available():
@@ -248,7 +262,8 @@ class Policy:
         # None lets the device decide.
         bfloat16 = {"auto": None, "bfloat16": True, "float32": False}[dtype]
         try:
-            self.model, self.tokenizer = grpo.load_policy(name, self.device, bfloat16)
+            loaded = grpo.load_policy(name, self.device, bfloat16, attention)
+            self.model, self.tokenizer = loaded
         except ImportError:
             # It names the package to install.
             raise
@@ -331,7 +346,7 @@ class Run:
 
     config: Config
     policy: Policy
-    reference: torch.nn.Module  # the starting model, frozen: for the KL
+    reference: torch.nn.Module | None  # the starting model, frozen: for the KL
     optimizer: torch.optim.Optimizer
     method: rar.RubricReward
     examples: list[rar.Example]
@@ -413,7 +428,7 @@ def learn(run: Run, step: int, groups: list[rar.Group], is_trial: bool = False) 
         learned = grpo.update(
             policy.model, run.optimizer, rollouts, config, run.reference, bar.update
         )
-    if learned["kl"] is None and not is_trial:
+    if learned["kl"] is None and run.reference is not None and not is_trial:
         # The loss did not need it (beta is 0). From the rollouts' own log-probs, so of the policy
         # that sampled them.
         sizes = (config.temperature, config.pass_tokens)
@@ -437,7 +452,7 @@ def finish_step(
     folder.write_samples(step, "train", groups)
     log = log_step(run, folder, step, log, groups)
     if step == config.steps or stop.signal or step % config.save_every == 0:
-        from_rank_zero(folder.save_checkpoint, run, step)
+        folder.save_checkpoint(run, step)
     if "eval_score" in log:
         folder.write_report()
     return log
@@ -703,12 +718,9 @@ def begin(config: Config, folder: Path, state: dict | None) -> Run:
     options = {"lr": config.lr, "betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
     optimizer = torch.optim.AdamW(policy.model.parameters(), **options)
 
-    # The reference is the model that the run began with, also when it is resumed.
+    reference = make_reference(config, policy, is_new=not state)
     if state:
-        reference = Policy(config.model, config.dtype).model.requires_grad_(False)
         load_state(optimizer, method, state, folder)
-    else:
-        reference = grpo.freeze(policy.model)  # a frozen copy
     if config.sampler != "torch":
         start_engine(policy, config, examples + heldout + validation)
     return Run(
@@ -1082,6 +1094,19 @@ def probe(judge) -> None:
 # ---------------------------------------------------------------------- loading
 
 
+def make_reference(config: Config, policy: Policy, is_new: bool):
+    """The model that the run began with, frozen; None with --beta -1."""
+    if config.beta < 0:
+        return None
+    # A resumed policy is not the start any more, and a sharded one cannot be copied.
+    _, world = grpo.rank_and_world()
+    if is_new and world == 1:
+        return grpo.freeze(policy.model)
+    attention = policy.model.config._attn_implementation
+    loaded = Policy(config.model, config.dtype, attention=attention)
+    return loaded.model.requires_grad_(False)
+
+
 def fitting(
     examples: list[rar.Example], policy: "Policy", max_new_tokens: int, split: str
 ) -> list[rar.Example]:
@@ -1307,32 +1332,46 @@ class RunFolder:
     def save_checkpoint(self, run: Run, step: int, unfinished: dict | None = None) -> None:
         """Writes checkpoint-STEP, then makes `checkpoint` name it. Raises UserError.
 
-        unfinished: the rows of a step whose evaluation failed, see `unlogged_rows`. Called through
-        from_rank_zero: the others wait, because a process that ends makes torchrun end them all.
+        unfinished: the rows of a step whose evaluation failed, see `unlogged_rows`. All processes
+        have to call.
         """
         # The last one is of this step already when a resumed run fails before its first update.
-        target = self.path / f"checkpoint-{step}"
-        last = find_checkpoint(self.path)
-        if last and target.exists() and last.samefile(target):
+        if from_rank_zero(self.is_saved, step):
             return
+
+        # What several processes share is gathered by all of them. Then the first one writes and the
+        # others wait: a process that ends makes torchrun end them all.
+        weights = grpo.gathered_weights(run.policy.model)
         state = {
             "step": step,
             "versions": versions(),
-            "optimizer": run.optimizer.state_dict(),
+            "optimizer": grpo.gathered_moments(run.optimizer),
             "method": run.method.state_dict(),
             "unfinished": unfinished,
             "pending": None,
         }
         if run.pending:
             state["pending"] = run.pending.state_dict()
+        from_rank_zero(self.write_checkpoint, run.policy, weights, state)
+
+    def is_saved(self, step: int) -> bool:
+        """Whether `checkpoint` is of this step."""
+        target = self.path / f"checkpoint-{step}"
+        last = find_checkpoint(self.path)
+        return bool(last) and target.exists() and last.samefile(target)
+
+    def write_checkpoint(self, policy: Policy, weights: dict | None, state: dict) -> None:
+        """Writes the files of a checkpoint. weights: None for those of the policy itself."""
+        step = state["step"]
+        target = self.path / f"checkpoint-{step}"
 
         # Written aside, renamed, then named by the link: at every moment `checkpoint` is complete.
         aside = self.path / f"checkpoint-{step}.tmp"
         try:
             with writing(self.path / "checkpoint", self.advice):
                 remove(aside)
-                run.policy.model.save_pretrained(aside)
-                run.policy.tokenizer.save_pretrained(aside)
+                policy.model.save_pretrained(aside, state_dict=weights)
+                policy.tokenizer.save_pretrained(aside)
                 torch.save(state, aside / "trainer.pt")
                 # One of this step is there when a kill came before the link was changed.
                 remove(target)
@@ -1624,7 +1663,8 @@ def read_state(folder: Path, save_every: int) -> dict | None:
     try:
         # weights_only: never a pickle that could run code. To the CPU: the optimiser moves its
         # moments to the device of their weights, and all processes would load to the first GPU.
-        state = torch.load(path, weights_only=True, map_location="cpu")
+        # mmap: processes on one machine share the memory.
+        state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
         step = state["step"]
         made_with = dict(state["versions"])
     except Exception as error:  # noqa: BLE001  (a file is broken in many ways)
@@ -1643,12 +1683,8 @@ def read_state(folder: Path, save_every: int) -> dict | None:
 def load_state(optimizer, method: rar.RubricReward, state: dict, folder: Path) -> None:
     """Puts back the optimiser's moments and the method's state. Raises UserError."""
     try:
-        optimizer.load_state_dict(state["optimizer"])
+        grpo.load_moments(optimizer, state["optimizer"])
         method.load_state_dict(state["method"])
-        # The optimiser itself would notice in its first step only.
-        for parameter, moments in optimizer.state.items():
-            if moments["exp_avg"].shape != parameter.shape:
-                raise ValueError("moments of another model")
     except Exception as error:  # noqa: BLE001  (of another run or edited)
         why = f"does not belong to this run ({first_line(error)})"
         raise UserError(f"{folder}/checkpoint/trainer.pt: {why}; put its own back") from None
@@ -1679,7 +1715,7 @@ def explained(
         # next update is then in it, and a run resumed from there would be no run at all.
         is_whole = isinstance(error, JudgeError) or run.config.epochs * run.config.minibatches == 1
         if step and is_whole and saves:
-            from_rank_zero(folder.save_checkpoint, run, step, unfinished)
+            folder.save_checkpoint(run, step, unfinished)
         advice = f"when that is put right: python train.py --resume {folder.path}"
         raise type(error)(f"{where}: {error}; {advice}") from None
     except (MemoryError, RuntimeError) as error:

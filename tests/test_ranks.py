@@ -42,9 +42,9 @@ def together(world, *flags, script=ROOT / "train.py"):
 
 
 def close(a, b, path=""):
-    """Equal JSON values, floats up to 1e-6 (relative above 1)."""
+    """Equal JSON values, floats up to 5e-5 (relative above 1): sums in another order, divided by AdamW."""
     if isinstance(a, float) or isinstance(b, float):
-        assert a == pytest.approx(b, abs=2e-6, rel=2e-5), path
+        assert a == pytest.approx(b, abs=5e-5, rel=5e-5), path
     elif isinstance(a, dict):
         assert a.keys() == b.keys(), path
         for key in a:
@@ -76,27 +76,49 @@ def test_two_processes_are_one(tiny, few, forms, tmp_path, method):
     close(lines(one / "metrics.jsonl"), lines(two / "metrics.jsonl"))
     close(lines(one / "samples.jsonl"), lines(two / "samples.jsonl"))
     a, b = (load_file(folder / "checkpoint" / "model.safetensors") for folder in (one, two))
+    assert a.keys() == b.keys()
     for key in a:  # after AdamW, which divides by the gradient's size
-        assert float((a[key] - b[key]).abs().max()) < 1e-5
+        assert float((a[key] - b[key]).abs().max()) < 2e-4
 
 
 def test_another_number_of_processes_continues(tiny, few, forms, tmp_path):
+    """2 -> 1 -> 2: the checkpoint of a shared policy is a whole one. Up to rounding it is the run of one process."""
     one, two = tmp_path / "one", tmp_path / "two"
-    flags = ["--model", str(tiny), "--data", forms, "--eval_data", few, *FLAGS, "--method", "rler"]
+    flags = ["--model", str(tiny), "--data", forms, "--eval_data", few, *FLAGS, "--method", "rler", "--steps", "6"]
     assert train.main([*flags, "--out", str(one)]) == 0
     status, printed = together(2, *flags, "--steps", "2", "--out", two)
     assert status == 0, printed
     assert json.loads((two / "config.json").read_text())["steps"] == 2
     assert train.main(["--resume", str(two), "--steps", "4"]) == 0
     assert [row["step"] for row in lines(two / "metrics.jsonl")] == [0, 1, 2, 3, 4]
-    status, printed = together(2, "--resume", two, "--steps", "5")
-    assert status == 0 and lines(two / "metrics.jsonl")[-1]["step"] == 5, printed
+    status, printed = together(2, "--resume", two, "--steps", "6")
+    assert status == 0, printed
 
-    def first_texts(folder):
-        rows = lines(folder / "samples.jsonl")
-        return [row["text"] for row in rows if row["step"] == 1 and row["split"] == "train"]
+    def texts(folder):
+        return [(row["step"], row["split"], row["text"]) for row in lines(folder / "samples.jsonl")]
 
-    assert first_texts(one) == first_texts(two)
+    assert texts(one)[-1][0] == 6
+    # An evaluation more, where a part of the run ended.
+    rows = {row["step"]: row for row in lines(two / "metrics.jsonl")}
+    assert set(texts(one)) <= set(texts(two))
+    for row in lines(one / "metrics.jsonl"):
+        close(row, {key: rows[row["step"]][key] for key in row})
+    a, b = (load_file(folder / "checkpoint" / "model.safetensors") for folder in (one, two))
+    for key in a:
+        assert float((a[key] - b[key]).abs().max()) < 2e-4
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_all_of_them(tiny, few, forms, tmp_path):
+    """The first one writes, after all have gathered: its error is that of all, and the last checkpoint stays."""
+    flags = ["--model", tiny, "--data", forms, "--eval_data", few, *FLAGS, "--out", tmp_path / "run"]
+    # A limit on file size stands for the full disk: below the weights (110 kB), above the logs so far.
+    limited = ["bash", "-c", 'ulimit -f 80; exec "$@"', "bash", *torchrun(2, *flags)]
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=300, env=ENVIRONMENT, check=False)
+    printed = done.stdout + done.stderr
+    assert done.returncode != 0 and "cannot be written" in printed, printed
+    assert len({line for line in printed.split("\n") if "train.py: " in line}) == 1  # the error of one is that of all
+    assert lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 2
+    assert not list((tmp_path / "run").glob("checkpoint*"))
 
 
 def test_more_processes_than_prompts(tiny, few, forms, tmp_path):
