@@ -1,6 +1,8 @@
 """What the tests share: the files on the path, a tiny random model, the optional real data, the marker `long`."""
 
 import json
+import multiprocessing
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -10,6 +12,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 SHARED = ROOT.parent / "shared" / "data"  # real benchmark rows, not part of the repository
+
+# The long tests of attacks try a part of each kind; with FULL_COUNTS=1 in the environment all of it: the counts that
+# tests/evidence/README.md states.
+FULL = os.environ.get("FULL_COUNTS") == "1"
+
+
+def some_of(attacks, one_in):
+    """All of them with FULL_COUNTS=1, else one in so many."""
+    return list(attacks)[:: 1 if FULL else one_in]
+
 
 
 def pytest_addoption(parser):
@@ -40,13 +52,21 @@ def shared():
     return find
 
 
-@pytest.fixture
-def few(tmp_path):
+@pytest.fixture(scope="session")
+def few(tmp_path_factory):
     """Two held-out prompts, so that evaluations take no time."""
-    path = tmp_path / "few.jsonl"
+    path = tmp_path_factory.mktemp("few") / "few.jsonl"
     lines = (ROOT / "data" / "heldout.jsonl").read_text(encoding="utf8").split("\n")
     path.write_text("\n".join(lines[:2]) + "\n", encoding="utf8")
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def server():
+    """Starts processes that have imported everything already: tenths of a second instead of four."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train", "transformers.models.llama.modeling_llama", "matplotlib.figure", "pytest"])
+    return context
 
 
 @pytest.fixture
@@ -113,3 +133,29 @@ def forms(tmp_path_factory):
     rows = [{"id": f"p{n}", "question": f"What is {n} plus {n}?", "rubric": rubric} for n in range(9)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
     return str(path)
+
+
+# A row as HealthBench has it, tags nested in two ways.
+HEALTHBENCH = {
+    "prompt_id": "hb-1",
+    "prompt": [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "My head hurts."},
+    ],
+    "rubrics": [
+        {
+            "criterion": "Asks how long.",
+            "points": 5,
+            "tags": ["level:example", "axis:context_awareness"],
+        },
+        {
+            "criterion": "Recommends opioids.",
+            "points": -9,
+            "tags": [["level:cluster"], ["axis:accuracy", ["cluster:pain"]]],
+        },
+    ],
+    "example_tags": ["theme:context_seeking", ["physician_agreed_category:not-enough-context"]],
+    "ideal_completions_data": {"ideal_completion": "How long has it hurt?"},
+    "canary": "a mark",
+}

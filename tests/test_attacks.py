@@ -26,7 +26,7 @@ from test_train import interrupted, lines
 
 import train
 
-FEW_STEPS = ["--steps", "3", "--prompts_per_step", "2", "--group_size", "2", "--max_new_tokens", "6", "--eval_every", "2", "--save_every", "1", "--prompts", "4"]
+FEW_STEPS = ["--steps", "3", "--prompts_per_step", "2", "--group_size", "2", "--max_new_tokens", "6", "--eval_every", "3", "--save_every", "1", "--prompts", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +38,6 @@ def base(tiny, tmp_path_factory):
     flags = ["--model", str(tiny), "--eval_data", str(folder / "few.jsonl"), *FEW_STEPS]
     assert train.main([*flags, "--out", str(folder / "whole")]) == 0
     return flags, folder / "whole"
-
-
-@pytest.fixture(scope="module")
-def server():
-    """Starts processes that have imported everything already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "transformers.models.llama.modeling_llama"])
-    return context
 
 
 def one_line(capsys) -> str:

@@ -6,18 +6,17 @@ import random
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 from judge_server import JudgeServer
-from test_train import lines, run
+from test_train import run
 
 import grpo
 import rar
 from judge import JudgeError, LexicalJudge, LLMJudge, Verdict
-from rar import Criterion, DataError, Example, Group
+from rar import Criterion, Example, Group
 from tools import compare as comparing
 
 sys.path.append(str(ROOT / "tests" / "evidence"))
@@ -238,68 +237,6 @@ def test_a_boxed_letter_is_not_put_to_the_judge():
         method = method_of(LLMJudge(server.url, "m"), "explicit")
         method.score([Group(example("m", METALS), rollouts)])
         assert [r.reward for r in rollouts] == [1.0, 0.0, 0.0] and server.bodies == []
-
-
-# ------------------------------------------------------------------------- comparing
-
-
-def test_compare_pairs_prompts_and_its_interval_is_honest():
-    rng = random.Random(0)
-    covered = 0
-    for _ in range(100):
-        before = []
-        after = []
-        for k in range(40):
-            row = {"id": str(k), "item": str(k), "score": rng.gauss(0, 1)}
-            before.append(row)
-            after.append({**row, "score": row["score"] + 0.1 + rng.gauss(0, 0.2)})
-        found = comparing.compare(before, after)
-        low, high = found["difference_ci"]
-        covered += low <= 0.1 <= high
-        # Pairing takes out the spread between prompts, which is five times as wide.
-        assert found["n"] == 40 and high - low < 0.3
-    assert covered >= 85
-    with pytest.raises(DataError, match="no scored prompt"):
-        comparing.compare(before, [{"id": "x", "item": "x", "score": 1.0}])
-
-
-def test_two_runs_are_compared_from_the_command_line(tiny, few, tmp_path, capsys):
-    assert run(tiny, few, tmp_path / "run", "--lr", "0.05") == 0
-    capsys.readouterr()
-    flags = ["--eval_data", few, "--max_new_tokens", "6"]
-    models = [str(tiny), str(tmp_path / "run")]
-    assert comparing.main([*models, "--out", str(tmp_path / "answers"), *flags]) == 0
-    said = capsys.readouterr()
-    line = json.loads(said.out)
-    assert "minus" in said.err and "paired bootstrap" in said.err and line["n"] == 2
-    gain = line["after"]["eval_score"] - line["before"]["eval_score"]
-    assert line["difference"] == pytest.approx(gain, abs=1e-5)
-    files = [line[part]["answers"] for part in ("before", "after")]
-    for file in files:
-        for row in lines(Path(file)):
-            assert set(row) >= {"id", "item", "score", "verdicts", "text"}
-    # Saved answers do as well, without any model.
-    assert comparing.main([*files, *flags]) == 0
-    again = json.loads(capsys.readouterr().out)
-    assert again["difference"] == pytest.approx(line["difference"], abs=1e-5)
-    assert comparing.main(["a", "b", "c"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_the_canary_stays_with_the_answers():
-    [row] = comparing.result_rows([Group(example("a", canary="mark"), [answer("x")])])
-    assert row["canary"] == "mark"
-    [row] = comparing.result_rows([Group(example("a"), [answer("x")])])
-    assert "canary" not in row
-
-
-def test_runs_of_one_question_are_one_pair():
-    def row(name, score):
-        return {"id": name, "item": name[0], "score": score}
-
-    before = [row("a1", 0), row("a2", 0), row("b1", 0)]
-    found = comparing.compare(before, [row("a1", 1), row("a2", 0), row("b1", 0)])
-    assert found["difference"] == 0.25 and found["n"] == 2
 
 
 # ------------------------------------------------------------------------- the simulated study

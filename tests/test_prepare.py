@@ -12,35 +12,12 @@ import tracemalloc
 import types
 
 import pytest
-from conftest import ROOT
+from conftest import HEALTHBENCH, ROOT
 
 import judge
 import rar
 from data import prepare
 
-HEALTHBENCH = {
-    "prompt_id": "hb-1",
-    "prompt": [
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Hello"},
-        {"role": "user", "content": "My head hurts."},
-    ],
-    "rubrics": [
-        {
-            "criterion": "Asks how long.",
-            "points": 5,
-            "tags": ["level:example", "axis:context_awareness"],
-        },
-        {
-            "criterion": "Recommends opioids.",
-            "points": -9,
-            "tags": [["level:cluster"], ["axis:accuracy", ["cluster:pain"]]],
-        },
-    ],
-    "example_tags": ["theme:context_seeking", ["physician_agreed_category:not-enough-context"]],
-    "ideal_completions_data": {"ideal_completion": "How long has it hurt?"},
-    "canary": "a mark",
-}
 PROFESSIONAL = {
     "id": "pro-1",
     "conversation": {"messages": [{"role": "user", "content": "Which dose?"}]},

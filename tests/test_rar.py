@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
+from conftest import HEALTHBENCH
 from judge_server import JudgeServer
 
 import rar
@@ -308,29 +309,6 @@ GOOD = {
             "axis": "accuracy",
         }
     ],
-}
-HEALTHBENCH = {
-    "prompt_id": "hb-1",
-    "prompt": [
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Hello"},
-        {"role": "user", "content": "My head hurts."},
-    ],
-    "rubrics": [
-        {
-            "criterion": "Asks how long.",
-            "points": 5,
-            "tags": ["level:example", "axis:context_awareness"],
-        },
-        {
-            "criterion": "Recommends opioids.",
-            "points": -9,
-            "tags": [["level:cluster"], ["axis:accuracy", ["cluster:pain"]]],
-        },
-    ],
-    "example_tags": ["theme:context_seeking", ["physician_agreed_category:not-enough-context"]],
-    "ideal_completions_data": {"ideal_completion": "How long has it hurt?"},
-    "canary": "a mark",
 }
 
 

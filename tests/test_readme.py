@@ -1,11 +1,13 @@
 """What the two READMEs say can be done can be done: names, files and flags exist, the forks apply and run."""
 
 import importlib
+import os
 import re
+import runpy
 import subprocess
 import sys
-from functools import lru_cache
 
+import pytest
 from conftest import ROOT
 from test_train import SMALL, lines
 
@@ -41,19 +43,26 @@ def test_every_file_that_it_names_is_there():
         assert (ROOT / name).exists(), name
 
 
-@lru_cache
-def help_of(program: str) -> str:
-    return subprocess.run([sys.executable, program, "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+def help_of(program, monkeypatch, capsys):
+    """What `python PROGRAM --help` prints, in this process: each start would import torch anew."""
+    monkeypatch.setattr(sys, "argv", [program, "--help"])
+    monkeypatch.setattr(sys, "path", [str((ROOT / program).parent), *sys.path])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / program), run_name="__main__")
+    assert not ended.value.code
+    return capsys.readouterr().out
 
 
-def test_every_flag_in_its_commands_exists():
+def test_every_flag_in_its_commands_exists(monkeypatch, capsys):
     plain = re.sub(r"\\?\n(?=[^\n])", " ", BOTH)  # commands and sentences go over several lines
     commands = re.findall(r"(?:python|torchrun [^`]*?) ((?:\w+/)*\w+\.py)([^`|]*)", plain)
     assert len(commands) > 15
+    used = {}
     for program, rest in commands:
-        flags = set(re.findall(r"(?<!\S)--\w+", rest.split("&&")[0]))
+        used.setdefault(program, set()).update(re.findall(r"(?<!\S)--\w+", rest.split("&&")[0]))
+    for program, flags in used.items():
         if flags:
-            known = set(re.findall(r"--\w+", help_of(program)))
+            known = set(re.findall(r"--\w+", help_of(program, monkeypatch, capsys)))
             assert flags <= known, (program, flags - known)
 
 
@@ -85,32 +94,45 @@ def test_there_are_three_forks_of_under_twenty_lines():
         assert 3 <= len(changed) < 20
 
 
-def forked(fork, few, number, *flags):
+def train_there(folder, flags, log):
+    """`python train.py` in a copy, in a process that has imported everything but the copy's own files."""
+    for name in ("judge", "rar", "grpo", "rler", "arlrr", "train", *[name for name in sys.modules if name.startswith("tools")]):
+        sys.modules.pop(name, None)
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    sys.argv = ["train.py", *flags]
+    sys.stdout = sys.stderr = open(log, "w")  # noqa: SIM115  (until the process ends)
+    runpy.run_path("train.py", run_name="__main__")
+
+
+def forked(server, fork, few, number, *flags):
     """The copy with one fork applied, and a short training run in it."""
     done = subprocess.run(["git", "apply", "-"], cwd=fork, input=FORKS[number].encode(), capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
-    command = [sys.executable, "train.py", *SMALL, "--steps", "2", "--eval_data", few, "--out", "run", *map(str, flags)]
-    done = subprocess.run(command, cwd=fork, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    flags = [*SMALL, "--steps", "2", "--eval_data", few, "--out", "run", *map(str, flags)]
+    process = server.Process(target=train_there, args=(fork, flags, fork / "log"))
+    process.start()
+    process.join(300)
+    assert process.exitcode == 0, (fork / "log").read_text(encoding="utf8")
     return lines(fork / "run" / "samples.jsonl")
 
 
-def test_a_new_reward(fork, few, tiny):
-    for row in forked(fork, few, 0, "--model", tiny, "--method", "weakest"):
+def test_a_new_reward(server, fork, few, tiny):
+    for row in forked(server, fork, few, 0, "--model", tiny, "--method", "weakest"):
         if row["split"] == "train" and row["text"].strip():
             wrong = [verdict for verdict in row["verdicts"] if verdict["score"] != (verdict["weight"] > 0)]
             assert 0 <= row["reward"] <= 1
             assert (row["reward"] == 1) == (not wrong)
 
 
-def test_a_new_judge(fork, few, tiny):
-    rows = forked(fork, few, 1, "--model", tiny)
+def test_a_new_judge(server, fork, few, tiny):
+    rows = forked(server, fork, few, 1, "--model", tiny)
     reasons = {verdict["reason"] for row in rows for verdict in row["verdicts"]}
     assert "flipped" in reasons
     assert len(reasons) > 1
 
 
-def test_a_new_schedule(fork, few, tiny):
-    forked(fork, few, 2, "--model", tiny, "--method", "arlrr", "--schedule", "sticky", "--stage", "1", "--validation", "2")
+def test_a_new_schedule(server, fork, few, tiny):
+    forked(server, fork, few, 2, "--model", tiny, "--method", "arlrr", "--schedule", "sticky", "--stage", "1", "--validation", "2")
     rows = lines(fork / "run" / "metrics.jsonl")
     assert [row["stage"] for row in rows[1:]] == [1, 2]

@@ -1,6 +1,7 @@
 """tools/report.py: the page, seen by a parser and a real browser; the picture; the words."""
 
 import doctest
+import io
 import json
 import math
 import os
@@ -899,7 +900,7 @@ def test_a_reader_may_leave_early(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux")
-def test_a_full_disk_is_one_line_and_the_old_page_stays(tmp_path):
+def test_a_full_disk_is_one_line_and_the_old_page_stays(server, tmp_path):
     path = rler_run(tmp_path / "run")
     with open("/dev/full", "w") as full:
         done = start(path, "--rubrics", stdout=full, stderr=subprocess.PIPE)
@@ -912,14 +913,24 @@ def test_a_full_disk_is_one_line_and_the_old_page_stays(tmp_path):
     report.write_report(path)
     page = (path / "report.html").read_bytes()
     for size in (0, 30_000):
-        limit = lambda size=size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-        done = start(path, capture_output=True, preexec_fn=limit)
-        assert (
-            done.returncode == 2
-            and "cannot be written" in done.stderr
-            and done.stderr.count("\n") == 1
-        )
+        log = tmp_path / f"log-{size}"
+        process = server.Process(target=report_with_little_room, args=(size, path, log))
+        process.start()
+        process.join()
+        printed = log.read_text(encoding="utf8")
+        assert process.exitcode == 2 and "cannot be written" in printed and printed.count("\n") == 1
         assert (path / "report.html").read_bytes() == page and not list(path.glob("*.tmp"))
+
+
+def report_with_little_room(size, path, log):
+    """report.py where no file can grow beyond `size` bytes; its words go to the log afterwards."""
+    printed = io.StringIO()
+    sys.stdout = sys.stderr = printed
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    status = report.main([str(path)])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    log.write_text(printed.getvalue(), encoding="utf8")
+    os._exit(status)
 
 
 def test_docstring_examples_and_help():

@@ -9,7 +9,8 @@ from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
-from test_rar import GOOD, HEALTHBENCH, with_criterion, write
+from conftest import HEALTHBENCH
+from test_rar import GOOD, with_criterion, write
 
 import rar
 from judge import LexicalJudge

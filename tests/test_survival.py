@@ -1,7 +1,6 @@
 """Runs that are killed, stopped, or run out of room: nothing is lost, and what happened is said in one line."""
 
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -63,11 +62,9 @@ def lines_so_far(path: Path) -> list[str]:
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", METHODS)
-def test_killed_at_random_moments_it_is_the_same_run(tiny, few, forms, tmp_path, name):
+def test_killed_at_random_moments_it_is_the_same_run(server, tiny, few, forms, tmp_path, name):
     """Seven SIGKILLs per method, 28 in all, at moments drawn over a whole run: importing, rolling out, searching, judging,
     in the backward pass, while logs and checkpoints are written. The processes come from a server that has imported all."""
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["train", "transformers.models.llama.modeling_llama"])
     flags = ["--model", str(tiny), "--data", forms, "--eval_data", few, *LONG, *METHODS[name]]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     rng, kills = random.Random(name), 0
@@ -249,7 +246,7 @@ def test_what_breaks_a_step_is_one_line_and_the_checkpoint_stays(tiny, few, tmp_
 def test_a_judge_that_goes_away_during_an_evaluation_costs_no_step(tiny, few, tmp_path, capsys, monkeypatch, method):
     """The update is in the checkpoint with its rows; the resumed run evaluates first, and is the same run. Twice, and at the end."""
     original = train.evaluate_heldout
-    flags = ["--method", method, "--steps", "4", "--save_every", "100"]
+    flags = ["--method", method, "--steps", "4", "--save_every", "100", "--eval_every", "2"]
     calls = []
 
     def goes_away(made):

@@ -20,7 +20,7 @@ import grpo
 import rar
 import train
 
-SMALL = ["--steps", "3", "--prompts_per_step", "2", "--group_size", "3", "--max_new_tokens", "6", "--eval_every", "2", "--save_every", "1", "--prompts", "5"]
+SMALL = ["--steps", "3", "--prompts_per_step", "2", "--group_size", "3", "--max_new_tokens", "6", "--eval_every", "3", "--save_every", "1", "--prompts", "5"]
 
 
 def run(tiny, few, out, *more):
@@ -64,7 +64,7 @@ def write_rows(path, rows):
 
 def test_a_run_leaves_everything_a_reader_expects(tiny, few, tmp_path, capsys):
     out = tmp_path / "run"
-    assert run(tiny, few, out) == 0
+    assert run(tiny, few, out, "--eval_every", "2") == 0
     printed = capsys.readouterr().out
     for words in ("held-out score", "95 % interval", "one answer, before and after", "report.png", "minutes"):
         assert words in printed
@@ -186,7 +186,7 @@ def test_every_step_draws_anew_and_the_held_out_answers_are_greedy(tiny, few, tm
         return original(model, prompts, group_size, max_new_tokens, temperature, ends, uniform, on_token)
 
     monkeypatch.setattr(grpo, "sample", noted)
-    assert run(tiny, few, tmp_path / "run") == 0
+    assert run(tiny, few, tmp_path / "run", "--eval_every", "2") == 0
     steps = [uniform for size, temperature, uniform in asked if size == 3 and temperature == 0.7]
     assert len(steps) == 3 and not torch.equal(steps[0], steps[1]) and not torch.equal(steps[1], steps[2])
     assert [(t, uniform) for size, t, uniform in asked if size == 1] == [(0.0, None)] * 3
@@ -458,10 +458,24 @@ def test_an_unwritable_folder_is_one_line(tiny, few, tmp_path, capsys):
     assert "choose another --out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["rar", "judge", "grpo", "rler", "arlrr"])
-def test_each_file_runs_by_itself(name):
-    done = subprocess.run([sys.executable, ROOT / f"{name}.py"], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0 and len(done.stdout.split("\n")) > 8
+EACH_FILE = """
+import runpy, sys
+for name in ("rar", "judge", "grpo", "rler", "arlrr"):
+    print("begin", name)
+    sys.argv = [f"{name}.py"]
+    runpy.run_path(f"{name}.py", run_name="__main__")
+"""
+
+
+def test_each_file_runs_by_itself():
+    """One after the other in one process: torch is imported once."""
+    command = [sys.executable, "-c", EACH_FILE]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    _, *printed = done.stdout.split("begin ")
+    assert len(printed) == 5
+    for words in printed:
+        assert len(words.split("\n")) > 9, words
 
 
 def test_the_folder_can_be_copied(fork, few, tiny):

@@ -308,8 +308,12 @@ def test_what_grew_since_it_was_checked_is_not_cut(tmp_path):
 def start_tool(server, questions, out, **options):
     command = [sys.executable, ROOT / "tools" / "write_rubrics.py", questions, "--out", out]
     command += ["--judge", server.url, "--judge_model", "m"]
-    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, **quiet, **options)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.Popen(command, **options)
+
+
+def hear_interrupts():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize("how, status", [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
@@ -328,7 +332,8 @@ def test_a_kill_in_the_middle_loses_at_most_the_calls_under_way(tmp_path, how, s
             return super().verdict(body)
 
     with Uneven() as server:
-        process = start_tool(server, path, out)
+        # Where the tests themselves run in the background, Ctrl-C is ignored, and children inherit that.
+        process = start_tool(server, path, out, preexec_fn=hear_interrupts)
         until = time.monotonic() + 60
         while time.monotonic() < until and not (out.exists() and out.read_bytes().count(b"\n") == 30):
             time.sleep(0.05)
