@@ -463,7 +463,10 @@ import runpy, sys
 for name in ("rar", "judge", "grpo", "rler", "arlrr"):
     print("begin", name)
     sys.argv = [f"{name}.py"]
-    runpy.run_path(f"{name}.py", run_name="__main__")
+    try:
+        runpy.run_path(f"{name}.py", run_name="__main__")
+    except SystemExit as end:
+        assert not end.code
 """
 
 
