@@ -14,12 +14,14 @@ R training rows of S tokens, N completion tokens of a pass in one flat row, H hi
 
 In this order: the loss; sampling; the log-probs of completions; the update; loading a policy. Then
 what a first reader can skip: memory and speed, models unlike Llama, chat templates, several
-processes that share a model, vLLM. Left out on purpose: sequence packing, LoRA.
+processes that share a model, LoRA, vLLM. Left out on purpose: sequence packing.
 
     python grpo.py                       # the advantages and the loss of a small group, worked out
+    python grpo.py merge RUN/checkpoint FOLDER   # the policy of a LoRA run as a model of its own
 """
 
 import importlib.util
+import json
 import math
 import os
 import random
@@ -36,6 +38,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
@@ -631,9 +634,10 @@ def set_fixed_logprobs(model, steps: list[list[Pass]], config, reference) -> Non
                         model, one_pass.pieces, config.temperature
                     )
                 if config.beta > 0:
-                    one_pass.reference, _ = completion_logprobs(
-                        reference, one_pass.pieces, config.temperature
-                    )
+                    with adapters_off(reference):
+                        one_pass.reference, _ = completion_logprobs(
+                            reference, one_pass.pieces, config.temperature
+                        )
 
 
 def accumulate_gradients(model, passes: list[Pass], config, on_pass) -> torch.Tensor:
@@ -699,7 +703,8 @@ def measure_kl(
     """
     sums = torch.zeros(2, dtype=torch.float64, device=reference.device)  # KL and tokens
     for one_pass in deal_passes([group[:1] for group in groups], pass_tokens):
-        reference_logp, _ = completion_logprobs(reference, one_pass.pieces, temperature)
+        with adapters_off(reference):
+            reference_logp, _ = completion_logprobs(reference, one_pass.pieces, temperature)
         if one_pass.is_idle:
             continue
 
@@ -730,12 +735,14 @@ def load_policy(
     name: str,
     device: str = "cpu",
     bfloat16: bool | None = None,
+    lora_rank: int = 0,
     attention: str = "",
 ):
     """Model and tokenizer: `smollm2` (embedded default), a folder, or a hub id.
 
     bfloat16 (default: where the device has it) is for the layers' arithmetic only, see `precision`.
-    attention: what `check_policy` has chosen for the same model before; it is not checked again.
+    lora_rank: trains adapters of this rank and not the weights, see `add_lora`. attention: what
+    `check_policy` has chosen for the same model before; it is not checked again.
     Raises ModuleNotFoundError with the command to run when the default model's package is missing,
     ValueError with one line for a model that would not be trained as it is, see `check_policy`.
     """
@@ -747,7 +754,10 @@ def load_policy(
 
     # float32 weights everywhere: at a learning rate of 1e-6 most steps of a bfloat16 weight,
     # which has three digits, round to nothing.
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    base = base_model(folder)  # the folder itself, unless it is the checkpoint of a LoRA run
+    if lora_rank and base != folder:
+        raise ValueError("it holds adapters already; first: python grpo.py merge CHECKPOINT FOLDER")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = model.to(device).eval()
     # On the model, because a copy of it (the reference) has to compute alike.
     model.bfloat16_layers = bfloat16
@@ -760,8 +770,13 @@ def load_policy(
     else:
         note(check_policy(model, tokenizer))
 
-    # Several processes share the model.
-    if rank_and_world()[1] > 1:
+    # For large models, see the end of the file: fewer weights to train, or several processes that
+    # share them.
+    if base != folder:
+        merge_adapters(model, folder)
+    if lora_rank:
+        add_lora(model, lora_rank)
+    elif rank_and_world()[1] > 1:
         shard(model)
     return model, tokenizer
 
@@ -981,7 +996,10 @@ class TokenLogprobs(torch.autograd.Function):
         # Each chunk's probabilities p are made again from log Z: one matrix product more.
         scaled, weight, ids, log_z = ctx.saved_tensors
         grad_hidden = torch.empty_like(scaled)
-        grad_weight = torch.zeros_like(weight)
+        # LoRA trains no head.
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight)
 
         for at in chunks(len(ids)):
             logits = F.linear(scaled[at], weight).to(log_z.dtype)  # [n, V]
@@ -990,7 +1008,8 @@ class TokenLogprobs(torch.autograd.Function):
             grad_logits.scatter_add_(1, ids[at, None], grad[at, None])
             grad_logits = grad_logits.to(weight.dtype)
             grad_hidden[at] = grad_logits @ weight
-            grad_weight.addmm_(grad_logits.T, scaled[at])
+            if grad_weight is not None:
+                grad_weight.addmm_(grad_logits.T, scaled[at])
         return grad_hidden / ctx.temperature, grad_weight, None, None
 
 
@@ -1599,10 +1618,20 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def merged_weights(model):
-    """(name, tensor) of every weight, gathered, one at a time. All processes go through all."""
+    """(name, tensor) of every weight, gathered, its adapter added, one at a time.
+
+    That is the model as others load it. All processes have to go through all of it.
+    """
     # Not named_parameters(): it leaves out a tied output head, and vLLM would keep its old one.
     for name, tensor in model.state_dict().items():
-        yield name, full_tensor(tensor)
+        owner, _, kind = name.rpartition(".")
+        layer = model.get_submodule(owner)
+        if not isinstance(layer, LoRA):
+            yield name, full_tensor(tensor)
+        elif kind == "weight":
+            yield name, layer.merged_weight()
+        elif kind == "bias":
+            yield name, tensor
 
 
 def gathered_weights(model) -> dict | None:
@@ -1665,6 +1694,190 @@ def load_moments(optimizer, state: dict) -> None:
                 )
             sliced[number][key] = value
     optimizer.load_state_dict(state | {"state": sliced})
+
+
+# ---------------------------------------------------------------------------------- LoRA
+
+# By this over the rank adapters are scaled: the best learning rate then hardly depends on the rank
+# (Schulman et al., LoRA Without Regret, 2025). It is about ten times that of all weights.
+LORA_ALPHA = 32
+
+
+class LoRA(torch.nn.Linear):
+    """A frozen linear layer and its adapter: W x + b + scale B A x (arXiv 2106.09685, section 4.1).
+
+    A [rank, in] and B [out, rank] are trained. scale = LORA_ALPHA / rank.
+    """
+
+    def __init__(self, layer: torch.nn.Linear, rank: int, generator: torch.Generator):
+        """The layer with an adapter that changes nothing yet. A is drawn from the generator."""
+        # Without memory of its own: weight and bias are those of the layer.
+        has_bias = layer.bias is not None
+        super().__init__(layer.in_features, layer.out_features, has_bias, device="meta")
+        self.weight = layer.weight
+        self.bias = layer.bias
+        self.scale = LORA_ALPHA / rank
+        self.is_on = True
+
+        # One factor is 0, so that the product is; not both, or neither would have a gradient.
+        bound = 1 / math.sqrt(self.in_features)
+        a = torch.empty(rank, self.in_features).uniform_(-bound, bound, generator=generator)
+        b = torch.zeros(self.out_features, rank)
+        self.lora_a = torch.nn.Parameter(a.to(self.weight))
+        self.lora_b = torch.nn.Parameter(b.to(self.weight))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in] -> [..., out]"""
+        out = super().forward(x)
+        if self.is_on:
+            out = out + F.linear(F.linear(x, self.lora_a), self.lora_b) * self.scale
+        return out
+
+    @torch.no_grad()
+    def merged_weight(self) -> torch.Tensor:
+        """W + scale B A [out, in], in the precision of the adapter."""
+        weight = self.weight.to(self.lora_a.dtype)
+        return torch.addmm(weight, self.lora_b, self.lora_a, alpha=self.scale)
+
+
+def add_lora(model, rank: int) -> None:
+    """Freezes the model and gives each linear layer but the head an adapter of this rank.
+
+    Every process holds all of it: gradients and moments are those of the adapters, and the
+    reference is the model without them (`adapters_off`). Raises ValueError with one line for a
+    model without linear layers.
+    """
+    model.requires_grad_(False)
+    # The same in every process, and again when the run is resumed.
+    generator = torch.Generator().manual_seed(0)
+    in_decoder = set(layers_of(model).get_decoder().modules())
+    for name, layer in list(model.named_modules()):
+        # Not a layer of another kind that is built on it.
+        if layer not in in_decoder or type(layer) is not torch.nn.Linear:
+            continue
+        owner, _, child = name.rpartition(".")
+        adapted = LoRA(layer, rank, generator)
+        setattr(model.get_submodule(owner), child, adapted)
+
+        # Where the arithmetic is in bfloat16, each call rounded the weights: stored rounded they
+        # take half the memory, and every result is the same.
+        if model.bfloat16_layers:
+            adapted.weight.data = adapted.weight.data.bfloat16()
+            if adapted.bias is not None:
+                adapted.bias.data = adapted.bias.data.bfloat16()
+    if not lora_layers(model):
+        raise ValueError(f"{model.config.model_type} models have no linear layers to adapt")
+
+
+def lora_layers(model) -> dict[str, LoRA]:
+    """The layers with an adapter, by name."""
+    layers = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoRA):
+            layers[name] = layer
+    return layers
+
+
+@contextmanager
+def adapters_off(model):
+    """Context: without its adapters a model is the one that it was before, the reference."""
+    layers = lora_layers(model).values()
+    for layer in layers:
+        layer.is_on = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.is_on = True
+
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def save_adapters(model, folder) -> None:
+    """Writes the adapters as the library peft does, for whatever loads its files."""
+    weights = {}
+    targets = set()
+    for name, layer in lora_layers(model).items():
+        weights[f"base_model.model.{name}.lora_A.weight"] = layer.lora_a.detach().cpu()
+        weights[f"base_model.model.{name}.lora_B.weight"] = layer.lora_b.detach().cpu()
+        targets.add(name.rpartition(".")[2])
+        rank = layer.lora_a.shape[0]
+
+    # A folder by its full name: the checkpoint may be read from somewhere else.
+    base = model.config._name_or_path
+    if Path(base).is_dir():
+        base = str(Path(base).resolve())
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": LORA_ALPHA,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(targets),
+        "inference_mode": True,
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf8")
+    save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def load_adapters(model, folder) -> None:
+    """Puts back what `save_adapters` wrote. Raises ValueError for adapters of another model."""
+    saved = load_file(Path(folder) / ADAPTER_WEIGHTS)
+    layers = lora_layers(model)
+    if len(saved) != 2 * len(layers):
+        raise ValueError(f"{len(saved)} tensors for {len(layers)} adapters")
+    for name, layer in layers.items():
+        for kind, tensor in (("A", layer.lora_a), ("B", layer.lora_b)):
+            key = f"base_model.model.{name}.lora_{kind}.weight"
+            # copy_ would stretch a tensor of another shape.
+            if key not in saved or saved[key].shape != tensor.shape:
+                raise ValueError(f"{key}: missing, or of another shape")
+            tensor.copy_(saved[key])
+
+
+def read_adapter_config(folder) -> dict | None:
+    """The settings of the adapters in a folder; None where there are none. Raises ValueError."""
+    path = Path(folder) / ADAPTER_CONFIG
+    if not path.is_file():
+        return None
+    config = json.loads(path.read_bytes())
+    # Others write this format too, with more in it than is read here.
+    expected = {"peft_type": "LORA", "lora_alpha": LORA_ALPHA, "bias": "none"}
+    for name, value in expected.items():
+        if config.get(name) != value:
+            raise ValueError(f"{path}: {name} {config.get(name)!r}, where a run here has {value!r}")
+    return config
+
+
+def base_model(folder) -> str:
+    """The model that the adapters in a folder belong to; a folder without adapters is its own."""
+    config = read_adapter_config(folder)
+    if config is None:
+        return folder
+    return config["base_model_name_or_path"]
+
+
+def merge_adapters(model, folder) -> None:
+    """Adds a folder's adapters to the weights of their model."""
+    # As they were trained, so that names and shapes are checked alike.
+    config = read_adapter_config(folder)
+    add_lora(model, config["r"])
+    load_adapters(model, folder)
+    for name, layer in lora_layers(model).items():
+        plain = torch.nn.Linear(layer.in_features, layer.out_features, device="meta")
+        plain.weight = torch.nn.Parameter(layer.merged_weight())
+        plain.bias = layer.bias
+        owner, _, child = name.rpartition(".")
+        setattr(model.get_submodule(owner), child, plain)
+    # In float32 again, as a policy that is trained whole.
+    model.float().requires_grad_(True)
 
 
 # ---------------------------------------------------------------------------------- vLLM
@@ -1879,5 +2092,30 @@ def demo() -> None:
     print("completion counts the same, they add up to 0; the gradient does not.")
 
 
+def merge(folder: str, out: str) -> None:
+    """Writes the policy of a LoRA run as a model of its own: transformers and vLLM load it."""
+    if base_model(folder) == folder:
+        raise ValueError(f"{folder}: no {ADAPTER_CONFIG} there; give the checkpoint of a LoRA run")
+    model, tokenizer = load_policy(folder)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def main(argv: list[str]) -> int:
+    """The demo, or `merge CHECKPOINT FOLDER`. Returns the exit status."""
+    if not argv:
+        demo()
+        return 0
+    if len(argv) != 3 or argv[0] != "merge":
+        print("usage: python grpo.py [merge CHECKPOINT FOLDER]", file=sys.stderr)
+        return 2
+    try:
+        merge(*argv[1:])
+    except Exception as error:  # noqa: BLE001  (files can be broken in many ways)
+        print(f"grpo.py: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    demo()
+    sys.exit(main(sys.argv[1:]))

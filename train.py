@@ -103,6 +103,12 @@ class Config:
         "as judge also predefined, implicit, likert, reference_likert",
     ] = "explicit"
     model: Annotated[str, "policy: smollm2 (embedded), a folder, or a hub id"] = "smollm2"
+    lora_rank: Annotated[
+        int,
+        "0: all weights are trained; 32, for example: adapters of this rank on every linear layer "
+        "(LoRA), for a model of which a GPU holds little more than the weights",
+        Limits(0, 10**4),
+    ] = 0
     data: Annotated[str, "training prompts, own format or HealthBench's [data/train.jsonl]"] = ""
     eval_data: Annotated[str, "held-out prompts [data/heldout.jsonl; 1/10 of --data, <= 24]"] = ""
     prompts: Annotated[
@@ -150,7 +156,12 @@ class Config:
     advantage: Annotated[
         Literal["std", "mean", "none"], "(r - mean) / std of the group, r - mean, or r alone"
     ] = "std"
-    lr: Annotated[float, "AdamW's, after a warm-up; 1e-6 to 5e-6 at 7B", POSITIVE] = 1e-4
+    lr: Annotated[
+        float,
+        "AdamW's, after a warm-up; 1e-6 to 5e-6 at 7B, with --lora_rank ten times that; 0: 1e-4, "
+        "with --lora_rank 1e-3",
+        NOT_NEGATIVE,
+    ] = 0.0
     epochs: Annotated[int, "passes over a batch of rollouts", COUNT] = 1
     minibatches: Annotated[int, "optimiser steps per epoch, each on a part", COUNT] = 1
     clip_low: Annotated[float, "PPO's clip: ratio at least 1 - this", SHARE] = 0.2
@@ -191,9 +202,13 @@ class Config:
     save_every: Annotated[int, "steps between checkpoints (the last is made)", COUNT] = 10
 
     def __post_init__(self):
-        # Resolved here, so that config.json holds the number that was used. vLLM's kernels give
-        # other log-probs than the trainer's, and so does a policy one update older; torch's
-        # sampler and the trainer agree.
+        # Resolved here, so that config.json holds the number that was used. Adapters begin at 0
+        # and are few: they take, and need, larger steps (see LORA_ALPHA in grpo.py).
+        if self.lr == 0:
+            self.lr = 1e-3 if self.lora_rank else 1e-4
+
+        # vLLM's kernels give other log-probs than the trainer's, and so does a policy one update
+        # older; torch's sampler and the trainer agree.
         if self.tis_cap < 0:
             self.tis_cap = 0.0
             if self.sampler != "torch" or self.judge_ahead:
@@ -249,9 +264,10 @@ class Policy:
         name: str,
         dtype: str = "auto",
         template_kwargs: dict | None = None,
+        lora_rank: int = 0,
         attention: str = "",
     ):
-        """name: smollm2, a folder, or a hub id. attention: see grpo.load_policy.
+        """name: smollm2, a folder, or a hub id. lora_rank, attention: see grpo.load_policy.
 
         Raises UserError when it cannot be loaded.
         """
@@ -262,7 +278,7 @@ class Policy:
         # None lets the device decide.
         bfloat16 = {"auto": None, "bfloat16": True, "float32": False}[dtype]
         try:
-            loaded = grpo.load_policy(name, self.device, bfloat16, attention)
+            loaded = grpo.load_policy(name, self.device, bfloat16, lora_rank, attention)
             self.model, self.tokenizer = loaded
         except ImportError:
             # It names the package to install.
@@ -704,11 +720,7 @@ def begin(config: Config, folder: Path, state: dict | None) -> Run:
     if eval_judge is not None:
         from_rank_zero(probe, eval_judge)
 
-    # A resumed run's weights are those of its checkpoint.
-    name = config.model
-    if state:
-        name = str(find_checkpoint(folder))
-    policy = Policy(name, config.dtype, template_kwargs)
+    policy = load_run_policy(config, folder, template_kwargs, is_new=not state)
     examples = fitting(examples, policy, config.max_new_tokens, "training")
     heldout = fitting(heldout, policy, config.max_new_tokens, "held-out")
     examples, validation = choose_prompts(examples, config, method)
@@ -716,7 +728,8 @@ def begin(config: Config, folder: Path, state: dict | None) -> Run:
     # Moments that forget in about 20 steps (0.95, not 0.999): a run has tens to hundreds of steps.
     # No weight decay: it would pull the policy away from its start, whatever the reward says.
     options = {"lr": config.lr, "betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
-    optimizer = torch.optim.AdamW(policy.model.parameters(), **options)
+    trained = [p for p in policy.model.parameters() if p.requires_grad]  # with LoRA not all
+    optimizer = torch.optim.AdamW(trained, **options)
 
     reference = make_reference(config, policy, is_new=not state)
     if state:
@@ -1094,10 +1107,33 @@ def probe(judge) -> None:
 # ---------------------------------------------------------------------- loading
 
 
+def load_run_policy(
+    config: Config, folder: Path, template_kwargs: dict | None, is_new: bool
+) -> Policy:
+    """The policy of a run, new or as its checkpoint has it. Raises UserError."""
+    checkpoint = find_checkpoint(folder)
+    if is_new:
+        return Policy(config.model, config.dtype, template_kwargs, config.lora_rank)
+    if not config.lora_rank:
+        return Policy(str(checkpoint), config.dtype, template_kwargs)
+
+    # Of a LoRA run the checkpoint holds the adapters only.
+    policy = Policy(config.model, config.dtype, template_kwargs, config.lora_rank)
+    try:
+        grpo.load_adapters(policy.model, checkpoint)
+    except Exception as error:  # noqa: BLE001  (a file is broken in many ways)
+        why = f"its adapters cannot be read ({first_line(error)})"
+        raise UserError(f"{checkpoint}: {why}; put them back, or start a new run") from None
+    return policy
+
+
 def make_reference(config: Config, policy: Policy, is_new: bool):
     """The model that the run began with, frozen; None with --beta -1."""
     if config.beta < 0:
         return None
+    # With LoRA it is the policy without its adapters, see grpo.adapters_off.
+    if config.lora_rank:
+        return policy.model
     # A resumed policy is not the start any more, and a sharded one cannot be copied.
     _, world = grpo.rank_and_world()
     if is_new and world == 1:
@@ -1174,6 +1210,8 @@ def start_engine(policy: Policy, config: Config, examples: list[rar.Example]) ->
     except (ValueError, RuntimeError) as error:
         advice = "free memory on the card, or lower --vllm_memory"
         raise UserError(f"--sampler vllm: {first_line(error)}; {advice}") from None
+    # What it has read from the folder is the model without adapters.
+    policy.sync()
 
 
 # ---------------------------------------------------------------------- the run's folder
@@ -1370,7 +1408,10 @@ class RunFolder:
         try:
             with writing(self.path / "checkpoint", self.advice):
                 remove(aside)
-                policy.model.save_pretrained(aside, state_dict=weights)
+                if grpo.lora_layers(policy.model):
+                    grpo.save_adapters(policy.model, aside)
+                else:
+                    policy.model.save_pretrained(aside, state_dict=weights)
                 policy.tokenizer.save_pretrained(aside)
                 torch.save(state, aside / "trainer.pt")
                 # One of this step is there when a kill came before the link was changed.
@@ -2041,7 +2082,10 @@ def train_in(folder: RunFolder, config: Config, given: dict, stop: Stop) -> int:
         say(summarise(folder.path))
     minutes = (time.monotonic() - folder.started) / 60
     files = "report.html, report.png, metrics.jsonl, samples.jsonl, prompts.jsonl, config.json"
-    files += ", checkpoint (loads with transformers)"
+    if config.lora_rank:
+        files += ", checkpoint (adapters, as peft has them; python grpo.py merge makes it a model)"
+    else:
+        files += ", checkpoint (loads with transformers)"
     say(f"\n{minutes:.1f} minutes. In {folder.path}/: {files}")
     return 0
 

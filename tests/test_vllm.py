@@ -7,6 +7,8 @@ import importlib.util
 import json
 import math
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,6 +75,51 @@ def test_vllm_weights_arrive_in_the_live_engine(engine, tiny):
     assert gap(engine, model) < 1e-3
 
 
+def move(model, lora_rank: int) -> None:
+    """Changes the policy as training would: all weights, or the adapters. The same in every process."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        if lora_rank:
+            for layer in grpo.lora_layers(model).values():
+                layer.lora_b.add_(0.3 * torch.randn(layer.lora_b.shape, generator=generator))
+        else:
+            for parameter in model.parameters():
+                parameter.mul_(1.3)
+
+
+def test_vllm_gets_adapters_merged(engine, tiny):
+    model, _ = grpo.load_policy(tiny, lora_rank=4)
+    engine.sync(model)
+    assert gap(engine, model) < 1e-3
+    move(model, lora_rank=4)
+    assert gap(engine, model) > 0.1
+    engine.sync(model)
+    assert gap(engine, model) < 1e-3
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_vllm_beside_each_of_two_processes(tiny, tmp_path, lora_rank):
+    """An engine per process; a sharded policy is handed over gathered, tensor by tensor."""
+    from test_ranks import together
+
+    status, printed = together(2, tiny, tmp_path, lora_rank, script=__file__)
+    assert status == 0, printed
+    for rank in range(2):
+        first, stale, synced = json.loads((tmp_path / f"gaps-{rank}.json").read_text())
+        assert first < 1e-3 and synced < 1e-3 and stale > 0.1, (first, stale, synced)
+
+
+def test_vllm_trains_in_two_processes(tiny, tmp_path):
+    from test_ranks import together
+
+    flags = "--sampler vllm --vllm_memory 1 --steps 2 --prompts 3 --lr 0.003 --max_new_tokens 32 --prompts_per_step 3 --group_size 8"
+    status, printed = together(2, *flags.split(), "--model", tiny, "--out", tmp_path / "run")
+    assert status == 0, printed
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    gaps = [row["logp_gap"] for row in rows[1:] if row["grad_norm"]]
+    assert gaps and max(gaps) < 1e-3
+
+
 def test_vllm_rollouts_have_the_form_of_the_torch_sampler(engine, tiny):
     """Ids with the end token, log-probs, a finish reason; greedy ids are ours; seeds repeat."""
     model, _ = grpo.load_policy(tiny)
@@ -132,3 +179,22 @@ def test_vllm_trains_through_the_command(tiny, tmp_path):
     for row in trained:
         assert row["logp_gap"] < 1e-3 and row["tis_mean"] == pytest.approx(1, abs=1e-3)
     assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+
+
+if __name__ == "__main__":  # a process of torchrun
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    folder, out, lora_rank = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    policy, _ = grpo.load_policy(folder, lora_rank=lora_rank)
+    sampler = grpo.VLLMSampler(folder, 400, bfloat16=False, memory_gib=1.0)
+    gaps = []
+    sampler.sync(policy)
+    gaps.append(gap(sampler, policy))
+    move(policy, lora_rank)
+    gaps.append(gap(sampler, policy))
+    sampler.sync(policy)
+    gaps.append(gap(sampler, policy))
+    (out / f"gaps-{dist.get_rank()}.json").write_text(json.dumps(gaps))
+    dist.barrier()
+    dist.destroy_process_group()
