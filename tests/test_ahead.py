@@ -372,7 +372,7 @@ def test_an_error_of_the_thread_ends_all_processes(tiny, few, judged, tmp_path):
 
         threading.Thread(target=unload, daemon=True).start()
         status, printed = together(2, *flags, "--steps", "50", "--out", tmp_path / "run")
-        assert status != 0 and "404" in printed and printed.count("train.py: ") == 1
+        assert status != 0 and "step " in printed and "404" in printed
         server.status = None
         step = lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"]
         status, printed = together(2, "--resume", tmp_path / "run", "--steps", step + 1)
