@@ -5,8 +5,9 @@
 
 Prints one JSON line per server, which is a process of its own on this machine and only waits. Both
 runs of a line do the same work: cold caches, the torch sampler, no evaluation in the steps that are
-timed (all but the first and the last). rest = rollout + training of the run without, ideal = the
-larger of judge and rest: no order of the three phases is faster.
+timed (all but the first and the last). judge, rest: seconds per step of judging, and of rollout and
+training; after / ahead: of the run that judges after rolling out, and of the one that judges ahead.
+share_of_ideal: the larger of judge_ahead and rest_ahead over ahead. No order of the phases beats it.
 """
 
 import argparse
@@ -66,25 +67,24 @@ def measure(delay: float, flags: list[str]) -> dict:
     flags = [*flags, "--judge", url, "--judge_model", "m"]
     try:
         with tempfile.TemporaryDirectory() as folder:
-            off, means = time_run([*flags, "--judge_ahead", "0"], folder)
+            after, means = time_run([*flags, "--judge_ahead", "0"], folder)
         with tempfile.TemporaryDirectory() as folder:
-            on, means_on = time_run([*flags, "--judge_ahead", "1"], folder)
+            ahead, means_ahead = time_run([*flags, "--judge_ahead", "1"], folder)
     finally:
         server.kill()
 
     rest = means["seconds_rollout"] + means["seconds_train"]
-    ideal = max(means["seconds_judge"], rest)
+    rest_ahead = means_ahead["seconds_rollout"] + means_ahead["seconds_train"]
     return {
         "seconds_per_call": delay,
         "calls": round(means["judge_calls"]),
-        "calls_on": round(means_on["judge_calls"]),
         "judge": round(means["seconds_judge"], 2),
         "rest": round(rest, 2),
-        "rest_on": round(means_on["seconds_rollout"] + means_on["seconds_train"], 2),
-        "off": round(off, 2),
-        "on": round(on, 2),
-        "saved": round(1 - on / off, 3),
-        "share_of_ideal": round(ideal / on, 3),
+        "after": round(after, 2),
+        "judge_ahead": round(means_ahead["seconds_judge"], 2),
+        "rest_ahead": round(rest_ahead, 2),
+        "ahead": round(ahead, 2),
+        "share_of_ideal": round(max(means_ahead["seconds_judge"], rest_ahead) / ahead, 3),
         "load": round(os.getloadavg()[0], 1),
     }
 
@@ -97,7 +97,8 @@ def main() -> None:
     parser.add_argument("--delays", type=float, nargs="+", default=[0.05, 0.5, 2.0])
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--rollouts", type=int, default=4, help="per prompt, of four prompts")
+    parser.add_argument("--prompts", type=int, default=2, help="per step")
+    parser.add_argument("--rollouts", type=int, default=4, help="per prompt")
     parser.add_argument("--tokens", type=int, default=16, help="of an answer, at most")
     args = parser.parse_args()
 
@@ -107,7 +108,8 @@ def main() -> None:
         few = Path(folder) / "few.jsonl"
         few.write_text("\n".join(lines[:2]) + "\n", encoding="utf8")
         flags = ["--model", args.model, "--eval_data", str(few), "--steps", str(args.steps)]
-        flags += ["--group_size", str(args.rollouts), "--max_new_tokens", str(args.tokens)]
+        flags += ["--prompts_per_step", str(args.prompts), "--group_size", str(args.rollouts)]
+        flags += ["--max_new_tokens", str(args.tokens)]
         flags += ["--eval_every", "1000", "--save_every", "1000"]
         for delay in args.delays:
             print(json.dumps(measure(delay, flags)), flush=True)
