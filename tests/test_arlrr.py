@@ -562,7 +562,7 @@ def test_pitfalls_are_a_category_that_is_never_trained():
 
 
 def test_the_subclasses_override_only_where_their_papers_differ():
-    hooks = {"before_step", "pool", "rubric_for", "questions", "aggregate", "advantages"}
+    hooks = {"needs_rest", "before_step", "pool", "rubric_for", "questions", "aggregate", "advantages"}
     hooks |= {"after_step", "state_dict", "load_state_dict"}
     overridden = {name for name in vars(ARLRR) if not name.startswith("_")}
     assert overridden - {"can_learn_from"} == hooks - {"questions", "advantages"}
