@@ -27,11 +27,12 @@ import os
 import random
 import shutil
 import sys
+import time
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import cache, partial, wraps
+from functools import partial, wraps
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -757,7 +758,7 @@ def load_policy(
     base = base_model(folder)  # the folder itself, unless it is the checkpoint of a LoRA run
     if lora_rank and base != folder:
         raise ValueError("it holds adapters already; first: python grpo.py merge CHECKPOINT FOLDER")
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = load_weights(base)
     model = model.to(device).eval()
     # On the model, because a copy of it (the reference) has to compute alike.
     model.bfloat16_layers = bfloat16
@@ -768,7 +769,7 @@ def load_policy(
     if attention:
         model.set_attn_implementation(attention)
     else:
-        note(check_policy(model, tokenizer))
+        timed_check(model, tokenizer)
 
     # For large models, see the end of the file: fewer weights to train, or several processes that
     # share them.
@@ -1218,13 +1219,21 @@ def check_policy(model, tokenizer) -> str:
         path = max(differences, key=differences.get)
         largest = differences[path]
         if largest <= TOLERANCE:
-            # No seconds in it: a line that differs from time to time would be printed twice.
             return (
                 f"{model_type}: log-probs are those of the model's own forward "
                 f"to {largest:.0e} ({attention} attention)"
             )
         reasons.append(f"log-probs of {path} are off by {largest:.2g} ({attention} attention)")
     raise ValueError(f"{model_type} models cannot be trained here: {'; '.join(reasons)}")
+
+
+def timed_check(model, tokenizer) -> None:
+    """`check_policy`; prints its line and the seconds it took."""
+    started = time.perf_counter()
+    line = check_policy(model, tokenizer)
+    seconds = time.perf_counter() - started
+    # Once for the same line: a run may load its model twice, and only the seconds would differ.
+    note(f"{line}, checked in {seconds:.1f} s", topic=line)
 
 
 def own_differences(model, tokenizer, attention: str) -> dict[str, float]:
@@ -1301,6 +1310,18 @@ def check_length(model) -> int:
     return longest
 
 
+def load_weights(name):
+    """The model of a folder or hub id, in float32. Raises ValueError where a tensor is missing."""
+    options = {"dtype": torch.float32, "output_loading_info": True}
+    model, loading = AutoModelForCausalLM.from_pretrained(name, **options)
+    # The library draws what is missing at random, and says so among other warnings. The check above
+    # would not see it: such a model agrees with itself.
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise ValueError(f"its weights lack {len(missing)} tensors, such as {missing[0]}")
+    return model
+
+
 def context_length(model) -> int:
     """Tokens of the longest prompt and completion that the model takes."""
     # A multimodal model keeps it one level down; some models have no limit.
@@ -1334,11 +1355,18 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-@cache
-def note(line: str) -> None:
-    """Prints a line once, not once per process: what the user has to know, beside the results."""
+noted: set[str] = set()  # what has been printed
+
+
+def note(line: str, topic: str = "") -> None:
+    """Prints what the user has to know, beside the results, once and not once per process.
+
+    topic: of several lines on a topic the first one is printed.
+    """
     # On stderr: what programs print for other programs stays clean.
-    if rank_and_world()[0] == 0:
+    topic = topic or line
+    if topic not in noted and rank_and_world()[0] == 0:
+        noted.add(topic)
         print(line, file=sys.stderr, flush=True)
 
 
@@ -1680,8 +1708,10 @@ def load_moments(optimizer, state: dict) -> None:
     for number, moments in state["state"].items():
         parameter = parameters[number]
         sliced[number] = {}
+        # The optimiser itself would notice both in its first step only.
+        if not {"step", "exp_avg", "exp_avg_sq"} <= moments.keys():
+            raise ValueError("moments are missing")
         for key, value in moments.items():
-            # The optimiser itself would notice in its first step only.
             if key != "step" and value.shape != parameter.shape:
                 raise ValueError("moments of another model")
             if key != "step" and isinstance(parameter, DTensor):

@@ -25,6 +25,7 @@ import argparse
 import ctypes
 import difflib
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -39,8 +40,9 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args
 
@@ -242,15 +244,23 @@ def next_batch(examples: list[rar.Example], config: Config, step: int) -> list[r
 
     A prompt appears twice where a lap ends inside the batch, or where the batch is the larger one.
     """
-    # The order follows from (seed, lap) alone: a resumed run finds its place without a cursor.
     batch = []
     start = step * config.prompts_per_step
     for position in range(start, start + config.prompts_per_step):
         lap, place = divmod(position, len(examples))
-        order = list(range(len(examples)))
-        random.Random(f"{config.seed}-{lap}").shuffle(order)
+        order = lap_order(len(examples), config.seed, lap)
         batch.append(examples[order[place]])
     return batch
+
+
+@lru_cache(maxsize=1)
+def lap_order(size: int, seed: int, lap: int) -> list[int]:
+    """The order of so many examples in a lap."""
+    # It follows from (seed, lap) alone: a resumed run finds its place without a cursor. The last
+    # one is kept: steps of the same lap need not shuffle all of the data again.
+    order = list(range(size))
+    random.Random(f"{seed}-{lap}").shuffle(order)
+    return order
 
 
 # ---------------------------------------------------------------------- the policy
@@ -370,6 +380,7 @@ class Run:
     validation: list[rar.Example]  # what the schedules of arlrr.py choose by; else empty
     eval_judge: object = None  # grades held-out answers besides the judge that pays
     pending: "Batch | None" = None  # the next rollouts, see --judge_ahead
+    digests: dict[str, str] = field(default_factory=dict)  # of the files with the prompts
 
 
 def train_step(run: Run, step: int, is_trial: bool = False) -> tuple[dict, list[rar.Group]]:
@@ -710,6 +721,9 @@ def begin(config: Config, folder: Path, state: dict | None) -> Run:
     """A run in memory, new or as its checkpoint has it. Raises UserError, DataError, JudgeError."""
     # What is cheap to check comes first: a wrong flag should not cost the loading of a model.
     examples, heldout = read_data(config)
+    digests = {name: digest(path) for name, path in data_files(config).items()}
+    if state:
+        check_data(config, digests, state["data"])
     if config.method in ("arlrr", "axis_mean", "gdpo"):
         arlrr.check_classes(examples, config.class_by)
     template_kwargs = parse_template_kwargs(config.template_kwargs)
@@ -736,9 +750,11 @@ def begin(config: Config, folder: Path, state: dict | None) -> Run:
         load_state(optimizer, method, state, folder)
     if config.sampler != "torch":
         start_engine(policy, config, examples + heldout + validation)
-    return Run(
+    run = Run(
         config, policy, reference, optimizer, method, examples, heldout, validation, eval_judge
     )
+    run.digests = digests
+    return run
 
 
 # ---------------------------------------------------------------------- what keeps a run safe
@@ -994,7 +1010,12 @@ def setting_problem(name: str, value) -> str:
         return f"give a number ({kind.__name__})"
 
     # nan compares as false with every limit, so it is asked for first.
-    if not math.isfinite(value):
+    try:
+        is_finite = math.isfinite(value)
+    except OverflowError:
+        # An integer that is larger than any float.
+        is_finite = False
+    if not is_finite:
         return "give a finite number"
     for limit in limits:
         if value < limit.at_least:
@@ -1383,6 +1404,7 @@ class RunFolder:
         state = {
             "step": step,
             "versions": versions(),
+            "data": run.digests,
             "optimizer": grpo.gathered_moments(run.optimizer),
             "method": run.method.state_dict(),
             "unfinished": unfinished,
@@ -1708,6 +1730,12 @@ def read_state(folder: Path, save_every: int) -> dict | None:
         state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
         step = state["step"]
         made_with = dict(state["versions"])
+        # Looked at here, so that what is no state is found before a model is loaded.
+        dict(state["data"])
+        unfinished = state.get("unfinished")
+        if unfinished:
+            dict(unfinished["log"])
+            list(unfinished["samples"])
     except Exception as error:  # noqa: BLE001  (a file is broken in many ways)
         raise UserError(f"{path}: cannot be read ({first_line(error)}); {advice}") from None
     if type(step) is not int or step < 1:
@@ -1719,6 +1747,47 @@ def read_state(folder: Path, save_every: int) -> dict | None:
         names = ", ".join(other)
         say(f"the checkpoint was made with other {names}: from here on not the same bit for bit")
     return state
+
+
+def data_files(config: Config) -> dict[str, Path]:
+    """The files or folders that `read_data` reads, by the setting that names them."""
+    files = {}
+    if config.data:
+        files["data"] = Path(config.data)
+    else:
+        files["data"] = HERE / "data" / "train.jsonl"
+        files["eval_data"] = HERE / "data" / "heldout.jsonl"
+    if config.eval_data:
+        files["eval_data"] = Path(config.eval_data)
+    return files
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, or of the names and bytes of a folder's rows."""
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.name.endswith(rar.SUFFIXES))
+    total = hashlib.sha256()
+    for file in files:
+        # With its name: rows without an id are called after their file.
+        name = str(file.relative_to(path))
+        total.update(name.encode("utf8", "replace"))
+        if file.is_file():
+            with open(file, "rb") as opened:
+                total.update(hashlib.file_digest(opened, "sha256").digest())
+    return total.hexdigest()
+
+
+def check_data(config: Config, now: dict[str, str], then: dict[str, str]) -> None:
+    """now, then: digests by setting. Raises UserError where a file of prompts has changed."""
+    # With other rows the steps to come would be another experiment in the same log.
+    changed = []
+    for name, path in data_files(config).items():
+        if now[name] != then.get(name):
+            changed.append(f"--{name} {path}")
+    if changed:
+        why = "changed since the run began; put it back, or start a new run"
+        raise UserError(f"{', '.join(changed)}: {why}")
 
 
 def load_state(optimizer, method: rar.RubricReward, state: dict, folder: Path) -> None:

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import FULL, ROOT, some_of
 from judge_server import JudgeServer
+from safetensors.torch import load_file, save_file
 from test_survival import lines_so_far, quietly, same_run, spawn
 from test_train import interrupted, lines
 
@@ -73,6 +74,34 @@ def test_a_sweep_started_at_once_shares_no_folder(tmp_path, monkeypatch):
         for process in processes:
             process.join()
         assert len(set(claimed)) == 4
+
+
+def begin_together(barrier, flags, log):
+    """A whole run without --out that begins when the others do."""
+    barrier.wait()
+    quietly(flags, log)
+
+
+@pytest.mark.long
+def test_sweeps_of_whole_runs_share_no_folder(server, base, tmp_path, monkeypatch):
+    """Four whole runs of one command started together; each folder holds one run, of all its steps."""
+    monkeypatch.chdir(tmp_path)
+    sweeps = 20 if FULL else 2
+    for _ in range(sweeps):
+        barrier = server.Barrier(4)
+        arguments = (barrier, [*base[0], "--steps", "2"], str(tmp_path / "log"))
+        processes = [server.Process(target=begin_together, args=arguments) for _ in range(4)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+            assert process.exitcode == 0, (tmp_path / "log").read_text()
+    folders = list((tmp_path / "runs").iterdir())
+    assert len(folders) == 4 * sweeps
+    first = lines(folders[0] / "samples.jsonl")
+    for folder in folders:
+        assert [row["step"] for row in lines(folder / "metrics.jsonl")] == [0, 1, 2]
+        assert lines(folder / "samples.jsonl") == first
 
 
 def hold(path, ready, done):
@@ -277,6 +306,63 @@ def state_to(name, value):
     return edit_state(lambda state: state.update({name: value}))
 
 
+def encoded(name, prefix=b"", encoding="utf8", ends="\n"):
+    """An edit that saves a file as other editors do."""
+
+    def edit(run):
+        text = (run / name).read_text(encoding="utf8")
+        (run / name).write_bytes(prefix + text.replace("\n", ends).encode(encoding))
+
+    return edit
+
+
+def folder_for(name):
+    """An edit that puts a folder where a file was."""
+
+    def edit(run):
+        train.remove(run / name)
+        (run / name).mkdir()
+
+    return edit
+
+
+def link_for(name, target):
+    """An edit that puts a link in the place of a file or a link."""
+
+    def edit(run):
+        train.remove(run / name)
+        (run / name).symlink_to(target)
+
+    return edit
+
+
+def empty_folder(name):
+    """An edit that adds a folder: what a kill can leave."""
+    return lambda run: (run / name).mkdir()
+
+
+def edit_weights(change):
+    """An edit of the checkpoint's weights; change takes name -> tensor."""
+
+    def edit(run):
+        path = run / "checkpoint" / "model.safetensors"
+        weights = load_file(path)
+        change(weights)
+        save_file(weights, path, metadata={"format": "pt"})
+
+    return edit
+
+
+def edit_json(name, **values):
+    """An edit of settings in a JSON file."""
+
+    def edit(run):
+        settings = json.loads((run / name).read_text(encoding="utf8"))
+        (run / name).write_text(json.dumps(settings | values), encoding="utf8")
+
+    return edit
+
+
 class Evil:
     """A pickle that writes a file when it is loaded."""
 
@@ -286,6 +372,16 @@ class Evil:
 
 def evil_pickle(run):
     (run / "checkpoint" / "trainer.pt").write_bytes(pickle.dumps(Evil()))
+
+
+def replace_checkpoint_by_a_file(run):
+    (run / "checkpoint").unlink()
+    (run / "checkpoint").write_bytes(b"")
+
+
+def empty_checkpoint_without_link(run):
+    (run / "checkpoint").unlink()
+    (run / "checkpoint-99").mkdir()
 
 
 def link_to_itself(run):
@@ -383,6 +479,56 @@ MORE_EDITS = {
 }
 
 
+# The third set: with the other two 99.
+EVEN_MORE_EDITS = {
+    "config twice": (append("config.json", b"{}"), 2),
+    "config with a mark of UTF-8": (encoded("config.json", b"\xef\xbb\xbf"), 0),
+    "config in UTF-16": (encoded("config.json", encoding="utf-16"), 0),
+    "config with CRLF": (encoded("config.json", ends="\r\n"), 0),
+    "config with a setting of its own": (setting_to("mine", 3), 0),
+    "config a folder": (folder_for("config.json"), 2),
+    "config a link to nothing": (link_for("config.json", "nothing"), 2),
+    "lr a text": (setting_to("lr", "1e-4"), 2),
+    "lr of 400 digits": (setting_to("lr", 10**400), 2),
+    "seed of 400 digits": (setting_to("seed", 10**400), 2),
+    "seed negative": (setting_to("seed", -1), 2),
+    "group_size 1": (setting_to("group_size", 1), 2),
+    "temperature 0": (setting_to("temperature", 0), 2),
+    "steps 0": (setting_to("steps", 0), 2),
+    "judge null": (setting_to("judge", None), 2),
+    "judge without a port": (setting_to("judge", "http://h:99999/v1"), 2),
+    "judge_model half a character": (setting_to("judge_model", "\ud800"), 2),
+    "template_kwargs a list": (setting_to("template_kwargs", "[1]"), 2),
+    "data without rows": (setting_to("data", os.devnull), 2),
+    "max_new_tokens too many": (setting_to("max_new_tokens", 10**6), 2),
+    "another method": (setting_to("method", "rler"), 2),
+    "metrics a folder": (folder_for("metrics.jsonl"), 2),
+    "samples a link to nowhere": (link_for("samples.jsonl", "no/such/place"), 2),
+    "a log that ends in zeros": (append("metrics.jsonl", bytes(4096)), 0),
+    "a row of ten million letters": (append("samples.jsonl", b"x" * 10_000_000), 0),
+    "a row of a later step": (append("metrics.jsonl", b'{"step": 9}\n'), 0),
+    "a lock that was left": (write("lock", b"process 1 on a machine"), 0),
+    "a lock that is a folder": (folder_for("lock"), 2),
+    "half a checkpoint": (empty_folder("checkpoint-4.tmp"), 0),
+    "a link to a checkpoint that is gone": (link_for("checkpoint", "checkpoint-9"), 0),
+    "a checkpoint that is a file": (replace_checkpoint_by_a_file, 2),
+    "an empty checkpoint beside it": (empty_folder("checkpoint-99"), 0),
+    "an empty checkpoint and no link": (empty_checkpoint_without_link, 2),
+    "step true": (state_to("step", True), 2),
+    "step of 30 digits": (state_to("step", 10**30), 2),
+    "groups of parameters missing": (edit_state(lambda state: state["optimizer"].update(param_groups=[])), 2),
+    "unfinished a text": (state_to("unfinished", "x"), 2),
+    "digests of other data": (state_to("data", {"data": "0", "eval_data": "0"}), 2),
+    "weights not a number": (edit_weights(lambda weights: weights["model.norm.weight"].fill_(float("nan"))), 2),
+    "a tensor of the weights missing": (edit_weights(lambda weights: weights.pop("model.norm.weight")), 2),
+}
+STATES = EDITS | MORE_EDITS | EVEN_MORE_EDITS
+
+
+def test_there_are_99_edits():
+    assert len(STATES) == 99
+
+
 def attack(base, tmp_path, capsys, edit, wanted):
     """The edited run, resumed."""
     folder = tmp_path / "run"
@@ -399,7 +545,7 @@ def attack(base, tmp_path, capsys, edit, wanted):
         steps = [row["step"] for row in lines(folder / "metrics.jsonl")]
         assert steps == [0, 1, 2, 3, 4] and (folder / "report.html").exists()
         assert train.find_checkpoint(folder).name == "checkpoint-4"
-    assert not Path("owned").exists() and not (folder / "lock").exists()
+    assert not Path("owned").exists() and not (folder / "lock").is_file()
 
 
 def lines_so_far_or_none(folder):
@@ -414,9 +560,9 @@ def test_an_edited_run_resumes_or_is_refused_in_one_line(base, tmp_path, capsys,
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", MORE_EDITS)
+@pytest.mark.parametrize("name", some_of(MORE_EDITS | EVEN_MORE_EDITS, 3))
 def test_many_edited_runs_resume_or_are_refused_in_one_line(base, tmp_path, capsys, name):
-    attack(base, tmp_path, capsys, *MORE_EDITS[name])
+    attack(base, tmp_path, capsys, *STATES[name])
 
 
 def test_a_finished_run_that_was_killed_before_its_report_gets_one(base, tmp_path, capsys):
@@ -558,6 +704,88 @@ def test_values_at_the_edge_end_a_run_or_one_line(base, tmp_path, capsys):
         assert status in (0, 2)
 
 
+# Of whole runs, not only of the parser: 26 values of each setting, 1,040 and more in all.
+VALUES_OF_RUNS = [
+    "", "nan", "inf", "-inf", "1e308", "1e400", "-1", "0", "1", "2.5", "9" * 24, "9" * 400, "0x10", "٣", "True", "null", "[]",
+    '{"a": NaN}', "\x1b[31m", "\x00", "\udc80", "a\nb", "--steps", "offline", "http://h:99999/v1", "x" * 10_000,
+]  # fmt: skip
+
+
+def ends_well(flags, capsys):
+    """A run with these flags ends, or is refused in one line; its status."""
+    capsys.readouterr()
+    status = train.main(flags)
+    if status == 2:
+        assert "\x1b" not in one_line(capsys)
+    assert status in (0, 2), flags
+    return status
+
+
+@pytest.mark.long
+def test_any_value_of_any_flag_ends_a_run_or_one_line(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # "offline" may be somebody's model
+    pairs = list(itertools.product([entry.name for entry in train.fields(train.Config)], VALUES_OF_RUNS))
+    assert len(pairs) >= 1_040
+    counts = {0: 0, 2: 0}
+    for number, (name, value) in enumerate(some_of(pairs, 23)):
+        out = ["--out", f"run{number}"]
+        if name == "resume":
+            out = []
+        counts[ends_well([*base[0], "--steps", "1", *out, f"--{name}={value}"], capsys)] += 1
+    print(counts)
+    assert min(counts.values()) > 5
+
+
+CHOICES = {
+    "method": ("explicit", "points", "rler", "arlrr", "axis_mean", "gdpo"),
+    "loss": ("grpo", "dr_grpo", "dapo"),
+    "advantage": ("std", "mean", "none"),
+    "temperature": ("0.01", "0.7", "100"),
+    "group_size": ("2", "5"),
+    "prompts_per_step": ("1", "3", "9"),
+    "max_new_tokens": ("1", "7"),
+    "lr": ("1e-6", "1"),
+    "epochs": ("1", "2"),
+    "minibatches": ("1", "2", "7"),
+    "clip_low": ("0", "0.2", "1"),
+    "clip_high": ("0", "5"),
+    "beta": ("0", "0.1", "10"),
+    "tis_cap": ("-1", "0", "2"),
+    "mask_truncated": ("0", "1"),
+    "pass_tokens": ("1", "64", "3072"),
+    "checkpointing": ("0", "1"),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "rubrics_kept": ("1", "5"),
+    "schedule": ("search", "lowest_score", "cyclic", "random"),
+    "stage": ("1", "3"),
+    "class_by": ("axis", "category", "nothing"),
+    "validation": ("1", "3"),
+    "prompts": ("0", "1", "4"),
+    "eval_every": ("1", "100"),
+    "save_every": ("1", "100"),
+    "judge_ahead": ("0", "1"),
+}
+
+
+@pytest.mark.long
+def test_any_combination_of_flags_ends_a_run_or_one_line(base, tmp_path, capsys):
+    """135 of them by a fixed seed, each with up to a dozen flags; every third run is resumed as well."""
+    rng = random.Random(0)
+    ended = 0
+    for number in range(135 if FULL else 9):
+        flags = [*base[0], "--steps", "2", "--out", str(tmp_path / str(number))]
+        for name in rng.sample(sorted(CHOICES), rng.randint(3, 12)):
+            flags += [f"--{name}", rng.choice(CHOICES[name])]
+        status = ends_well(flags, capsys)
+        ended += status == 0
+        if status == 0 and number % 3 == 0:
+            assert ends_well(["--resume", str(tmp_path / str(number)), "--steps", "3"], capsys) == 0
+            steps = [row["step"] for row in lines(tmp_path / str(number) / "metrics.jsonl")]
+            assert steps == [0, 1, 2, 3]
+    assert ended > (90 if FULL else 4)
+
+
 # ---------------------------------------------------------------------- disks
 
 
@@ -590,9 +818,16 @@ def test_a_full_disk_ends_in_one_line(server, base, tmp_path):
         room(server, base, tmp_path / str(size), size)
 
 
+# With the two above 34.
+SIZES = [
+    1, 10, 50, 100, 200, 350, 500, 750, 1_000, 1_500, 2_000, 2_500, 3_000, 4_000, 6_000, 7_000, 8_500, 10_000, 15_000, 20_000,
+    25_000, 30_000, 37_000, 45_000, 80_000, 100_000, 120_000, 160_000, 200_000, 300_000, 400_000, 800_000,
+]  # fmt: skip
+
+
 @pytest.mark.long
 def test_disks_of_many_sizes_end_in_one_line(server, base, tmp_path):
-    for size in (1, 100, 500, 1_000, 2_000, 3_000, 7_000, 10_000, 20_000, 30_000, 45_000, 80_000, 120_000, 200_000, 400_000):
+    for size in some_of(SIZES, 3):
         (tmp_path / str(size)).mkdir()
         room(server, base, tmp_path / str(size), size)
 

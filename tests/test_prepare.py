@@ -1682,6 +1682,11 @@ def test_random_and_mutated_rows_end_in_a_dataerror_or_as_what_is_read_back():
     assert 200 < survive(2000, seed=1) < 1800
 
 
+@pytest.mark.long
+def test_twelve_thousand_rows_end_in_a_dataerror_or_as_what_is_read_back():
+    assert 1_200 < survive(12_000, seed=2) < 10_800
+
+
 WRONG = [
     {"example_tags": 3},
     {"rubric": [OWN["rubric"][0] | {"tags": [3]}]},

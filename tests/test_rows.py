@@ -304,12 +304,12 @@ def assert_sound(example):
     rar.axis_scores(example.rubric, scores)
 
 
-def test_random_and_mutated_rows_are_read_or_refused():
-    """2,000 of them by a fixed seed: a sound example or a DataError of one line, nothing else."""
-    rng = random.Random(0)
+def check_random_rows(count, seed):
+    """Of so many by this seed: a sound example or a DataError of one line, nothing else."""
+    rng = random.Random(seed)
     bases = [GOOD, HEALTHBENCH, with_null_columns(GOOD), with_null_columns(HEALTHBENCH)]
     counts = {"read": 0, "refused": 0}
-    for number in range(2000):
+    for number in range(count):
         row = random_value(rng) if number % 4 == 0 else mutated(rng, rng.choice(bases))
         try:
             # Through text, as a file would have it.
@@ -321,7 +321,16 @@ def test_random_and_mutated_rows_are_read_or_refused():
             assert message.startswith(f"f.jsonl:{number}: ")
             assert "\n" not in message and len(message) < 800
             counts["refused"] += 1
-    assert min(counts.values()) > 400, counts
+    assert min(counts.values()) > count / 5, counts
+
+
+def test_random_and_mutated_rows_are_read_or_refused():
+    check_random_rows(2_000, seed=0)
+
+
+@pytest.mark.long
+def test_twelve_thousand_rows_are_read_or_refused():
+    check_random_rows(12_000, seed=1)
 
 
 # ------------------------------------------------------------------------- a second reading

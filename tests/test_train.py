@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -252,6 +253,33 @@ def test_resume_refuses_to_mix_experiments(tiny, few, tmp_path, capsys):
     assert lines(out / "metrics.jsonl")[-1]["step"] == 4
 
 
+def test_resume_refuses_other_data(tiny, few, tmp_path, capsys):
+    """In a file, or in a folder of files; the same bytes again, under whatever date, are the same data."""
+    held, folder = tmp_path / "few.jsonl", tmp_path / "rows"
+    shutil.copy(few, held)
+    folder.mkdir()
+    for name in "ab":
+        write_rows(folder / f"{name}.jsonl", [{**GOOD, "id": name, "question": f"What about {name}?"}])
+    out = tmp_path / "run"
+    flags = ["--data", str(folder), "--steps", "1"]
+    assert run(tiny, str(held), out, *flags) == 0
+    rows = (out / "metrics.jsonl").read_bytes()
+
+    resume = ["--resume", str(out), "--steps", "2"]
+    before = held.read_bytes()
+    for path, words in ((held, f"--eval_data {held}"), (folder / "c.jsonl", f"--data {folder}")):
+        write_rows(path, [{**GOOD, "id": "c"}])
+        capsys.readouterr()
+        assert train.main(resume) == 2
+        error = capsys.readouterr().err
+        assert f"{words}: changed since the run began; put it back, or start a new run" in error
+        assert error.count("\n") == 1 and (out / "metrics.jsonl").read_bytes() == rows
+        if path == held:
+            held.write_bytes(before)
+    (folder / "c.jsonl").rename(folder / "notes.txt")  # no rows
+    assert train.main(resume) == 0
+
+
 def test_a_model_that_judges_may_have_moved(tiny, few, tmp_path, capsys):
     """Its address is no part of the experiment; the offline judge and a model are two."""
     with JudgeServer() as server:
@@ -390,6 +418,18 @@ def test_every_prompt_comes_once_a_lap():
         flat += train.next_batch(list("abcdefg"), config, step)
     assert [sorted(flat[start : start + 7]) for start in (0, 7, 14)] == [list("abcdefg")] * 3
     assert flat[:7] != flat[7:14]
+
+
+def test_the_prompts_of_a_step_follow_from_seed_and_step_alone():
+    """Also where a batch is longer than two laps, and in any order of steps."""
+    config = train.Config(prompts_per_step=17, seed=9)
+    for step in (0, 5, 1, 1):
+        wanted = []
+        for position in range(17 * step, 17 * step + 17):
+            order = list(range(7))
+            random.Random(f"9-{position // 7}").shuffle(order)
+            wanted.append("abcdefg"[order[position % 7]])
+        assert train.next_batch(list("abcdefg"), config, step) == wanted
 
 
 def test_long_prompts_are_skipped_counted_and_said(tiny, few, tmp_path, capsys):
