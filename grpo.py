@@ -40,6 +40,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
@@ -567,6 +568,9 @@ def update(
         optimizer.step()
         totals += sums
         norms.append(norm)
+
+    # Not held while the next rollouts are sampled: that is a quarter of the model's memory.
+    optimizer.zero_grad(set_to_none=True)
     return update_metrics(totals, norms, groups, config)
 
 
@@ -789,7 +793,9 @@ def precision(model):
     """
     # A model that was not loaded by `load_policy` runs as it is.
     enabled = getattr(model, "bfloat16_layers", False)
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled)
+    # Without a cache of the weights' bfloat16 copies: a weight is used once per forward, and with
+    # checkpointing the cache would hold all layers' copies where one layer's are needed.
+    return torch.autocast(model.device.type, torch.bfloat16, enabled, cache_enabled=False)
 
 
 # ==================================================================================================
@@ -2052,6 +2058,213 @@ def vllm_rollout(prompt: list[int], completion) -> Rollout:
         logp.append(entry[token].logprob)
     finish = "stop" if completion.finish_reason == "stop" else "length"
     return Rollout(prompt, ids, logp, finish)
+
+
+# ---------------------------------------------------------------------------------- memory of a run
+
+
+PHASES = ("training", "sampling", "loading")
+
+
+def estimate_memory(
+    model_config,
+    config,
+    prompt_tokens: int,
+    evaluated_tokens: int = 0,
+    world: int = 1,
+    bfloat16: bool = False,
+) -> dict[str, float]:
+    """Bytes that each process of a run holds, by what for, before anything is loaded.
+
+    model_config: transformers' own, as in the model's config.json. config: any object with the
+    attributes prompts_per_step, group_size, max_new_tokens, pass_tokens, checkpointing, lora_rank,
+    beta, sampler and vllm_memory. prompt_tokens: of a long prompt. evaluated_tokens: those that an
+    evaluation samples together. world: processes. bfloat16: of the layers' arithmetic.
+
+    "loading", "training" and "sampling" are what the phases hold at their fullest moment.
+    """
+    # Fake tensors have a shape and a type but no numbers: the model's own code runs on them, within
+    # a second whatever its size, and nothing here has to know one architecture from another.
+    with FakeTensorMode():
+        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32).eval()
+        model.set_attn_implementation("folded")
+        model.bfloat16_layers = bfloat16
+        loaded = sum(parameter.nbytes for parameter in model.parameters())
+        if config.lora_rank:
+            add_lora(model, config.lora_rank)
+        parts = weight_bytes(model, config, world)
+        if parts["gathered"] and bfloat16:
+            # A sharded layer is gathered in the type that it computes in.
+            for layer in decoder_layers(model):
+                for parameter in layer.parameters():
+                    parameter.data = parameter.data.bfloat16()
+        parts |= training_bytes(model, config, prompt_tokens, world)
+        parts |= sampling_bytes(model, config, prompt_tokens, evaluated_tokens, world)
+
+    # Weights, moments and reference are always there. So is the engine, unless it sleeps.
+    always = parts["weights"] + parts["moments"] + parts["reference"]
+    in_training = ["gradients", "gathered", "activations", "logits"]
+    if config.sampler != "vllm_sleep":
+        in_training.append("engine")
+    parts["training"] = always + sum(parts[name] for name in in_training)
+    parts["sampling"] = always + parts["engine"] + parts["sampler"]
+    # Whole and in float32, before it is sharded or its base is rounded; the reference comes second.
+    parts["loading"] = loaded + parts["reference"]
+    return parts
+
+
+def decoder_layers(model) -> list:
+    """The model's layers: what is checkpointed, and gathered, one by one."""
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+def weight_bytes(model, config, world: int) -> dict[str, float]:
+    """Bytes of the weights and of what has their shapes."""
+    parameters = list(model.parameters())
+    weights = sum(parameter.nbytes for parameter in parameters)
+    trained = sum(parameter.nbytes for parameter in parameters if parameter.requires_grad)
+    # With LoRA every process has all of the model, and the reference is the model without adapters.
+    shares = 1 if config.lora_rank else world
+    reference = 0.0
+    if config.beta >= 0 and not config.lora_rank:
+        reference = weights / shares
+
+    # What a sharded model has gathered while it trains: two layers, one of them on its way, with
+    # their gradients before and after the sum; and embedding and head, which stay float32.
+    gathered = 0.0
+    if shares > 1:
+        layers = []
+        for layer in decoder_layers(model):
+            layers.append(sum(parameter.numel() for parameter in layer.parameters()))
+        root = sum(parameter.numel() for parameter in parameters) - sum(layers)
+        gathered = 12.0 * (root + max(layers))
+    return {
+        "weights": weights / shares,
+        "gradients": trained / shares,
+        "moments": 2 * trained / shares,  # Adam has two
+        "reference": reference,
+        "gathered": gathered,
+    }
+
+
+def training_bytes(model, config, prompt_tokens: int, world: int) -> dict[str, float]:
+    """Bytes of the fullest pass: what autograd keeps, and what the head works with."""
+    # The longest row that `cut_group` makes, and as many of them as a pass takes.
+    group_tokens = prompt_tokens + config.group_size * config.max_new_tokens
+    shortest = max(2 * prompt_tokens, prompt_tokens + config.max_new_tokens)
+    row_tokens = min(group_tokens, max(config.pass_tokens, shortest))
+    n_groups = math.ceil(config.prompts_per_step / world)
+    n_rows = max(1, min(n_groups, config.pass_tokens // row_tokens))
+
+    saved = SavedBytes(model)
+    ids = torch.zeros(n_rows, row_tokens, dtype=torch.long)
+    with saved, precision(model), packed_rows(ids, ids):
+        hidden = layers_of(model)(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            position_ids=ids,
+            use_cache=False,
+        )[0]
+    activations = saved.total
+    if config.checkpointing:
+        # Of every layer its input is kept, and one layer at a time is computed again.
+        activations += saved.inputs + max(saved.layers) - sum(saved.layers)
+
+    # Hidden states, the same by temperature, and their gradient; logits, probabilities and gradient
+    # of a chunk; and the gradient of the head's weight, before it is added to that of other passes.
+    head = model.get_output_embeddings().weight
+    logits = 3.0 * 4 * hidden.numel() + 3.0 * 4 * CHUNK * len(head)
+    if head.requires_grad:
+        logits += head.nbytes
+    return {"activations": float(activations), "logits": logits}
+
+
+class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
+    """While it is open: counts the bytes that autograd keeps of a forward, in all and by layer."""
+
+    def __init__(self, model):
+        super().__init__(self.keep, self.give_back)
+        # Weights are kept too, but they are there anyway.
+        self.counted = {tensor.untyped_storage()._cdata for tensor in model.parameters()}
+        self.total = 0
+        self.inputs = 0  # of all layers
+        self.layers = []  # of each layer
+        for layer in decoder_layers(model):
+            layer.register_forward_pre_hook(self.enter)
+            layer.register_forward_hook(self.leave)
+
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Autograd calls it with every tensor that it is going to need."""
+        # Several operations may need the same one, or views of it.
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.counted:
+            self.counted.add(storage._cdata)
+            self.total += storage.nbytes()
+        return tensor
+
+    def give_back(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Autograd would call it in a backward."""
+        return tensor
+
+    def enter(self, layer, arguments) -> None:
+        """Before a layer."""
+        self.inputs += arguments[0].nbytes
+        self.layers.append(-self.total)
+
+    def leave(self, layer, arguments, output) -> None:
+        """After a layer."""
+        self.layers[-1] += self.total
+
+
+@torch.no_grad()
+def sampling_bytes(
+    model,
+    config,
+    prompt_tokens: int,
+    evaluated_tokens: int,
+    world: int,
+) -> dict[str, float]:
+    """Bytes of the sampler at work: vLLM's engine, or our keys and values and the logits."""
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    width = 2 if model.bfloat16_layers else 4
+    if config.sampler != "torch":
+        engine = width * n_parameters + config.vllm_memory * 2**30
+        return {"sampler": 0.0, "engine": float(engine)}
+
+    # One short prompt through the sampler's own cache: a model may keep another type of keys than
+    # of values, or smaller ones than its heads are wide.
+    length = 8
+    kv_cache, _, _, _ = prefill(model, [[0] * length], 0)
+    per_token = 0.0
+    for layer in kv_cache.layers:
+        per_token += (layer.key_buffer.nbytes + layer.value_buffer.nbytes) / length
+    n_rows = math.ceil(config.prompts_per_step / world) * config.group_size
+    n_tokens = max(evaluated_tokens, n_rows * (prompt_tokens + config.max_new_tokens))
+
+    # `draw` makes a handful of tensors in the shape of a decode step's logits.
+    vocabulary = len(model.get_output_embeddings().weight)
+    sampler = n_tokens * per_token + 5.0 * 4 * n_rows * vocabulary
+    if world > 1 and not config.lora_rank:
+        # A sharded model is gathered while it samples.
+        sampler += sum(parameter.nbytes for parameter in model.parameters())
+    return {"sampler": sampler, "engine": 0.0}
+
+
+def memory_line(parts: dict[str, float]) -> str:
+    """What `estimate_memory` found, in GB (10^9 bytes)."""
+    named = []
+    phases = []
+    for name, size in parts.items():
+        if name in PHASES:
+            phases.append(f"{size / 1e9:.1f} while {name}")
+        elif size:
+            named.append(f"{name} {size / 1e9:.1f}")
+    return f"{', '.join(named)}; in all {', '.join(phases)}"
+
+
+def largest_phase(parts: dict[str, float]) -> float:
+    """Bytes of a run's fullest moment."""
+    return max(parts[name] for name in PHASES)
 
 
 # ---------------------------------------------------------------------------------- default model

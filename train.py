@@ -734,6 +734,7 @@ def begin(config: Config, folder: Path, state: dict | None) -> Run:
     if eval_judge is not None:
         from_rank_zero(probe, eval_judge)
 
+    check_memory(config, examples)
     policy = load_run_policy(config, folder, template_kwargs, is_new=not state)
     examples = fitting(examples, policy, config.max_new_tokens, "training")
     heldout = fitting(heldout, policy, config.max_new_tokens, "held-out")
@@ -1123,6 +1124,95 @@ def probe(judge) -> None:
         line = judge.probe()
         if line:
             say(line)
+
+
+# ---------------------------------------------------------------------- memory
+
+
+# A run is refused when not even this share of the estimate fits: measured runs held more of it.
+SURELY_NEEDED = 0.8
+
+
+def estimate_run(
+    config: Config, examples: list[rar.Example], world: int, bfloat16: bool
+) -> dict[str, float]:
+    """grpo.estimate_memory of a run. Of the model only its config is read."""
+    folder = config.model
+    if folder == "smollm2":
+        folder = grpo.smollm2_folder()
+    model_config = transformers.AutoConfig.from_pretrained(grpo.base_model(folder))
+
+    # No tokenizer yet: four characters per token.
+    characters = 0
+    for example in examples:
+        characters = max(characters, sum(len(message["content"]) for message in example.prompt))
+    return grpo.estimate_memory(
+        model_config, config, 16 + characters // 4, EVALUATED_TOGETHER, world, bfloat16
+    )
+
+
+def free_memory() -> tuple[float, str]:
+    """(bytes that this process may take, words for them)."""
+    if torch.cuda.is_available():
+        # What other programs, a judge's server for example, have taken is not free.
+        free, _ = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))
+        return float(free), "free on the card"
+    # All of the machine's and not what is free now: caches give way.
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError):
+        # A container may have less.
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return total / n_processes, "of the machine"
+
+
+def check_memory(config: Config, examples: list[rar.Example]) -> None:
+    """Says what each process is going to hold. Raises UserError when that cannot fit."""
+    # Before the model is loaded: large ones take minutes, and fail in the first update.
+    _, world = grpo.rank_and_world()
+    bfloat16 = config.dtype == "bfloat16"
+    if config.dtype == "auto":
+        bfloat16 = torch.cuda.is_available()
+    try:
+        parts = from_rank_zero(estimate_run, config, examples, world, bfloat16)
+    except Exception as error:  # noqa: BLE001  (architectures fail in many ways)
+        # What is wrong with a model is said when it is loaded.
+        say(f"memory: not estimated ({first_line(error)})")
+        return
+
+    # Other programs may have taken more of one card than of another.
+    free, where = min(gather(free_memory()))
+    say(f"memory, GB: {grpo.memory_line(parts)}; {free / 1e9:.1f} {where}")
+    refuse_too_much(config, parts, world, free)
+
+
+def refuse_too_much(config: Config, parts: dict[str, float], world: int, free: float) -> None:
+    """Raises UserError when what is estimated cannot fit; warns when it may not."""
+    needed = grpo.largest_phase(parts)
+    if SURELY_NEEDED * needed > free:
+        advice = ", ".join(memory_knobs(config, world))
+        why = f"needs about {needed / 1e9:.1f} GB per process, and there are {free / 1e9:.1f}"
+        raise UserError(f"--model {config.model}: {why}; try {advice}")
+    if needed > free:
+        warn("memory: perhaps a little too much; the estimate is right within a fifth")
+
+
+def memory_knobs(config: Config, world: int) -> list[str]:
+    """The settings that would save memory, the most helpful ones first."""
+    knobs = []
+    if not config.lora_rank:
+        knobs.append("--lora_rank 32")
+    if not config.checkpointing:
+        knobs.append("--checkpointing 1")
+    if config.beta == 0 and not config.lora_rank:
+        knobs.append("--beta -1")
+    if config.sampler == "vllm":
+        knobs.append("--sampler vllm_sleep")
+    if config.sampler != "torch":
+        knobs.append("less --vllm_memory")
+    if world == 1 and not config.lora_rank:
+        knobs.append("several cards (torchrun)")
+    return [*knobs, "less --pass_tokens", "a smaller --model"]
 
 
 # ---------------------------------------------------------------------- loading

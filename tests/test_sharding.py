@@ -116,15 +116,22 @@ def run_case(folder: Path, out: Path) -> None:
 
     model, _ = grpo.load_policy(str(folder), attention=attention)
     adam = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    gradients = []
+
+    def count_gradients(*_):
+        """They are dropped after each step."""
+        gradients.append(sum(local(parameter.grad).numel() for parameter in model.parameters()))
+
+    adam.register_step_pre_hook(count_gradients)
     results["adam"] = eight_steps(model, reference, adam, config)
     weights |= {f"adam {name}": tensor for name, tensor in copy_of(model).items()}
     take_back_a_trial(model, adam, lambda: grpo.update(model, adam, some_groups(), config, reference))
 
     # What a process holds: weights, gradients, both moments, the reference.
-    held = 0
+    held = gradients[-1]
     for parameter in model.parameters():
         moments = adam.state[parameter]
-        for tensor in (parameter, parameter.grad, moments["exp_avg"], moments["exp_avg_sq"]):
+        for tensor in (parameter, moments["exp_avg"], moments["exp_avg_sq"]):
             held += local(tensor).numel()
     held += sum(local(parameter).numel() for parameter in reference.parameters())
     results["held"] = held
