@@ -128,6 +128,43 @@ def test_a_long_completion_makes_a_longer_row_than_a_pass():
     assert parts["activations"] > 2 * estimate(config_of(), pass_tokens=100, max_new_tokens=80)["activations"]
 
 
+def test_a_pass_of_more_tokens_gets_more_rows_and_not_longer_ones():
+    """The mask grows with the square of a row."""
+    group = [grpo.Rollout([3] * 100, [4] * 400, [], "stop") for _ in range(30)]
+    for pass_tokens, rows in ((2048, 1), (3072, 1), (9500, 3)):
+        batches = grpo.micro_batches([group], pass_tokens)
+        assert max(len(batch) for batch in batches) == rows
+        longest = max(grpo.row_length(piece) for batch in batches for piece in batch)
+        assert longest <= min(pass_tokens, 3072)
+        assert sum(len(piece) for batch in batches for piece in batch) == 30
+    # The estimate has the same rows: three times the tokens, not nine times the masks.
+    shape = {"group_size": 30, "max_new_tokens": 400, "prompt_tokens": 100}
+    one = estimate(config_of(), pass_tokens=3072, **shape)["activations"]
+    assert estimate(config_of(), pass_tokens=9500, **shape)["activations"] == pytest.approx(3 * one, rel=0.1)
+
+
+def test_float32_products_are_exact_in_the_check_and_as_before_after_it(tiny, monkeypatch):
+    """A GPU with bfloat16 layers rounds the head's products; the check must not see that."""
+    seen = []
+    original = grpo.own_logprobs
+
+    def note(*arguments):
+        seen.append(torch.get_float32_matmul_precision())
+        return original(*arguments)
+
+    monkeypatch.setattr(grpo, "own_logprobs", note)
+    before = torch.get_float32_matmul_precision()
+    try:
+        grpo.use_tf32("cpu")
+        assert torch.get_float32_matmul_precision() == before
+        grpo.use_tf32("cuda:0")
+        assert torch.get_float32_matmul_precision() == "high"
+        grpo.load_policy(tiny)
+        assert set(seen) == {"highest"} and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_gradients_are_dropped_after_the_step(tiny_model):
     groups = gpu_check.made_up_groups(tiny_model, 2, 4, 5, 6)
     optimizer = torch.optim.SGD(tiny_model.parameters(), lr=0.1)
