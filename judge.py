@@ -1,7 +1,7 @@
 """Asks a judge whether a response meets a criterion: one verdict per question, never a guess.
 
     questions = [Question(conversation, response, "Mentions rest."), ...]
-    judge = LLMJudge(url, model)              # or LexicalJudge(): no network, a stand-in
+    judge = LLMJudge(url, model)              # or offline_judge(): no network, a stand-in
     verdicts = judge.ask(questions)           # one Verdict per question, in order
 
     verdict = score in [0, 1]                 # 1: the statement is true of the response
@@ -13,7 +13,7 @@ up or down by the sign of the criterion. rar.py decides what a missing verdict d
     to read    questions and verdicts, prompts, reading an answer    what is asked, what counts
                LLMJudge                                              a language model as judge
                words and sentences, checks                           decided by counting
-               LexicalJudge, demo                                    without a network
+               AlignmentJudge, LexicalJudge, demo                    without a network
     to skip    all below the banner "below: what makes it last a weekend": JSON found in a text,
                replies taken apart, retries, the probe, connections, limits, the cache, panels
 
@@ -746,14 +746,25 @@ def content_words(text: str) -> list[str]:
     """
     words = []
     for word in re.findall(r"[^\W_]+", text.lower()):
-        # Single Latin letters mean nothing; digits and single signs of other scripts do.
-        is_letter = len(word) == 1 and word.isascii() and not word.isdigit()
-        if word in STOP or is_letter:
-            continue
-
-        # The synonym first: stems are not in the table.
-        words.append(ENDING.sub("", SYNONYMS.get(word, word)))
+        word_stem = stem(word)
+        if word_stem:
+            words.append(word_stem)
     return words
+
+
+def stem(word: str) -> str:
+    """What stays of a word in lower case without its ending; "" for one without content.
+
+    >>> stem("resting"), stem("the")
+    ('rest', '')
+    """
+    # Single Latin letters mean nothing; digits and single signs of other scripts do.
+    is_letter = len(word) == 1 and word.isascii() and not word.isdigit()
+    if word in STOP or is_letter:
+        return ""
+
+    # The synonym first: stems are not in the table.
+    return ENDING.sub("", SYNONYMS.get(word, word))
 
 
 def sentences(text: str) -> list[str]:
@@ -1098,11 +1109,303 @@ CHECKS = {
 }
 
 
-# ------------------------------------------------------------------ the offline stand-in
+# ------------------------------------------------------------------ judges without a network
+
+# Words at the beginning of a statement that turn it round.
+NEGATION = re.compile(
+    r"""^(?:
+        (?:the\ (?:response|answer|explanation|solution)\ )?
+        (?: avoids? | avoiding | refrains?\ from | never | do\ not | is\ free\ of
+          | (?:should|must)\ (?:not|never|avoid|refrain\ from)
+          | (?:does\ not | doesn['’]t) (?:\ (?:incorrectly|wrongly|falsely|mistakenly))? )
+    )\b\s*""",
+    re.VERBOSE | re.IGNORECASE,
+)
+
+
+def split_negation(statement: str) -> tuple[bool, str]:
+    """Whether a statement begins with a negation, and what it negates.
+
+    >>> split_negation("The answer doesn’t recommend antibiotics.")
+    (True, 'recommend antibiotics.')
+    """
+    negation = NEGATION.match(statement)
+    if negation is None:
+        return False, statement
+    return True, statement[negation.end() :]
+
+
+def refuse_opinion(question: Question) -> None:
+    """Raises JudgeError for a question without a statement."""
+    # A grade cannot be found by comparing words, and no number would be honest.
+    if not question.statement:
+        message = "the offline judge compares words with a statement"
+        raise JudgeError(message + "; for a rating or a grade give a model: --judge")
+
+
+
+# Chosen on 200 statements that physicians have labelled (K-QA), the question at hand left out.
+ALIGNED = 0.81  # mean cosine that counts as "says so"
+# The same for a fault: an answer that merely stays on the subject comes near its pitfalls.
+ALIGNED_FAULT = 0.85
+TIE = 1e-5  # nearer to the threshold than rounding on another machine
+# Share of small words in a sentence. Below it words stand in a row and state nothing.
+LEAST_SMALL_WORDS = 0.15
+WINDOW = 512  # tokens of a text that are read together
+STATEMENTS = 1000  # that are kept with their vectors, about 20 kB each
+
+
+class Word(NamedTuple):
+    """A word of a text. stem: "" for a small word. end: the position after its last letter.
+
+    sentence, clause: their numbers. is_denied: there is a "not" in its clause, see `read_words`.
+    """
+
+    text: str
+    stem: str
+    end: int
+    sentence: int
+    clause: int
+    is_denied: bool
+
+
+class Match(NamedTuple):
+    """A word of a statement, the nearest word of the response, and the cosine of the two."""
+
+    word: Word
+    nearest: Word
+    cosine: float
+
+
+class EmbeddedText(NamedTuple):
+    """A text as the model reads it. vectors: float32 [words, width], each of length 1."""
+
+    words: list[Word]
+    vectors: object
+
+
+class AlignmentJudge:
+    """A stand-in for a judge: looks for each idea of a statement among the words of the response.
+
+        score(s, r) = mean over w in s of max over v in r of cos(h_w, h_v)    met above ALIGNED
+
+    w: the content words of the statement that the question does not have (any response repeats
+    those). v: the words of the response. h: the hidden state of a word's last piece after half of
+    the layers of a small language model, which has read the text up to there. This is the recall of
+    BERTScore (Zhang et al. 2020, arXiv 1904.09675, section 3) with words for pieces, and two rules:
+    words in a row are no sentence (LEAST_SMALL_WORDS), and what is denied is not said (`is_denied`).
+
+    Deterministic, no network, milliseconds per verdict. Each text is read by itself, so a verdict
+    does not depend on the other questions.
+    """
+
+    def __init__(self, folder: str | Path):
+        """folder: of a model that transformers loads, with a list of `layers` (Llama's kind)."""
+        self.folder = folder
+        self.model = None
+        self.tokenizer = None
+        self.ties = 0
+        # Statements come back with every rollout and every lap; responses do not.
+        self.read_statement = lru_cache(maxsize=STATEMENTS)(self.read)
+
+    def load(self) -> None:
+        """Loads the model when it is first needed: of several processes only one judges."""
+        if self.model is not None:
+            return
+        # Not at the top, because all else in this file works without torch.
+        import torch
+        from transformers import AutoModel, AutoTokenizer
+
+        # Half of the layers: in the later ones a word's vector turns from what the word means to
+        # which word comes next. The norm belongs to the last layer.
+        model = AutoModel.from_pretrained(self.folder, dtype=torch.float32)
+        del model.layers[len(model.layers) // 2 :]
+        model.norm = torch.nn.Identity()
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        self.first = self.tokenizer("\n", add_special_tokens=False)["input_ids"]
+
+    def ask(self, questions: list[Question], show_progress: bool = False) -> list[Verdict]:
+        """Verdicts in the order of the questions. Raises JudgeError for one without a statement."""
+        self.load()
+        places_of = {}
+        for place, question in enumerate(questions):
+            refuse_opinion(question)
+            places_of.setdefault(question.response, []).append(place)
+
+        # Each response is read once, for all of its questions, and then forgotten.
+        verdicts = [None] * len(questions)
+        with progress_bar(len(questions), "judge", show=show_progress) as bar:
+            for response, places in places_of.items():
+                text = self.read(response)
+                for place in places:
+                    verdicts[place] = self.verdict(questions[place], text)
+                bar.update(len(places))
+        return verdicts
+
+    def read(self, text: str) -> EmbeddedText:
+        """The words of a text with their vectors."""
+        import torch
+
+        text = clean(text)
+        words = read_words(text)
+        encoded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+        ids = encoded["input_ids"]
+
+        # In windows, so that the cost grows with the length and not with its square. The first
+        # token of a sequence draws attention, and its vector is of its own kind, whatever it is.
+        states = []
+        for start in range(0, len(ids), WINDOW):
+            window = torch.tensor([self.first + ids[start : start + WINDOW]])
+            hidden = self.model(input_ids=window, use_cache=False).last_hidden_state
+            states.append(hidden[0, len(self.first) :])
+        if not words:
+            return EmbeddedText(words, None)
+
+        # A word's last piece has seen all of it.
+        last_pieces = []
+        piece = 0
+        for word in words:
+            while encoded["offset_mapping"][piece][1] < word.end:
+                piece += 1
+            last_pieces.append(piece)
+        vectors = torch.cat(states)[last_pieces]
+        return EmbeddedText(words, torch.nn.functional.normalize(vectors, dim=-1))
+
+    def verdict(self, question: Question, response: EmbeddedText) -> Verdict:
+        """Whether the statement is true of a response that has been read."""
+        # Judge what is forbidden, then turn the verdict round; see lexical_verdict.
+        is_negated, inside = split_negation(question.statement)
+        statement = self.read_statement(inside)
+
+        places = [place for place, word in enumerate(statement.words) if word.stem]
+        if not places:
+            return Verdict(None, "the criterion has no content words")
+        if not response.words:
+            return Verdict(0.0, "no text")
+
+        # The nearest word of the response to each word of the statement.
+        nearest = (statement.vectors[places] @ response.vectors.T).max(dim=1)
+        matches = []
+        for place, index, cosine in zip(places, nearest.indices.tolist(), nearest.values.tolist()):
+            matches.append(Match(statement.words[place], response.words[index], cosine))
+
+        # What the question asks about is in nearly every response. A statement that has nothing
+        # else is judged by all of its words.
+        asked = set(content_words(question.conversation))
+        new = [match for match in matches if match.word.stem not in asked]
+        if not new:
+            new = matches
+        score = sum(match.cosine for match in new) / len(new)
+
+        names_fault = question.is_fault != is_negated
+        threshold = ALIGNED_FAULT if names_fault else ALIGNED
+        is_met = score > threshold + TIE
+        if abs(score - threshold) <= TIE:
+            # Another machine may round to the other side.
+            self.ties += 1
+
+        # Words without a sentence, or in a sentence that says the opposite.
+        shown = [f"{match.word.text}~{match.nearest.text}" for match in new[:6]]
+        reason = f"{score:.3f} of {threshold}: {', '.join(shown)}"
+        if is_met and is_word_list(new, response.words):
+            is_met = False
+            reason = "words in a row; " + reason
+        if is_met and is_opposite(matches):
+            is_met = False
+            reason = "the opposite; " + reason
+        if is_negated:
+            return Verdict(float(not is_met), "not: " + reason)
+        return Verdict(float(is_met), reason)
+
+    def probe(self) -> str:
+        """A line for the log, as of a model."""
+        self.load()
+        return "judge offline: compares words in context (SmolLM2-135M), understands little"
+
+    def take_stats(self) -> dict:
+        """judge_ties: scores within TIE of the threshold since the last call, counted as not met."""
+        ties = self.ties
+        self.ties = 0
+        return {"judge_ties": ties}
+
+
+WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*|[,;:—]")
+DENIAL_WORDS = """
+not never no nor none nobody nothing neither cannot without avoid avoids avoided avoiding refrain
+wrong false untrue incorrect myth"""
+DENIALS = set(DENIAL_WORDS.split())
+# These deny nothing: "not only", "no more than three days".
+LIMITS = re.compile(r"\b(?:not (?:only|just)|no (?:more|later|longer|less) than)\b", re.IGNORECASE)
+# Where a clause begins: "do not wait, but call", "see a doctor if it does not stop".
+CLAUSE_WORDS = ", ; : — but if unless until because when while although though so"
+CLAUSE = set(CLAUSE_WORDS.split())
+
+
+def read_words(text: str) -> list[Word]:
+    """All words of a text, small ones too.
+
+    >>> [(word.text, word.is_denied) for word in read_words("If it doesn't stop, see a doctor.")][3:]
+    [('stop', True), ('see', False), ('a', False), ('doctor', False)]
+    """
+    found = []
+    denials = Counter()
+    place = 0
+    clause = 0
+    for number, sentence in enumerate(sentences(text)):
+        place = text.index(sentence, place)
+        clause += 1
+        limits = [match.start() for match in LIMITS.finditer(sentence)]
+        for match in WORD.finditer(sentence):
+            word = match.group().lower().replace("’", "'")
+            clause += word in CLAUSE
+            if not word[0].isalnum():
+                continue
+
+            # A denial is no content: what it denies is compared, and then whether it is denied.
+            word_stem = stem(word.partition("'")[0])
+            if word in DENIALS or word.endswith("n't"):
+                word_stem = ""
+                denials[clause] += match.start() not in limits
+            found.append((match.group(), word_stem, place + match.end(), number, clause))
+        place += len(sentence)
+
+    # A denial may come last, as in "antibiotics do not help". Two of them cancel: "nothing against
+    # it", "should not be stopped without asking".
+    words = []
+    for about in found:
+        is_denied = denials[about[-1]] % 2 == 1
+        words.append(Word(*about, is_denied))
+    return words
+
+
+def is_word_list(matches: list[Match], words: list[Word]) -> bool:
+    """Whether the sentence of the response that contributes most has too few small words."""
+    shares = Counter()
+    for match in matches:
+        shares[match.nearest.sentence] += match.cosine
+    best = shares.most_common(1)[0][0]
+    sentence = [word for word in words if word.sentence == best]
+    small = [word for word in sentence if not word.stem]
+    return len(small) < LEAST_SMALL_WORDS * len(sentence)
+
+
+def is_opposite(matches: list[Match]) -> bool:
+    """Whether the response denies what the statement says, or says what it denies."""
+    # A statement says most in its first clause: who denies the first half of "seeing a doctor if
+    # the pain does not stop" says the opposite. Words that the response lacks have no say.
+    first = matches[0].word.clause
+    n_shared = 0
+    n_opposite = 0
+    for match in matches:
+        if match.word.clause == first and match.cosine >= ALIGNED:
+            n_shared += 1
+            n_opposite += match.word.is_denied != match.nearest.is_denied
+    return 2 * n_opposite > n_shared
 
 
 class LexicalJudge:
-    """A stand-in for a judge: compares words, understands nothing, can be fooled by stuffing them.
+    """A simpler stand-in: compares words as strings, understands nothing, can be fooled by stuffing.
 
     Deterministic, no network, tens of microseconds per verdict.
 
@@ -1115,10 +1418,7 @@ class LexicalJudge:
         verdicts = []
         with progress_bar(len(questions), "judge", show=show_progress) as bar:
             for question in questions:
-                # A grade cannot be found by comparing words, and no number would be honest.
-                if not question.statement:
-                    message = "the offline judge compares words with a statement"
-                    raise JudgeError(message + "; for a rating or a grade give a model: --judge")
+                refuse_opinion(question)
                 about = (question.statement, question.response, question.is_fault)
                 verdicts.append(lexical_verdict(*about))
                 bar.update()
@@ -1126,7 +1426,7 @@ class LexicalJudge:
 
     def probe(self) -> str:
         """A line for the log, as of a model."""
-        return "judge offline: compares words, understands nothing"
+        return "judge lexical: compares words, understands nothing"
 
     def take_stats(self) -> dict:
         """Nothing to account for: no calls, no tokens."""
@@ -1137,31 +1437,16 @@ PASSAGE = 3  # sentences read together; the facts of one criterion stand close t
 COVERED = 0.4  # share of the criterion's content words that counts as "says so"
 # The same for a fault: an answer that merely stays on the subject shares words with its pitfalls.
 COVERED_FAULT = 0.75
-# Words at the beginning of a statement that turn it round.
-NEGATION = re.compile(
-    r"""^(?:
-        (?:the\ (?:response|answer|explanation|solution)\ )?
-        (?: avoids? | avoiding | refrains?\ from | never | do\ not | is\ free\ of
-          | (?:should|must)\ (?:not|never|avoid|refrain\ from)
-          | does\ not\ (?:incorrectly|wrongly|falsely|mistakenly) )
-      | (?:the\ response\ )? (?: does\ not | doesn't )
-    )\b\s*""",
-    re.VERBOSE | re.IGNORECASE,
-)
-
-
 def lexical_verdict(statement: str, response: str, is_fault: bool = False) -> Verdict:
-    """The offline verdict: whether a passage of the response shares enough of the statement's
+    """The lexical verdict: whether a passage of the response shares enough of the statement's
     content words; the other way round where the statement begins with a negation.
 
     Score 1.0 or 0.0, None for a statement without content words. An empty response meets no
     statement, negated or not, and commits no fault. PASSAGE and COVERED were chosen on 200
     statements that physicians have labelled (K-QA).
     """
-    negation = NEGATION.match(statement)
-
     # Judge what is forbidden, then turn the verdict round.
-    inside = statement[negation.end() :] if negation else statement
+    is_negated, inside = split_negation(statement)
     wanted = set(content_words(inside))
     if not wanted:
         return Verdict(None, "the criterion has no content words")
@@ -1184,15 +1469,31 @@ def lexical_verdict(statement: str, response: str, is_fault: bool = False) -> Ve
     # Two negations cancel: the inside of a good "avoids" is a fault, and the inside of a fault
     # such as "does not mention rest" is something good. A fault wants the closer match: good 0.4,
     # fault 0.75, good "avoids X" 0.75 for X, fault "does not X" 0.4 for X.
-    names_fault = is_fault != bool(negation)
+    names_fault = is_fault != is_negated
     threshold = COVERED_FAULT if names_fault else COVERED
     score = float(len(best) / len(wanted) >= threshold)
     reason = f"{len(best)}/{len(wanted)} content words"
     if best:
         reason += f": {', '.join(sorted(best)[:6])}"
-    if negation:
+    if is_negated:
         return Verdict(1 - score, "not: " + reason)
     return Verdict(score, reason)
+
+
+def offline_judge() -> "AlignmentJudge | LexicalJudge":
+    """AlignmentJudge with the embedded model; where its package is missing, which is said,
+    LexicalJudge."""
+    # Nothing of ours is imported at the top. grpo.py knows where the default run's model is, and
+    # loads torch, which a judge over the network does not need.
+    import grpo
+
+    try:
+        return AlignmentJudge(grpo.smollm2_folder())
+    except ModuleNotFoundError as error:
+        # Once, from the first of several processes.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"judge: {error}; --judge lexical takes its place", file=sys.stderr)
+        return LexicalJudge()
 
 
 def demo() -> int:

@@ -39,6 +39,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 from judge import (
+    AlignmentJudge,
     JudgeError,
     LexicalJudge,
     Question,
@@ -440,7 +441,7 @@ class RubricReward:
             self.design = DESIGNS[config.method]
 
         # Said before the first step, not by the first question.
-        if self.design.needs_model and isinstance(judge, LexicalJudge):
+        if self.design.needs_model and isinstance(judge, (AlignmentJudge, LexicalJudge)):
             need = "needs a language model's opinion; give --judge URL and --judge_model NAME"
             raise JudgeError(f"--method {config.method} {need}")
 

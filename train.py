@@ -59,6 +59,7 @@ from judge import (
     LexicalJudge,
     LLMJudge,
     Panel,
+    offline_judge,
     progress_bar,
     without_password,
 )
@@ -118,7 +119,9 @@ class Config:
     ] = 0
 
     judge: Annotated[
-        str, "offline (lexical), or the base URL of an OpenAI-like server; URL,URL: their mean"
+        str,
+        "offline (a small model compares words in context), lexical (compares words as strings), "
+        "or the base URL of an OpenAI-like server; URL,URL: their mean",
     ] = "offline"
     judge_model: Annotated[str, "the model's name there (key: environment, JUDGE_API_KEY)"] = ""
     judge_k: Annotated[int, "criteria per call to the judge; 0: all", NOT_NEGATIVE] = 1
@@ -913,7 +916,7 @@ def announce(run: Run, folder: Path) -> None:
     prompts = f"{len(run.examples)} training and {len(run.heldout)} held-out prompts"
     shape = f"{config.prompts_per_step} x {config.group_size} rollouts"
     say(f"{prompts}, {config.steps} steps of {shape}, into {folder}/")
-    if config.judge != "offline":
+    if config.judge not in WITHOUT_CALLS:
         # Who pays for calls wants to know before the first one.
         calls = 0.0
         for example in run.examples:
@@ -927,8 +930,8 @@ def announce(run: Run, folder: Path) -> None:
         )
     elif config.data:
         say(
-            "The offline judge is a stand-in: it compares words and counts form, it does not "
-            "understand. Read its scores as a smoke test."
+            f"The judge {config.judge} is a stand-in: it compares words and counts form, it does "
+            "not understand. Read its scores as a smoke test."
         )
 
 
@@ -1053,13 +1056,17 @@ def parse_template_kwargs(text: str) -> dict | None:
 # ---------------------------------------------------------------------- the judges' URLs
 
 
+# Judges that are no server: no calls, no cache.
+WITHOUT_CALLS = ("offline", "lexical")
+
+
 def split_urls(text: str) -> list[str]:
-    """The URLs (or "offline") of a judge; a comma inside a password separates nothing.
+    """The URLs (or "offline", "lexical") of a judge; a comma inside a password separates nothing.
 
     >>> split_urls("http://me:a,b@host/v1,offline")
     ['http://me:a,b@host/v1', 'offline']
     """
-    return re.split(r",(?=https?://|offline(?:,|$))", text)
+    return re.split(r",(?=https?://|(?:offline|lexical)(?:,|$))", text)
 
 
 def without_passwords(urls: str) -> str:
@@ -1068,7 +1075,7 @@ def without_passwords(urls: str) -> str:
 
 
 def named_urls(urls: str, models: str) -> list[tuple[str, str]]:
-    """(URL or "offline", name of the model) of each judge. Raises UserError."""
+    """(URL or one of WITHOUT_CALLS, name of the model) of each judge. Raises UserError."""
     # One name for all of them, or one for each.
     addresses = split_urls(urls)
     names = models.split(",")
@@ -1093,6 +1100,8 @@ def judge_at(config: Config, urls: str, models: str):
     judges = []
     for address, name in named_urls(urls, models):
         if address == "offline":
+            judges.append(offline_judge())
+        elif address == "lexical":
             judges.append(LexicalJudge())
         else:
             judges.append(LLMJudge(address, name, **options))
@@ -1106,13 +1115,13 @@ def make_eval_judge(config: Config):
     if not config.eval_judge:
         return None
     # The cache knows a judge by its model's name: the second one would be given the first one's
-    # answers. The offline judge has no cache.
+    # answers. Those without calls have no cache.
     paying = set()
     for address, name in named_urls(config.judge, config.judge_model):
-        if address != "offline":
+        if address not in WITHOUT_CALLS:
             paying.add(name)
     for address, name in named_urls(config.eval_judge, config.eval_judge_model):
-        if address != "offline" and name in paying:
+        if address not in WITHOUT_CALLS and name in paying:
             raise UserError(f"--eval_judge_model {name}: the judge that pays; give another model")
     return judge_at(config, config.eval_judge, config.eval_judge_model)
 
@@ -1497,6 +1506,7 @@ class RunFolder:
             "data": run.digests,
             "optimizer": grpo.gathered_moments(run.optimizer),
             "method": run.method.state_dict(),
+            "judge": type(run.method.judge).__name__,
             "unfinished": unfinished,
             "pending": None,
         }
@@ -1781,8 +1791,8 @@ def resumed_config(saved: dict, given: dict, folder: Path) -> Config:
         value = getattr(config, name)
         if saved[name] == value:
             continue
-        # A server may have moved; but the offline judge, a model and none are different judges.
-        if name in JUDGES and not {"", "offline"} & {saved[name], value}:
+        # A server may have moved; but judges without a server, a model and none are different ones.
+        if name in JUDGES and not {"", *WITHOUT_CALLS} & {saved[name], value}:
             continue
         changed.append(f"--{name} {shown(name, value)} (the run has {shown(name, saved[name])})")
     if changed:
@@ -1882,6 +1892,11 @@ def check_data(config: Config, now: dict[str, str], then: dict[str, str]) -> Non
 
 def load_state(optimizer, method: rar.RubricReward, state: dict, folder: Path) -> None:
     """Puts back the optimiser's moments and the method's state. Raises UserError."""
+    # `offline` is another judge where the embedded model's package is missing.
+    judge = type(method.judge).__name__
+    if state.get("judge", judge) != judge:
+        why = f"was paid by {state['judge']}, and here the judge is {judge}"
+        raise UserError(f"--resume {folder}: {why}; install the same packages, or start a new run")
     try:
         grpo.load_moments(optimizer, state["optimizer"])
         method.load_state_dict(state["method"])

@@ -660,7 +660,7 @@ def test_a_trial_is_the_first_update_of_the_stage(tiny, forms):
     assert everything(policy, optimizer) == after_trial[method.active_class]
 
 
-FLAGS = "--method arlrr --stage 2 --validation 3 --prompts 6 --steps 5 --lr 0.01 --max_new_tokens 24"
+FLAGS = "--method arlrr --stage 2 --validation 3 --prompts 6 --steps 5 --lr 0.01 --max_new_tokens 24 --judge lexical"
 ALTERNATING = FLAGS.split()
 
 
@@ -849,7 +849,7 @@ def test_the_five_classes_weigh_alike_and_have_checks_only(evidence, tmp_path):
 
 @pytest.mark.long
 def test_the_evidence_is_made_from_real_runs(evidence, tiny, tmp_path, monkeypatch, capsys):
-    flags = f"--model {tiny} --prompts 3 --prompts_per_step 1 "
+    flags = f"--model {tiny} --judge lexical --prompts 3 --prompts_per_step 1 "
     flags += "--group_size 3 --max_new_tokens 12 --validation 2 --eval_every 1 --save_every 1"
     monkeypatch.setattr(evidence, "FLAGS", flags)
     monkeypatch.setattr(evidence, "STEPS", 2)

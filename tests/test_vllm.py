@@ -166,7 +166,7 @@ def test_vllm_importance_weights_pull_a_stale_sampler_back(engine, tiny):
 def test_vllm_trains_through_the_command(tiny, tmp_path):
     """Three steps of train.py: finite rewards, and a gap that is small as every step syncs."""
     out = tmp_path / "run"
-    flags = "--sampler vllm --vllm_memory 1 --steps 3 --prompts 3 --lr 0.003 --max_new_tokens 32"
+    flags = "--sampler vllm --vllm_memory 1 --steps 3 --prompts 3 --lr 0.003 --max_new_tokens 32 --judge lexical"
     flags += " --prompts_per_step 3 --group_size 8"
     assert train.main([*flags.split(), "--model", str(tiny), "--out", str(out)]) == 0
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

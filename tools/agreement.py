@@ -24,6 +24,7 @@ from judge import (
     LexicalJudge,
     LLMJudge,
     Question,
+    offline_judge,
     render_conversation,
 )
 
@@ -205,9 +206,9 @@ def print_rows(rows: list[dict]) -> None:
 
 def make_judges(args: argparse.Namespace) -> list[tuple]:
     """(name, judge) of each judge that the arguments name. Raises JudgeError."""
-    # The stand-in: what any model has to beat.
+    # The stand-ins: what any model has to beat.
     if not args.judge:
-        return [("offline", LexicalJudge())]
+        return [("offline", offline_judge()), ("lexical", LexicalJudge())]
     if len(args.judge) != len(args.judge_model):
         raise JudgeError("--judge needs as many names in --judge_model as it has URLs")
     # One after the other, so that each has the machine for itself.

@@ -239,7 +239,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("model", nargs="+", help="one model, run or file of answers, or two")
     add("--eval_data", default="", help="held-out prompts [data/heldout.jsonl]")
-    add("--judge", default=defaults.judge, help="offline, or a server's base URL [%(default)s]")
+    add("--judge", default=defaults.judge, help="offline, lexical, or a server's URL [%(default)s]")
     add("--judge_model", default="", help="the model's name on that server")
     add("--max_new_tokens", type=int, default=defaults.max_new_tokens, help="[%(default)s]")
     add("--dtype", default=defaults.dtype, help="auto, float32 or bfloat16 [%(default)s]")

@@ -89,7 +89,7 @@ for name in ARMS:
         BASES[name] = base
 STEPS = 25
 FLAGS = (
-    "--judge offline --prompts 8 --prompts_per_step 2 --group_size 8 --max_new_tokens 56 --lr 1e-4 "
+    "--judge lexical --prompts 8 --prompts_per_step 2 --group_size 8 --max_new_tokens 56 --lr 1e-4 "
     "--validation 8 --eval_every 5 --save_every 5"
 )
 COLORS = ("black", "green", "olive", "blue", "deepskyblue", "orange", "brown", "red", "pink")
