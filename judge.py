@@ -1193,7 +1193,7 @@ class AlignmentJudge:
     those). v: the words of the response. h: the hidden state of a word's last piece after half of
     the layers of a small language model, which has read the text up to there. This is the recall of
     BERTScore (Zhang et al. 2020, arXiv 1904.09675, section 3) with words for pieces, and two rules:
-    words in a row are no sentence (LEAST_SMALL_WORDS), and what is denied is not said (`is_denied`).
+    words in a row are no sentence (LEAST_SMALL_WORDS), what is denied is not said (`is_opposite`).
 
     Deterministic, no network, milliseconds per verdict. Each text is read by itself, so a verdict
     does not depend on the other questions.
@@ -1324,7 +1324,7 @@ class AlignmentJudge:
         return "judge offline: compares words in context (SmolLM2-135M), understands little"
 
     def take_stats(self) -> dict:
-        """judge_ties: scores within TIE of the threshold since the last call, counted as not met."""
+        """judge_ties: scores within TIE of the threshold, counted as not met, since the last call."""
         ties = self.ties
         self.ties = 0
         return {"judge_ties": ties}

@@ -20,7 +20,7 @@ from test_train import lines
 import rar
 import train
 
-SHORT = ["--steps", "6", "--prompts_per_step", "2", "--group_size", "6", "--max_new_tokens", "24", "--eval_every", "3", "--save_every", "4", "--lr", "0.01"]
+SHORT = ["--steps", "6", "--prompts_per_step", "2", "--group_size", "6", "--max_new_tokens", "24", "--eval_every", "3", "--save_every", "4", "--lr", "0.01", "--judge", "lexical"]
 METHODS = {
     "explicit": [],
     "rler": ["--method", "rler", "--epochs", "2", "--minibatches", "2", "--beta", "0.1"],

@@ -155,7 +155,7 @@ def test_the_scalar_rewards_of_arlrr_are_methods(tiny, few, forms, tmp_path, met
 
 def test_healthbench_rows_train(tiny, shared, tmp_path, capsys):
     path = shared("healthbench_200.jsonl")
-    flags = ["--steps", "1", "--prompts_per_step", "2", "--group_size", "2", "--max_new_tokens", "4"]
+    flags = ["--steps", "1", "--prompts_per_step", "2", "--group_size", "2", "--max_new_tokens", "4", "--judge", "lexical"]
     assert train.main(["--model", str(tiny), "--data", str(path), *flags, "--out", str(tmp_path / "run")]) == 0
     printed = capsys.readouterr().out
     assert "stand-in" in printed and "held-out prompts" in printed

@@ -11,6 +11,7 @@ standard error the same as a table.
 
 import argparse
 import json
+import random
 import statistics
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ from judge import (
     render_conversation,
 )
 
+RESAMPLES = 2000
+
 
 def judge_agreement(pairs: list[tuple[float | None, bool]]) -> dict:
     """Accuracy, Cohen's kappa, macro-F1 and the share of missing verdicts.
@@ -39,22 +42,7 @@ def judge_agreement(pairs: list[tuple[float | None, bool]]) -> dict:
     >>> judge_agreement([(1.0, True), (1.0, True), (0.0, False), (1.0, False), (None, True)])
     {'n': 5, 'accuracy': 0.75, 'kappa': 0.5, 'macro_f1': 0.7333, 'missing': 0.2}
     """
-    # The first letter: right or wrong; the second: what the judge says, met or not.
-    tp = 0
-    fp = 0
-    fn = 0
-    tn = 0
-    for score, label in pairs:
-        if score is None:
-            continue
-        if score >= 0.5 and label:
-            tp += 1
-        elif score >= 0.5:
-            fp += 1
-        elif label:
-            fn += 1
-        else:
-            tn += 1
+    tp, fp, fn, tn = confusion(pairs)
 
     # Without a single verdict there is no figure, and 0 would look like one.
     n = tp + fp + fn + tn
@@ -64,13 +52,8 @@ def judge_agreement(pairs: list[tuple[float | None, bool]]) -> dict:
     if n == 0:
         return result
 
-    # Cohen's kappa: the agreement beyond chance, of that which is possible beyond chance.
     result["accuracy"] = round((tp + tn) / n, 4)
-    # n * n times the agreement that two raters with these shares of "met" reach by chance.
-    chance = (tp + fp) * (tp + fn) + (tn + fn) * (tn + fp)
-    result["kappa"] = 0.0
-    if chance < n * n:
-        result["kappa"] = round((n * (tp + tn) - chance) / (n * n - chance), 4)
+    result["kappa"] = round(kappa([tp, fp, fn, tn]), 4)
 
     # The mean over both labels: always "not met" must not look good where few are met.
     wrong = fp + fn
@@ -78,6 +61,47 @@ def judge_agreement(pairs: list[tuple[float | None, bool]]) -> dict:
     f1_not_met = 2 * tn / max(1, 2 * tn + wrong)
     result["macro_f1"] = round((f1_met + f1_not_met) / 2, 4)
     return result
+
+
+def confusion(pairs: list[tuple[float | None, bool]]) -> list[int]:
+    """Counts of right and wrong "met", wrong and right "not met"; missing verdicts in none."""
+    counts = [0, 0, 0, 0]
+    for score, label in pairs:
+        if score is None:
+            continue
+        if score >= 0.5:
+            counts[0 if label else 1] += 1
+        else:
+            counts[2 if label else 3] += 1
+    return counts
+
+
+def kappa(counts: list[int]) -> float:
+    """Cohen's kappa: the agreement beyond chance, of that which is possible beyond chance."""
+    tp, fp, fn, tn = counts
+    n = tp + fp + fn + tn
+    # n * n times the agreement that two raters with these shares of "met" reach by chance.
+    chance = (tp + fp) * (tp + fn) + (tn + fn) * (tn + fp)
+    if chance == n * n:
+        return 0.0
+    return (n * (tp + tn) - chance) / (n * n - chance)
+
+
+def kappa_interval(pairs: list[tuple[float | None, bool]], questions: list[str]) -> list[float]:
+    """95 % interval of kappa: questions are resampled, each with all of its rows."""
+    # Rows of one question share a response or a theme: they are no independent values.
+    by_question = {}
+    for pair, question in zip(pairs, questions):
+        by_question.setdefault(question, []).append(pair)
+    counts = [confusion(group) for group in by_question.values()]
+
+    draw = random.Random(0)
+    kappas = []
+    for _ in range(RESAMPLES):
+        picked = draw.choices(counts, k=len(counts))
+        kappas.append(kappa([sum(column) for column in zip(*picked)]))
+    kappas.sort()
+    return [round(kappas[int(share * RESAMPLES)], 4) for share in (0.025, 0.975)]
 
 
 def read_labels(path: str) -> list[dict]:
@@ -111,7 +135,7 @@ def read_labels(path: str) -> list[dict]:
 def judge_labels(judge, rows: list[dict]) -> dict:
     """Agreement of a judge with human labels, and how far it leans on length.
 
-    length_bias: correlation of "the judge says met, the human does not" (+1; -1 for the reverse)
+    kappa_ci: 95 % interval over questions, where the rows have several. length_bias: correlation of "the judge says met, the human does not" (+1; -1 for the reverse)
     with the length of the response. For a language model also repeatability: the share of rows
     with the same verdict when it is asked again without the cache.
     """
@@ -121,7 +145,14 @@ def judge_labels(judge, rows: list[dict]) -> dict:
         conversation = render_conversation([{"role": "user", "content": row.get("question", "")}])
         questions.append(Question(conversation, row["response"], row["criterion"]))
     verdicts = judge.ask(questions, show_progress=True)
-    result = judge_agreement([(v.score, row["met"]) for v, row in zip(verdicts, rows)])
+    pairs = [(verdict.score, row["met"]) for verdict, row in zip(verdicts, rows)]
+    result = judge_agreement(pairs)
+
+    # With one question there is nothing to resample.
+    asked = [row.get("question", "") for row in rows]
+    result["kappa_ci"] = None
+    if len(set(asked)) > 1 and result["kappa"] is not None:
+        result["kappa_ci"] = kappa_interval(pairs, asked)
 
     # Without the cache, or it would repeat itself perfectly.
     if isinstance(judge, LLMJudge):
@@ -199,9 +230,9 @@ def print_rows(rows: list[dict]) -> None:
         print(json.dumps(row))
     # The table goes to another stream, so that the lines can be piped.
     names = list(rows[0]) if rows else []
-    print("".join(f"{name:>18}" for name in names), file=sys.stderr)
+    print("".join(f"{name:>20}" for name in names), file=sys.stderr)
     for row in rows:
-        print("".join(f"{row.get(name)!s:>18}" for name in names), file=sys.stderr)
+        print("".join(f"{row.get(name)!s:>20}" for name in names), file=sys.stderr)
 
 
 def make_judges(args: argparse.Namespace) -> list[tuple]:

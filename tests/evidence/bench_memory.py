@@ -1,4 +1,4 @@
-"""Does a long run of a tiny random model with the offline judge hold more and more memory?
+"""Does a long run of a tiny random model with the lexical judge hold more and more memory?
 
 Prints one JSON line: resident MB at step 100 and at the end, and their ratio.
 
@@ -57,7 +57,7 @@ def main() -> None:
         model = conftest.tiny.__wrapped__(factory)
         flags = ["--prompts_per_step", "2", "--group_size", "4", "--max_new_tokens", "16"]
         flags += ["--eval_every", "50", "--save_every", "50", "--steps", str(args.steps)]
-        flags += ["--model", str(model), "--method", args.method, "--out", f"{folder}/run"]
+        flags += ["--judge", "lexical", "--model", str(model), "--method", args.method, "--out", f"{folder}/run"]
         with redirect_stdout(sys.stderr):
             status = train.main(flags)
 

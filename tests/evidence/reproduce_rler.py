@@ -54,7 +54,7 @@ MEASURES = ("looping", "honest", "cut off", "content")
 STEPS = 20
 LAST = 5  # steps at the end that are reported
 FLAGS = (
-    "--method rler --prompts_per_step 2 --group_size 8 --max_new_tokens 48 "
+    "--judge lexical --method rler --prompts_per_step 2 --group_size 8 --max_new_tokens 48 "
     "--temperature 0.9 --lr 2e-4 --eval_every 1000 --save_every 10"
 )
 
