@@ -1324,7 +1324,7 @@ class AlignmentJudge:
         return "judge offline: compares words in context (SmolLM2-135M), understands little"
 
     def take_stats(self) -> dict:
-        """judge_ties: scores within TIE of the threshold, counted as not met, since the last call."""
+        """judge_ties: scores within TIE of the threshold since the last call, all not met."""
         ties = self.ties
         self.ties = 0
         return {"judge_ties": ties}
@@ -1345,8 +1345,9 @@ CLAUSE = set(CLAUSE_WORDS.split())
 def read_words(text: str) -> list[Word]:
     """All words of a text, small ones too.
 
-    >>> [(word.text, word.is_denied) for word in read_words("If it doesn't stop, see a doctor.")][3:]
-    [('stop', True), ('see', False), ('a', False), ('doctor', False)]
+    >>> words = read_words("If it doesn't stop, see a doctor.")
+    >>> [word.stem for word in words if word.is_denied and word.stem]
+    ['stop']
     """
     found = []
     denials = Counter()
@@ -1405,7 +1406,7 @@ def is_opposite(matches: list[Match]) -> bool:
 
 
 class LexicalJudge:
-    """A simpler stand-in: compares words as strings, understands nothing, can be fooled by stuffing.
+    """A simpler stand-in: compares words as strings, understands nothing, is fooled by stuffing.
 
     Deterministic, no network, tens of microseconds per verdict.
 
