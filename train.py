@@ -2284,7 +2284,14 @@ def main(argv: list[str] | None = None) -> int:
         try:
             config, given = parse_config(argv)
             status = train(config, given)
-        except (UserError, rar.DataError, JudgeError, FloatingPointError, ImportError) as error:
+        except (
+            UserError,
+            rar.DataError,
+            JudgeError,
+            FloatingPointError,
+            ImportError,
+            OSError,  # what a file system says of a name: too long, no permission
+        ) as error:
             # Any process may be the one with the error. Most errors are those of all: the first one
             # prints its line and ends, and torchrun ends the others while they wait.
             if not is_first():

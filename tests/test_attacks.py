@@ -685,6 +685,9 @@ def test_many_random_flags_are_a_config_or_one_line():
         (["--model", "\x1b[2J"], "give a text without control characters"),
         (["--mask_truncated", "2"], "--mask_truncated"),
         (["--prompts_per_step", "1000000000"], "give at most"),
+        (["--seed", "9" * 400], "give a finite number"),
+        (["--data", "x" * 400], "File name too long"),
+        (["--resume", "x" * 400], "File name too long"),
     ],
 )
 def test_odd_values_cost_one_line(base, tmp_path, capsys, flags, words):
