@@ -1,9 +1,9 @@
 """What `--judge_ahead 1` saves: seconds per step with judge servers of three speeds.
 
-    python tests/evidence/bench_ahead.py                 # 50 ms, 500 ms and 2 s per call
-    python tests/evidence/bench_ahead.py --delays 0.2 --model FOLDER --steps 12
+    python tests/evidence/bench_ahead.py                   # 50 ms, 500 ms and 2 s per call
+    python tests/evidence/bench_ahead.py --model smollm2   # the default policy; or a folder
 
-Prints one JSON line per server, which is a process of its own on this machine and only waits. Both
+The policy is a random model of four layers, so that a step takes about as long as its judge. Prints one JSON line per server, which is a process of its own on this machine and only waits. Both
 runs of a line do the same work: cold caches, the torch sampler, no evaluation in the steps that are
 timed (all but the first and the last). judge, rest: seconds per step of judging, and of rollout and
 training; after / ahead: of the run that judges after rolling out, and of the one that judges ahead.
@@ -23,7 +23,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import grpo
 import train
+
+
+def make_small_model(folder: Path) -> str:
+    """A random model with SmolLM2's tokenizer; its folder."""
+    original = grpo.smollm2_folder()
+    config = AutoConfig.from_pretrained(original)
+    config.update({"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 256})
+    config.update({"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(original).save_pretrained(folder)
+    return str(folder)
 
 
 def start_server(delay: float) -> tuple[subprocess.Popen, str]:
@@ -95,11 +109,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--delays", type=float, nargs="+", default=[0.05, 0.5, 2.0])
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--prompts", type=int, default=2, help="per step")
+    parser.add_argument("--model", default="", help="smollm2 or a folder [a random small one]")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--prompts", type=int, default=4, help="per step")
     parser.add_argument("--rollouts", type=int, default=4, help="per prompt")
-    parser.add_argument("--tokens", type=int, default=16, help="of an answer, at most")
+    parser.add_argument("--tokens", type=int, default=32, help="of an answer, at most")
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
@@ -107,7 +121,8 @@ def main() -> None:
         lines = (ROOT / "data" / "heldout.jsonl").read_text(encoding="utf8").split("\n")
         few = Path(folder) / "few.jsonl"
         few.write_text("\n".join(lines[:2]) + "\n", encoding="utf8")
-        flags = ["--model", args.model, "--eval_data", str(few), "--steps", str(args.steps)]
+        model = args.model or make_small_model(Path(folder) / "small")
+        flags = ["--model", model, "--eval_data", str(few), "--steps", str(args.steps)]
         flags += ["--prompts_per_step", str(args.prompts), "--group_size", str(args.rollouts)]
         flags += ["--max_new_tokens", str(args.tokens)]
         flags += ["--eval_every", "1000", "--save_every", "1000"]
