@@ -2094,14 +2094,17 @@ def read_batch(run: Run, step: int, saved: dict, folder: Path) -> Batch:
     """The pending batch of a checkpoint after `step` updates. Raises UserError."""
     examples = next_batch(run.method.pool(run.examples), run.config, step)
     groups = []
-    for example, rows in zip(examples, saved["groups"]):
-        rollouts = [grpo.Rollout(**row) for row in rows]
-        # Its answers would be judged by another prompt's rubric.
-        if rollouts[0].prompt_ids != run.policy.encode(example):
-            why = "its pending rollouts are of other prompts than the data have now"
-            raise UserError(f"{folder}/checkpoint/trainer.pt: {why}; put the data back")
-        groups.append(rar.Group(example, rollouts))
-    return Batch(saved["log"], groups, saved["seconds_rollout"])
+    try:
+        for example, rows in zip(examples, saved["groups"], strict=True):
+            rollouts = [grpo.Rollout(**row) for row in rows]
+            # Its answers would be judged by another prompt's rubric.
+            if rollouts[0].prompt_ids != run.policy.encode(example):
+                raise ValueError(f"pending rollouts of another prompt than {example.id!r}")
+            groups.append(rar.Group(example, rollouts))
+        return Batch(dict(saved["log"]), groups, float(saved["seconds_rollout"]))
+    except Exception as error:  # noqa: BLE001  (of another run or edited)
+        why = f"does not belong to this run ({first_line(error)})"
+        raise UserError(f"{folder}/checkpoint/trainer.pt: {why}; put its own back") from None
 
 
 def begin_batch(run: Run, step: int, lab: arlrr.Lab) -> Batch:

@@ -254,8 +254,8 @@ def test_a_gradient_that_is_not_finite_leaves_the_last_checkpoint(flags, tmp_pat
     same_run(whole, cut)
 
 
-def test_pending_rollouts_of_other_prompts_are_refused(flags, judged, tmp_path, monkeypatch, capsys):
-    flags = [*flags, "--data", judged, "--save_every", "1", "--eval_every", "100"]
+def test_a_pending_batch_of_another_run_is_one_line(flags, tmp_path, monkeypatch, capsys):
+    flags = [*flags, "--save_every", "1", "--eval_every", "100"]
     out = tmp_path / "run"
     original = train.learn
 
@@ -267,12 +267,14 @@ def test_pending_rollouts_of_other_prompts_are_refused(flags, judged, tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(train, "learn", stops)
         assert train.main([*flags, "--out", str(out)]) == 130
-    text = Path(judged).read_text(encoding="utf8")
-    Path(judged).write_text(text.replace("What is", "How much is"), encoding="utf8")
-    capsys.readouterr()
-    assert train.main(["--resume", str(out)]) == 2
-    printed = capsys.readouterr().err.strip()
-    assert "pending rollouts are of other prompts" in printed and "\n" not in printed
+    good = saved_state(out)["pending"]
+    other = [[row | {"prompt_ids": [5]} for row in rows] for rows in good["groups"]]
+    for edited in ("x", good | {"groups": good["groups"][:1]}, good | {"groups": other}, good | {"log": 3}):
+        torch.save(saved_state(out) | {"pending": edited}, out / "checkpoint" / "trainer.pt")
+        capsys.readouterr()
+        assert train.main(["--resume", str(out)]) == 2
+        printed = [line for line in capsys.readouterr().err.split("\n") if line.startswith("train.py: ")]
+        assert len(printed) == 1 and "trainer.pt: does not belong to this run" in printed[0]
 
 
 # ---------------------------------------------------------------------- the judge
