@@ -93,7 +93,7 @@ def test_labels_of_statements_are_questions_with_a_rubric(tmp_path, capsys):
     assert [criterion.weight for criterion in read.example.rubric] == [1.0, 0.3]
     assert read.human == [1.0, pytest.approx(0.3 / 1.3)]
     assert read.pairs() == [(0, 1)]
-    assert judge_study.main(["--data", str(tmp_path / "labels.jsonl")]) == 0
+    assert judge_study.main(["--data", str(tmp_path / "labels.jsonl"), "--judge", "lexical"]) == 0
     table = cells_of(capsys.readouterr().out)
     # Offline there are the two designs that need no opinion.
     assert set(table) == {"design", "explicit", "points"} and table["explicit"][5] == "1.000"

@@ -14,7 +14,7 @@ one that words cannot fool: by default the exact checks of the same prompts in d
 run one of them (the complete ending) comes to be paid as well, which makes it the milder test.
 
     python tests/evidence/examiner.py --png tests/evidence/examiner.png
-    python tests/evidence/examiner.py --examiner lexical    # or a URL, with --examiner_model NAME
+    python tests/evidence/examiner.py --examiner offline    # or a URL, with --examiner_model NAME
     python tests/evidence/examiner.py --runs RUN [RUN ...] --data FILE --examiner URL ...
 
 With --runs: of runs of one's own, every rollout in samples.jsonl. Their payer's score is the reward
@@ -38,7 +38,7 @@ import reproduce_rler
 from intervals import Row, compare_pairs
 
 import rar
-from judge import JudgeError, LexicalJudge, LLMJudge
+from judge import JudgeError, LexicalJudge, LLMJudge, offline_judge
 
 ENDS = 5  # visits of a prompt at each end that are compared
 ARMS = ("fixed", "evolving")
@@ -56,6 +56,8 @@ def make_judge(name: str, model: str):
     # Checks are decided by counting whichever judge there is.
     if name in ("lexical", "checks"):
         return LexicalJudge()
+    if name == "offline":
+        return offline_judge()
     return LLMJudge(name, model)
 
 
@@ -246,7 +248,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 2 after one line about what is wrong."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examiner", default="checks", help="checks, lexical, or a URL [checks]")
+    parser.add_argument("--examiner", default="checks", help="checks, offline, lexical, or a URL")
     parser.add_argument("--examiner_model", default="", metavar="NAME", help="its model's name")
     parser.add_argument("--runs", nargs="+", default=[], metavar="RUN", help="runs of one's own")
     parser.add_argument("--data", default="", metavar="FILE", help="with --runs: their rubrics")

@@ -4,7 +4,7 @@ The paper compares ways to make a reward of a judge's opinion (section 4.3) by a
 reward prefers the answer that people prefer. This is that comparison for any judge on any data:
 
     python tests/evidence/judge_study.py --judge URL --judge_model NAME --data FILE
-    python tests/evidence/judge_study.py --data FILE           # the offline judge: two designs
+    python tests/evidence/judge_study.py --data FILE    # --judge offline or lexical: two designs
 
 FILE has one JSON object per line, in one of two formats.
 
@@ -45,7 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from intervals import Row, compare_arms, crossed_bootstrap, score_table
 
-from judge import JudgeError, LexicalJudge, LLMJudge
+from judge import JudgeError, LexicalJudge, LLMJudge, offline_judge
 from rar import (
     DESIGNS,
     ZERO_STD,
@@ -228,9 +228,19 @@ def run_design(judge, name: str, questions: list[Question]) -> Result:
 
 def usable_designs(judge) -> list[str]:
     """The designs that this judge can be asked by."""
-    if isinstance(judge, LexicalJudge):
-        return [name for name, design in DESIGNS.items() if not design.needs_model]
-    return list(DESIGNS)
+    if isinstance(judge, LLMJudge):
+        return list(DESIGNS)
+    return [name for name, design in DESIGNS.items() if not design.needs_model]
+
+
+def make_judge(args: argparse.Namespace):
+    """The judge that the arguments name. Raises JudgeError."""
+    if args.judge == "offline":
+        return offline_judge()
+    if args.judge == "lexical":
+        return LexicalJudge()
+    # However many verdicts are missing: their share is one of the figures.
+    return LLMJudge(args.judge, args.judge_model, args.judge_k, args.cache, max_missing=1.0)
 
 
 # ------------------------------------------------------------------------- the report
@@ -297,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 2 after one line about what is wrong."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, metavar="FILE", help="questions with answers")
-    parser.add_argument("--judge", default="", metavar="URL", help="base URL; without: offline")
+    parser.add_argument("--judge", default="offline", metavar="URL", help="or offline, lexical")
     parser.add_argument("--judge_model", default="", metavar="NAME", help="the model's name there")
     parser.add_argument("--judge_k", type=int, default=1, help="criteria per call (0: all)")
     parser.add_argument("--designs", nargs="+", choices=list(DESIGNS), help="only these")
@@ -306,13 +316,7 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         questions = read_questions(args.data)
-        if args.judge:
-            # However many verdicts are missing: their share is one of the figures.
-            judge = LLMJudge(
-                args.judge, args.judge_model, args.judge_k, args.cache, max_missing=1.0
-            )
-        else:
-            judge = LexicalJudge()
+        judge = make_judge(args)
         results = {}
         for name in args.designs or usable_designs(judge):
             results[name] = run_design(judge, name, questions)
