@@ -759,10 +759,7 @@ def load_policy(
 
     # float32 weights everywhere: at a learning rate of 1e-6 most steps of a bfloat16 weight,
     # which has three digits, round to nothing.
-    base = base_model(folder)  # the folder itself, unless it is the checkpoint of a LoRA run
-    if lora_rank and base != folder:
-        raise ValueError("it holds adapters already; first: python grpo.py merge CHECKPOINT FOLDER")
-    model = load_weights(base)
+    model = load_weights(base_model(folder))  # of a folder that holds a model: itself
     model = model.to(device).eval()
     # On the model, because a copy of it (the reference) has to compute alike.
     model.bfloat16_layers = bfloat16
@@ -778,14 +775,8 @@ def load_policy(
     if bfloat16:
         use_tf32(device)
 
-    # For large models, see the end of the file: fewer weights to train, or several processes that
-    # share them.
-    if base != folder:
-        merge_adapters(model, folder)
-    if lora_rank:
-        add_lora(model, lora_rank)
-    elif rank_and_world()[1] > 1:
-        shard(model)
+    # On a node, for large models: see the end of the file.
+    adapt(model, folder, lora_rank)
     return model, tokenizer
 
 
@@ -1590,6 +1581,26 @@ def deal_passes(groups: list[list[Rollout]], pass_tokens: int) -> list[Pass]:
 
 
 # ---------------------------------------------------------------------------------- sharding
+
+
+def adapt(model, folder, lora_rank: int) -> None:
+    """What a policy needs beyond its weights, if anything: adapters, or processes that share it.
+
+    folder: where it comes from. Raises ValueError with one line.
+    """
+    # The checkpoint of a LoRA run. Adapters upon adapters would have a base that others cannot
+    # load.
+    if base_model(folder) != folder:
+        if lora_rank:
+            advice = "python grpo.py merge CHECKPOINT FOLDER"
+            raise ValueError(f"it holds adapters already; first: {advice}")
+        merge_adapters(model, folder)
+
+    # Adapters are so few weights that there is little to share.
+    if lora_rank:
+        add_lora(model, lora_rank)
+    elif rank_and_world()[1] > 1:
+        shard(model)
 
 
 def shard(model) -> None:
