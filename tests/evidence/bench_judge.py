@@ -1,12 +1,14 @@
 """How close the judge client comes to the ideal, and what a failing server costs it.
 
-    python tests/evidence/bench_judge.py     # 4,096 questions, 64 workers, 50 ms per answer
+    python tests/evidence/bench_judge.py         # 4,096 questions, 64 workers, 50 ms per answer
+    python tests/evidence/bench_judge.py --k 0   # 4,096 calls, each with all 8 of a response
 
 Prints one JSON line per measurement. The server is a process of its own on this machine, the
-cache a new SQLite file. ideal = questions / workers * 50 ms. Memory is the growth of this
-process's peak, questions and verdicts included.
+cache a new SQLite file. ideal = calls / workers * 50 ms. Memory is the growth of this process's
+peak, questions and verdicts included.
 """
 
+import argparse
 import json
 import resource
 import subprocess
@@ -22,7 +24,8 @@ from judge_server import truth
 
 from judge import LLMJudge, Question, render_conversation
 
-COUNT = 4096
+CALLS = 4096
+STATEMENTS = 8  # about each response
 WORKERS = 64
 DELAY = 0.05
 
@@ -35,13 +38,13 @@ def start_server(faults: float) -> tuple[subprocess.Popen, str]:
     return server, server.stdout.readline().strip()
 
 
-def make_questions() -> list[Question]:
-    """Eight statements about each of many responses of two thousand characters."""
+def make_questions(count: int) -> list[Question]:
+    """Several statements about each of many responses of a thousand characters."""
     messages = [{"role": "user", "content": "What helps against a cold? " * 10}]
     conversation = render_conversation(messages)
     questions = []
-    for i in range(COUNT):
-        response = f"Response {i // 8}. " * 60
+    for i in range(count):
+        response = f"Response {i // STATEMENTS}. " * 60
         questions.append(Question(conversation, response, f"Statement number {i}."))
     return questions
 
@@ -51,18 +54,20 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measure(faults: float) -> dict:
-    """One batch through a fresh server, with a cold cache."""
+def measure(faults: float, k: int) -> dict:
+    """One batch through a fresh server, with a cold cache. k: statements per call, 0 for all."""
+    count = CALLS * (k or STATEMENTS)
     server, url = start_server(faults)
     try:
         warm = LLMJudge(url, "warm-up", workers=4, max_missing=1)
         warm.ask([Question("c", "r", f"{i}") for i in range(8)])
         before = peak_memory()
-        questions = make_questions()
+        questions = make_questions(count)
         with tempfile.TemporaryDirectory() as folder:
             judge = LLMJudge(
                 url,
                 "model",
+                k=k,
                 workers=WORKERS,
                 timeout=(2, 0.5),
                 patience=60,
@@ -84,10 +89,11 @@ def measure(faults: float) -> dict:
             missing += 1
         elif verdict.score != float(truth(question.statement)):
             wrong += 1
-    ideal = COUNT / WORKERS * DELAY
+    ideal = CALLS / WORKERS * DELAY
     kinds = {name: n for name, n in stats.items() if name.startswith("judge_missing_")}
     return {
-        "questions": COUNT,
+        "questions": count,
+        "k": k,
         "workers": WORKERS,
         "faults": faults,
         "seconds": round(seconds, 2),
@@ -103,12 +109,17 @@ def measure(faults: float) -> dict:
 
 def main() -> None:
     """Three faultless batches, then one with 30 % faults of all kinds."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--k", type=int, default=1, choices=(0, 1), help="0: all of a response")
+    args = parser.parse_args()
     seconds = []
     for _ in range(3):
-        row = measure(0.0)
+        row = measure(0.0, args.k)
         seconds.append(row["seconds"])
         print(json.dumps(row), flush=True)
-    faulty = measure(0.3)
+    faulty = measure(0.3, args.k)
     times = round(faulty["seconds"] / min(seconds), 2)
     print(json.dumps(faulty | {"times_the_faultless_run": times}))
 
