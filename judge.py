@@ -12,10 +12,11 @@ up or down by the sign of the criterion. rar.py decides what a missing verdict d
 
     to read    questions and verdicts, prompts, reading an answer    what is asked, what counts
                LLMJudge                                              a language model as judge
-               words and sentences, checks                           decided by counting
-               AlignmentJudge, LexicalJudge, demo                    without a network
-    to skip    all below the banner "below: what makes it last a weekend": JSON found in a text,
-               replies taken apart, retries, the probe, connections, limits, the cache, panels
+               checks                                                decided by counting
+    to skip    all below the banner "a first reader can stop here". What makes a judge last a
+               weekend: JSON found in a text, replies taken apart, retries, the probe, connections,
+               limits, the cache, panels. Then what each check counts. Last, AlignmentJudge and
+               LexicalJudge, which pay where there is no network, and the worked example.
 
     python judge.py                                       # a worked example
     python tools/agreement.py FILE.jsonl                  # how far a judge agrees with people
@@ -67,7 +68,7 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True)
 class Question:
-    """One thing to ask about one response. Two equal questions are asked once.
+    """One thing to ask about one response. A language model is asked two equal ones once.
 
     conversation: what the response answers, as render_conversation gives it.
     statement: what may be true of the response; "" only with `prompt`.
@@ -92,14 +93,6 @@ class Question:
 
 class JudgeError(Exception):
     """The judge cannot be used; the message is one line for the user."""
-
-
-def progress_bar(total: int, description: str, unit: str = "it", show: bool = True) -> tqdm:
-    """A progress bar that goes away when it is done, on terminals only."""
-    # tqdm's `disable` has three states: True hides the bar, False shows it, and None shows it
-    # only where the output is a terminal.
-    disable = None if show else True
-    return tqdm(total=total, desc=description, unit=unit, leave=False, disable=disable)
 
 
 # ------------------------------------------------------------------ prompts
@@ -197,44 +190,6 @@ def fenced(text: str) -> str:
     return f"{fence}\n{text}\n{fence}"
 
 
-# Characters of one text that are sent: a looping response must not cost a million tokens.
-LONGEST_TEXT = 100_000
-
-# What chat templates mark turns with. The judge's own template decides which of them it takes for
-# the end of the user's turn, so the common ones are broken by a space after their first sign.
-CONTROL_TOKEN = re.compile(
-    r"""([<\[])(?=
-        [|｜]                                            # <|im_end|>, <|eot_id|>, <｜User｜>
-      | /?(?:s|bos|eos|pad|unk|mask)>                    # Llama 2, Mistral, Gemma
-      | (?:start|end)_of_(?:turn|image)>                 # Gemma
-      | /?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]     # Mistral
-      | <(?:/?SYS)>>                                     # Llama 2
-    )""",
-    re.VERBOSE | re.IGNORECASE,
-)
-
-
-def clean(text: str) -> str:
-    """The text as servers take it: no lone surrogates, no null bytes, no control tokens of chat
-    templates, about LONGEST_TEXT characters at most."""
-    # Cut first: what follows would be slow on megabytes. The middle goes: a conversation's end is
-    # what the response answers, and a response's beginning counts as much as its end.
-    if len(text) > LONGEST_TEXT:
-        half = LONGEST_TEXT // 2
-        text = f"{text[:half]}\n[cut here: longer than the judge is sent]\n{text[-half:]}"
-
-    # JSON cannot carry half of a surrogate pair, and many servers end at a null byte.
-    text = text.encode("utf8", "replace").decode("utf8")
-    text = text.replace("\x00", "\ufffd")
-    return CONTROL_TOKEN.sub(r"\1 ", text)
-
-
-def printable(text: str) -> str:
-    """The text on one line without control characters, which a terminal would obey."""
-    words = " ".join(text.split())
-    return "".join(letter if letter.isprintable() else "?" for letter in words)
-
-
 def answer_format(size: int) -> dict:
     """The `response_format` of a call with `size` statements."""
     properties = {"reason": {"type": "string"}, "met": {"type": "boolean"}}
@@ -269,8 +224,8 @@ def read_answer(text: str, questions: list[Question], is_cut: bool = False) -> l
     S1, S2, ... Python's True and False are read as JSON's.
 
     What does not count: objects in thoughts (<think>); any object that a later answer in broken
-    JSON follows (the later one was meant); with is_cut, where the answer broke off, any object
-    before the end of the text (it was an example or a draft).
+    JSON follows (the later one was meant); with is_cut, where the answer broke off, any object that
+    more text follows (it was an example or a draft).
     """
     # A single statement has no name to repeat, so a model cannot get it wrong.
     if len(questions) == 1:
@@ -328,8 +283,8 @@ def to_score(value: object, scale: tuple[float, float] | None) -> float | None:
 class Reading(NamedTuple):
     """What was read in an answer.
 
-    value: in `ask` a list of Verdicts, which may have gaps; in `write` the pair (what its `read`
-    made, the object); None when there was nothing.
+    value: what the caller's reader made of it. For LLMJudge.ask a list of Verdicts, some of them
+    missing; for LLMJudge.write a pair, see `write_one`. None when nothing was read.
     """
 
     value: object
@@ -630,7 +585,9 @@ class LLMJudge:
     def settle(self, request: "Request", read: Callable) -> Outcome:
         """Asks, at most twice, until the answer is usable.
 
-        read(reply, value read in the answer before) -> Reading.
+        read(reply, value read in the answer before) -> Reading. reply.kind: "answer", or the kind
+        of failure after the server's own retries. server.learn_format: remembers whether this
+        server manages a JSON schema.
         """
         first = self.server.complete(request)
         if first.kind != "answer":
@@ -695,89 +652,6 @@ class LLMJudge:
         about["prompt_tokens"] = reply.prompt_tokens
         about["completion_tokens"] = reply.completion_tokens
         self.cache.add(key, value, about)
-
-
-# ------------------------------------------------------------------ words and sentences
-
-# Words without content of their own. The last three lines are the frame that criteria are written
-# in ("The response states that ..."): without them every criterion would ask for "states".
-SMALL_WORDS = """
-a an the and or but if then than so of in on at to for from by with without about as into over
-under between is are was were be been being am do does did doing have has had having will would
-shall should can could may might must not no nor it its this that these those there here he she
-they them their his her your yours we our us i me my mine what which who whom whose when where why
-how all any both each few more most other some such only own same too very just also one however
-therefore because while during
-response answer reader user you states state mentions mention explains explain advises advise
-recommends recommend suggests suggest says say tells tell claims claim notes note describes
-describe includes include"""
-STOP = set(SMALL_WORDS.split())
-
-# Everyday names of one idea, which criteria and answers use for each other. Few on purpose: wider
-# lists (any "professional", any "visit") lower the agreement with physicians. Of the emergency
-# numbers only 911: others, such as 112, may be a dose.
-SYNONYMS = {
-    "physician": "doctor",
-    "gp": "doctor",
-    "clinician": "doctor",
-    "ambulance": "emergency",
-    "911": "emergency",
-    "medication": "medicine",
-    "drug": "medicine",
-    "tablet": "medicine",
-    "pill": "medicine",
-    "seeing": "see",
-    "seen": "see",
-    "consult": "see",
-}
-# A crude stem: the longest of these endings goes, if at least four letters stay.
-ENDING = re.compile(
-    "(?<=.{4})(ization|ational|(ive|ful)?ness|ations?|ments?|(ing|ed)?ly|ies|ing|ers?|e[ds]?|[sy])$"
-)
-LIST_MARK = re.compile(r"^\s*(?:[-*•–]|\d{1,2}[.)])(?:\s+|$)")
-SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+|(?<=[。！？])")
-
-
-def content_words(text: str) -> list[str]:
-    """Stemmed content words in order, numbers included. A word is a run of letters or digits.
-
-    >>> content_words("States that the patient should see a physician about resting.")
-    ['patient', 'see', 'doctor', 'rest']
-    """
-    words = []
-    for word in re.findall(r"[^\W_]+", text.lower()):
-        word_stem = stem(word)
-        if word_stem:
-            words.append(word_stem)
-    return words
-
-
-def stem(word: str) -> str:
-    """What stays of a word in lower case without its ending; "" for one without content.
-
-    >>> stem("resting"), stem("the")
-    ('rest', '')
-    """
-    # Single Latin letters mean nothing; digits and single signs of other scripts do.
-    is_letter = len(word) == 1 and word.isascii() and not word.isdigit()
-    if word in STOP or is_letter:
-        return ""
-
-    # The synonym first: stems are not in the table.
-    return ENDING.sub("", SYNONYMS.get(word, word))
-
-
-def sentences(text: str) -> list[str]:
-    """Sentences and list lines. A dot ends a sentence only before a space, so "2.5 g" is whole."""
-    parts = []
-    for line in text.split("\n"):
-        # A list number's dot ends no sentence.
-        line = LIST_MARK.sub("", line)
-        for sentence in SENTENCE_END.split(line):
-            sentence = sentence.strip()
-            if re.search(r"\w", sentence):
-                parts.append(sentence)
-    return parts
 
 
 # ------------------------------------------------------------------ checks, decided by counting
@@ -856,7 +730,12 @@ def parse_check(check: str) -> Check:
         # Quoted as in JSON, so that a text may hold a quotation mark.
         with suppress(ValueError):
             words = tuple(json.loads(word) for word in ONE_QUOTED.findall(match[2]))
-            return Check(match[1], words=words)
+            # Every response contains "", and mentions all content words of "the".
+            looked_for = words
+            if match[1] == "mentions":
+                looked_for = [content_words(word) for word in words]
+            if all(looked_for):
+                return Check(match[1], words=words)
 
     # A typing error must not become a criterion that nothing meets.
     known = ", ".join(rule.example for rule in CHECKS.values())
@@ -877,668 +756,58 @@ def compare(value: float, operator: str, number: float) -> bool:
     return value == number
 
 
-# Measures take the response and what was asked. The last four are shares from 0 to 1.
+# ==================================================================================================
+# A first reader can stop here: below is what makes it last a weekend, what each check counts, and
+# last the judges that need no network.
+# ==================================================================================================
 
+# ------------------------------------------------------------------ texts as they are sent
 
-def count_characters(response: str, asked_text: str) -> float:
-    """Characters, spaces included."""
-    return len(response)
+# Characters of one text that are sent: a looping response must not cost a million tokens.
+LONGEST_TEXT = 100_000
 
-
-def count_words(response: str, asked_text: str) -> float:
-    """Words, separated by spaces."""
-    return len(response.split())
-
-
-def count_sentences(response: str, asked_text: str) -> float:
-    """Sentences and list lines."""
-    return len(sentences(response))
-
-
-def count_paragraphs(response: str, asked_text: str) -> float:
-    """Blocks of text between empty lines."""
-    blocks = re.split(r"\n\s*\n", response)
-    return sum(bool(block.strip()) for block in blocks)
-
-
-def count_items(response: str, asked_text: str) -> float:
-    """List lines that say something: a bare "3." is none."""
-    count = 0
-    for line in response.split("\n"):
-        if LIST_MARK.match(line) and re.search(r"\w", LIST_MARK.sub("", line)):
-            count += 1
-    return count
-
-
-def count_questions(response: str, asked_text: str) -> float:
-    """Question marks."""
-    return response.count("?") + response.count("？")
-
-
-def repetition(response: str, asked_text: str = "") -> float:
-    """Share of word triples that occurred before: 0 in ordinary short text, towards 1 in loops."""
-    # Triples: pairs of words repeat in any text, and loops repeat much more.
-    words = re.findall(r"\w+", response.lower())
-    triples = list(zip(words, words[1:], words[2:]))
-    # Fewer than three words cannot repeat.
-    if not triples:
-        return 0.0
-    return 1 - len(set(triples)) / len(triples)
-
-
-def keyword_share(response: str, asked_text: str) -> float:
-    """Share of words that are not small words ("the", "is"): 0.45 to 0.7 in sentences.
-
-    0 for fewer than eight words: a short answer may be a name.
-    """
-    # All words, single letters too: this is about how a text is strung together.
-    words = re.findall(r"[^\W_]+", response.lower())
-    if len(words) < 8:
-        return 0.0
-    return sum(word not in STOP for word in words) / len(words)
-
-
-def copied_share(response: str, asked_text: str) -> float:
-    """Share of the content words that are the question's."""
-    # As stems: who only changes an ending has copied.
-    words = content_words(response)
-    asked = set(content_words(asked_text))
-    if not words:
-        return 0.0
-    return sum(word in asked for word in words) / len(words)
-
-
-HEDGE = re.compile(
-    r"\b(it depends|depends on|may or may not|might|perhaps|possibly|varies|in some cases"
-    r"|hard to say)\b",
-    re.IGNORECASE,
-)
-
-
-def hedged_share(response: str, asked_text: str) -> float:
-    """Share of the sentences that hedge and add fewer than three content words."""
-    asked = set(content_words(asked_text))
-    # One hedge in a long answer is no fault; a share of them is.
-    spoken = sentences(response)
-    hedged = 0
-    for sentence in spoken:
-        # A hedge that goes on to say something is honest caution, no fault.
-        added = set(content_words(sentence)) - asked
-        if HEDGE.search(sentence) and len(added) < 3:
-            hedged += 1
-    return hedged / max(len(spoken), 1)
-
-
-# Predicates take the response alone.
-
-
-def ends_complete(response: str) -> bool:
-    """The last line ends in final punctuation and is more than a bare list number ("3.")."""
-    # Quotation marks and brackets may follow the final sign.
-    last = response.rstrip().rpartition("\n")[2]
-    is_ended = re.search(r"[.!?。！？…][\"'”’)\]*]*$", last)
-    says_something = re.search(r"\w", LIST_MARK.sub("", last))
-    return bool(is_ended and says_something)
-
-
-def addresses_reader(response: str) -> bool:
-    """Says "you" or a form of it."""
-    # Whole words: "youth" is no address.
-    return bool(re.search(r"\byou(r|rs|rself)?\b", response, re.IGNORECASE))
-
-
-EXAMPLE_WORDS = re.compile(
-    r"\b(for example|for instance|such as|e\.g\.|(an|one|another) example (is|of|would))",
-    re.IGNORECASE,
-)
-
-
-def gives_example(response: str) -> bool:
-    """Introduces an example in words: "for example", "such as", ..."""
-    return bool(EXAMPLE_WORDS.search(response))
-
-
-# The others look for one of several texts.
-
-
-def contains(response: str, words: tuple[str, ...]) -> bool:
-    """Holds one of the texts, whatever their case."""
-    return any(word.lower() in response.lower() for word in words)
-
-
-def mentions(response: str, words: tuple[str, ...]) -> bool:
-    """Holds all content words of one of the texts, in any form that has the same stem."""
-    # As stems, so that "infections" mentions an infection.
-    spoken = set(content_words(response))
-    return any(set(content_words(word)) <= spoken for word in words)
-
-
-def starts_with(response: str, words: tuple[str, ...]) -> bool:
-    """Begins with one of the texts, whatever their case."""
-    return response.strip().lower().startswith(tuple(word.lower() for word in words))
-
-
-def ends_with(response: str, words: tuple[str, ...]) -> bool:
-    """Ends with one of the texts, whatever their case."""
-    return response.strip().lower().endswith(tuple(word.lower() for word in words))
-
-
-def boxed(response: str, words: tuple[str, ...]) -> bool:
-    """The last box holds one of the texts: an option's letter, in brackets or not, or its words."""
-    inside = boxed_text(response)
-    if inside is None:
-        return False
-    # "B", "(B)", "B.", "B: Iron" name the letter.
-    letter = re.match(r"\(?([A-Z])(?:[).:]|\s*$)", inside)
-    for word in words:
-        if len(word) == 1 and word.isupper():
-            # A letter is a letter: the option "B" is not met by an answer whose text is "b".
-            if letter and letter[1] == word:
-                return True
-        elif undress(word).lower() == inside.lower():
-            return True
-    return False
-
-
-def boxed_text(response: str) -> str | None:
-    r"""What is in the last \boxed{...}, without dress; None when there is no box.
-
-    >>> boxed_text(r"\boxed{A} or \boxed{\textbf{\text{(B)}}}"), boxed_text("B")
-    ('(B)', None)
-    """
-    # One pass, with the braces that are open: boxes hold any number of braces.
-    boxed = None
-    opened = []
-    for match in re.finditer(r"(\\boxed\s*)?\{|\}", response):
-        if match[0] != "}":
-            opened.append(match)
-        elif opened:
-            opening = opened.pop()
-            if opening[1]:
-                boxed = response[opening.end() : match.start()]
-    if boxed is None:
-        return None
-
-    return undress(boxed)
-
-
-# Only of letters: \sqrt{2} is another answer than 2.
-DRESS = re.compile(r"\\(?:text|math|operatorname|mbox|bold|bm\b)\w*\s*\{([^{}]*)\}")
-
-
-def undress(text: str) -> str:
-    r"""A formula without \text{...}, \mathrm{...} and their like, and dots and dollars around it.
-
-    >>> undress(r"$\mathrm{H}_2\mathrm{O}$"), undress(r"\sqrt{2}")
-    ('H_2O', '\\sqrt{2}')
-    """
-    # Few wear more than two.
-    for _ in range(4):
-        text = DRESS.sub(r"\1", text)
-    return text.strip(" .$")
-
-
-class Rule(NamedTuple):
-    """How a check is decided. kind: "measure", "predicate" or "text", which have the three forms
-    of Check in this order."""
-
-    kind: str
-    function: Callable
-    example: str
-
-
-CHECKS = {
-    "characters": Rule("measure", count_characters, "characters <= 280"),
-    "words": Rule("measure", count_words, "words <= 40"),
-    "sentences": Rule("measure", count_sentences, "sentences <= 3"),
-    "paragraphs": Rule("measure", count_paragraphs, "paragraphs == 1"),
-    "items": Rule("measure", count_items, "items >= 3"),
-    "questions": Rule("measure", count_questions, "questions >= 1"),
-    "repetition": Rule("measure", repetition, "repetition > 0.2"),
-    "keywords": Rule("measure", keyword_share, "keywords > 0.75"),
-    "copied": Rule("measure", copied_share, "copied > 0.5"),
-    "hedged": Rule("measure", hedged_share, "hedged > 0.3"),
-    "ends_complete": Rule("predicate", ends_complete, "ends_complete"),
-    "addresses_reader": Rule("predicate", addresses_reader, "addresses_reader"),
-    "gives_example": Rule("predicate", gives_example, "gives_example"),
-    "contains": Rule("text", contains, 'contains "fresh air"'),
-    "mentions": Rule("text", mentions, 'mentions "infection"'),
-    "starts_with": Rule("text", starts_with, 'starts_with "Yes"'),
-    "ends_with": Rule("text", ends_with, 'ends_with "."'),
-    "boxed": Rule("text", boxed, 'boxed "B" "Iron"'),
-}
-
-
-# ------------------------------------------------------------------ judges without a network
-
-# Words at the beginning of a statement that turn it round.
-NEGATION = re.compile(
-    r"""^(?:
-        (?:the\ (?:response|answer|explanation|solution)\ )?
-        (?: avoids? | avoiding | refrains?\ from | never | do\ not | is\ free\ of
-          | (?:should|must)\ (?:not|never|avoid|refrain\ from)
-          | (?:does\ not | doesn['’]t) (?:\ (?:incorrectly|wrongly|falsely|mistakenly))? )
-    )\b\s*""",
+# What chat templates mark turns with. The judge's own template decides which of them it takes for
+# the end of the user's turn, so the common ones are broken by a space after their first sign.
+CONTROL_TOKEN = re.compile(
+    r"""([<\[])(?=
+        [|｜]                                            # <|im_end|>, <|eot_id|>, <｜User｜>
+      | /?(?:s|bos|eos|pad|unk|mask)>                    # Llama 2, Mistral, Gemma
+      | (?:start|end)_of_(?:turn|image)>                 # Gemma
+      | /?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]     # Mistral
+      | <(?:/?SYS)>>                                     # Llama 2
+    )""",
     re.VERBOSE | re.IGNORECASE,
 )
 
 
-def split_negation(statement: str) -> tuple[bool, str]:
-    """Whether a statement begins with a negation, and what it negates.
+def clean(text: str) -> str:
+    """The text as servers take it: no lone surrogates, no null bytes, no control tokens of chat
+    templates, about LONGEST_TEXT characters at most."""
+    # Cut first: what follows would be slow on megabytes. The middle goes: a conversation's end is
+    # what the response answers, and a response's beginning counts as much as its end.
+    if len(text) > LONGEST_TEXT:
+        half = LONGEST_TEXT // 2
+        text = f"{text[:half]}\n[cut here: longer than the judge is sent]\n{text[-half:]}"
+
+    # JSON cannot carry half of a surrogate pair, and many servers end at a null byte.
+    text = text.encode("utf8", "replace").decode("utf8")
+    text = text.replace("\x00", "\ufffd")
+    return CONTROL_TOKEN.sub(r"\1 ", text)
+
+
+def printable(text: str) -> str:
+    """The text on one line without control characters, which a terminal would obey."""
+    words = " ".join(text.split())
+    return "".join(letter if letter.isprintable() else "?" for letter in words)
+
+
+def progress_bar(total: int, description: str, unit: str = "it", show: bool = True) -> tqdm:
+    """A progress bar that goes away when it is done, on terminals only."""
+    # tqdm's `disable` has three states: True hides the bar, False shows it, and None shows it
+    # only where the output is a terminal.
+    disable = None if show else True
+    return tqdm(total=total, desc=description, unit=unit, leave=False, disable=disable)
 
-    >>> split_negation("The answer doesn’t recommend antibiotics.")
-    (True, 'recommend antibiotics.')
-    """
-    negation = NEGATION.match(statement)
-    if negation is None:
-        return False, statement
-    return True, statement[negation.end() :]
-
-
-def refuse_opinion(question: Question) -> None:
-    """Raises JudgeError for a question without a statement."""
-    # A grade cannot be found by comparing words, and no number would be honest.
-    if not question.statement:
-        message = "the offline judge compares words with a statement"
-        raise JudgeError(message + "; for a rating or a grade give a model: --judge")
-
-
-
-# Chosen on 200 statements that physicians have labelled (K-QA), the question at hand left out.
-ALIGNED = 0.81  # mean cosine that counts as "says so"
-# The same for a fault: an answer that merely stays on the subject comes near its pitfalls.
-ALIGNED_FAULT = 0.85
-TIE = 1e-5  # nearer to the threshold than rounding on another machine
-# Share of small words in a sentence. Below it words stand in a row and state nothing.
-LEAST_SMALL_WORDS = 0.15
-WINDOW = 512  # tokens of a text that are read together
-STATEMENTS = 1000  # that are kept with their vectors, about 20 kB each
-
-
-class Word(NamedTuple):
-    """A word of a text. stem: "" for a small word. end: the position after its last letter.
-
-    sentence, clause: their numbers. is_denied: there is a "not" in its clause, see `read_words`.
-    """
-
-    text: str
-    stem: str
-    end: int
-    sentence: int
-    clause: int
-    is_denied: bool
-
-
-class Match(NamedTuple):
-    """A word of a statement, the nearest word of the response, and the cosine of the two."""
-
-    word: Word
-    nearest: Word
-    cosine: float
-
-
-class EmbeddedText(NamedTuple):
-    """A text as the model reads it. vectors: float32 [words, width], each of length 1."""
-
-    words: list[Word]
-    vectors: object
-
-
-class AlignmentJudge:
-    """A stand-in for a judge: looks for each idea of a statement among the words of the response.
-
-        score(s, r) = mean over w in s of max over v in r of cos(h_w, h_v)    met above ALIGNED
-
-    w: the content words of the statement that the question does not have (any response repeats
-    those). v: the words of the response. h: the hidden state of a word's last piece after half of
-    the layers of a small language model, which has read the text up to there. This is the recall of
-    BERTScore (Zhang et al. 2020, arXiv 1904.09675, section 3) with words for pieces, and two rules:
-    words in a row are no sentence (LEAST_SMALL_WORDS), what is denied is not said (`is_opposite`).
-
-    Deterministic, no network, milliseconds per verdict. Each text is read by itself, so a verdict
-    does not depend on the other questions.
-    """
-
-    def __init__(self, folder: str | Path):
-        """folder: of a model that transformers loads, with a list of `layers` (Llama's kind)."""
-        self.folder = folder
-        self.model = None
-        self.tokenizer = None
-        self.ties = 0
-        # Statements come back with every rollout and every lap; responses do not.
-        self.read_statement = lru_cache(maxsize=STATEMENTS)(self.read)
-
-    def load(self) -> None:
-        """Loads the model when it is first needed: of several processes only one judges."""
-        if self.model is not None:
-            return
-        # Not at the top, because all else in this file works without torch.
-        import torch
-        from transformers import AutoModel, AutoTokenizer
-
-        # Half of the layers: in the later ones a word's vector turns from what the word means to
-        # which word comes next. The norm belongs to the last layer.
-        model = AutoModel.from_pretrained(self.folder, dtype=torch.float32)
-        del model.layers[len(model.layers) // 2 :]
-        model.norm = torch.nn.Identity()
-        self.model = model.eval().requires_grad_(False)
-        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        self.first = self.tokenizer("\n", add_special_tokens=False)["input_ids"]
-
-    def ask(self, questions: list[Question], show_progress: bool = False) -> list[Verdict]:
-        """Verdicts in the order of the questions. Raises JudgeError for one without a statement."""
-        self.load()
-        places_of = {}
-        for place, question in enumerate(questions):
-            refuse_opinion(question)
-            places_of.setdefault(question.response, []).append(place)
-
-        # Each response is read once, for all of its questions, and then forgotten.
-        verdicts = [None] * len(questions)
-        with progress_bar(len(questions), "judge", show=show_progress) as bar:
-            for response, places in places_of.items():
-                text = self.read(response)
-                for place in places:
-                    verdicts[place] = self.verdict(questions[place], text)
-                bar.update(len(places))
-        return verdicts
-
-    def read(self, text: str) -> EmbeddedText:
-        """The words of a text with their vectors."""
-        import torch
-
-        text = clean(text)
-        words = read_words(text)
-        encoded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
-        ids = encoded["input_ids"]
-
-        # In windows, so that the cost grows with the length and not with its square. The first
-        # token of a sequence draws attention, and its vector is of its own kind, whatever it is.
-        states = []
-        for start in range(0, len(ids), WINDOW):
-            window = torch.tensor([self.first + ids[start : start + WINDOW]])
-            hidden = self.model(input_ids=window, use_cache=False).last_hidden_state
-            states.append(hidden[0, len(self.first) :])
-        if not words:
-            return EmbeddedText(words, None)
-
-        # A word's last piece has seen all of it.
-        last_pieces = []
-        piece = 0
-        for word in words:
-            while encoded["offset_mapping"][piece][1] < word.end:
-                piece += 1
-            last_pieces.append(piece)
-        vectors = torch.cat(states)[last_pieces]
-        return EmbeddedText(words, torch.nn.functional.normalize(vectors, dim=-1))
-
-    def verdict(self, question: Question, response: EmbeddedText) -> Verdict:
-        """Whether the statement is true of a response that has been read."""
-        # Judge what is forbidden, then turn the verdict round; see lexical_verdict.
-        is_negated, inside = split_negation(question.statement)
-        statement = self.read_statement(inside)
-
-        places = [place for place, word in enumerate(statement.words) if word.stem]
-        if not places:
-            return Verdict(None, "the criterion has no content words")
-        if not response.words:
-            return Verdict(0.0, "no text")
-
-        # The nearest word of the response to each word of the statement.
-        nearest = (statement.vectors[places] @ response.vectors.T).max(dim=1)
-        matches = []
-        for place, index, cosine in zip(places, nearest.indices.tolist(), nearest.values.tolist()):
-            matches.append(Match(statement.words[place], response.words[index], cosine))
-
-        # What the question asks about is in nearly every response. A statement that has nothing
-        # else is judged by all of its words.
-        asked = set(content_words(question.conversation))
-        new = [match for match in matches if match.word.stem not in asked]
-        if not new:
-            new = matches
-        score = sum(match.cosine for match in new) / len(new)
-
-        names_fault = question.is_fault != is_negated
-        threshold = ALIGNED_FAULT if names_fault else ALIGNED
-        is_met = score > threshold + TIE
-        if abs(score - threshold) <= TIE:
-            # Another machine may round to the other side.
-            self.ties += 1
-
-        # Words without a sentence, or in a sentence that says the opposite.
-        shown = [f"{match.word.text}~{match.nearest.text}" for match in new[:6]]
-        reason = f"{score:.3f} of {threshold}: {', '.join(shown)}"
-        if is_met and is_word_list(new, response.words):
-            is_met = False
-            reason = "words in a row; " + reason
-        if is_met and is_opposite(matches):
-            is_met = False
-            reason = "the opposite; " + reason
-        if is_negated:
-            return Verdict(float(not is_met), "not: " + reason)
-        return Verdict(float(is_met), reason)
-
-    def probe(self) -> str:
-        """A line for the log, as of a model."""
-        self.load()
-        return "judge offline: compares words in context (SmolLM2-135M), understands little"
-
-    def take_stats(self) -> dict:
-        """judge_ties: scores within TIE of the threshold since the last call, all not met."""
-        ties = self.ties
-        self.ties = 0
-        return {"judge_ties": ties}
-
-
-WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*|[,;:—]")
-DENIAL_WORDS = """
-not never no nor none nobody nothing neither cannot without avoid avoids avoided avoiding refrain
-wrong false untrue incorrect myth"""
-DENIALS = set(DENIAL_WORDS.split())
-# These deny nothing: "not only", "no more than three days".
-LIMITS = re.compile(r"\b(?:not (?:only|just)|no (?:more|later|longer|less) than)\b", re.IGNORECASE)
-# Where a clause begins: "do not wait, but call", "see a doctor if it does not stop".
-CLAUSE_WORDS = ", ; : — but if unless until because when while although though so"
-CLAUSE = set(CLAUSE_WORDS.split())
-
-
-def read_words(text: str) -> list[Word]:
-    """All words of a text, small ones too.
-
-    >>> words = read_words("If it doesn't stop, see a doctor.")
-    >>> [word.stem for word in words if word.is_denied and word.stem]
-    ['stop']
-    """
-    found = []
-    denials = Counter()
-    place = 0
-    clause = 0
-    for number, sentence in enumerate(sentences(text)):
-        place = text.index(sentence, place)
-        clause += 1
-        limits = [match.start() for match in LIMITS.finditer(sentence)]
-        for match in WORD.finditer(sentence):
-            word = match.group().lower().replace("’", "'")
-            clause += word in CLAUSE
-            if not word[0].isalnum():
-                continue
-
-            # A denial is no content: what it denies is compared, and then whether it is denied.
-            word_stem = stem(word.partition("'")[0])
-            if word in DENIALS or word.endswith("n't"):
-                word_stem = ""
-                denials[clause] += match.start() not in limits
-            found.append((match.group(), word_stem, place + match.end(), number, clause))
-        place += len(sentence)
-
-    # A denial may come last, as in "antibiotics do not help". Two of them cancel: "nothing against
-    # it", "should not be stopped without asking".
-    words = []
-    for about in found:
-        is_denied = denials[about[-1]] % 2 == 1
-        words.append(Word(*about, is_denied))
-    return words
-
-
-def is_word_list(matches: list[Match], words: list[Word]) -> bool:
-    """Whether the sentence of the response that contributes most has too few small words."""
-    shares = Counter()
-    for match in matches:
-        shares[match.nearest.sentence] += match.cosine
-    best = shares.most_common(1)[0][0]
-    sentence = [word for word in words if word.sentence == best]
-    small = [word for word in sentence if not word.stem]
-    return len(small) < LEAST_SMALL_WORDS * len(sentence)
-
-
-def is_opposite(matches: list[Match]) -> bool:
-    """Whether the response denies what the statement says, or says what it denies."""
-    # A statement says most in its first clause: who denies the first half of "seeing a doctor if
-    # the pain does not stop" says the opposite. Words that the response lacks have no say.
-    first = matches[0].word.clause
-    n_shared = 0
-    n_opposite = 0
-    for match in matches:
-        if match.word.clause == first and match.cosine >= ALIGNED:
-            n_shared += 1
-            n_opposite += match.word.is_denied != match.nearest.is_denied
-    return 2 * n_opposite > n_shared
-
-
-class LexicalJudge:
-    """A simpler stand-in: compares words as strings, understands nothing, is fooled by stuffing.
-
-    Deterministic, no network, tens of microseconds per verdict.
-
-    >>> LexicalJudge().ask([Question("", "Rest well.", "Mentions rest.")])
-    [Verdict(score=1.0, reason='1/1 content words: rest')]
-    """
-
-    def ask(self, questions: list[Question], show_progress: bool = False) -> list[Verdict]:
-        """Verdicts in the order of the questions. Raises JudgeError for one without a statement."""
-        verdicts = []
-        with progress_bar(len(questions), "judge", show=show_progress) as bar:
-            for question in questions:
-                refuse_opinion(question)
-                about = (question.statement, question.response, question.is_fault)
-                verdicts.append(lexical_verdict(*about))
-                bar.update()
-        return verdicts
-
-    def probe(self) -> str:
-        """A line for the log, as of a model."""
-        return "judge lexical: compares words, understands nothing"
-
-    def take_stats(self) -> dict:
-        """Nothing to account for: no calls, no tokens."""
-        return {}
-
-
-PASSAGE = 3  # sentences read together; the facts of one criterion stand close to each other
-COVERED = 0.4  # share of the criterion's content words that counts as "says so"
-# The same for a fault: an answer that merely stays on the subject shares words with its pitfalls.
-COVERED_FAULT = 0.75
-def lexical_verdict(statement: str, response: str, is_fault: bool = False) -> Verdict:
-    """The lexical verdict: whether a passage of the response shares enough of the statement's
-    content words; the other way round where the statement begins with a negation.
-
-    Score 1.0 or 0.0, None for a statement without content words. An empty response meets no
-    statement, negated or not, and commits no fault. PASSAGE and COVERED were chosen on 200
-    statements that physicians have labelled (K-QA).
-    """
-    # Judge what is forbidden, then turn the verdict round.
-    is_negated, inside = split_negation(statement)
-    wanted = set(content_words(inside))
-    if not wanted:
-        return Verdict(None, "the criterion has no content words")
-    # Who says nothing has avoided nothing.
-    if not response.strip():
-        return Verdict(0.0, "no text")
-
-    # Hits count once per sentence, and close together: words of a criterion that are
-    # scattered over a long answer do not state it.
-    hits_per_sentence = []
-    for sentence in sentences(response):
-        hits_per_sentence.append(wanted & set(content_words(sentence)))
-    best = set()
-    for start in range(len(hits_per_sentence)):
-        window = hits_per_sentence[start : start + PASSAGE]
-        hits = set().union(*window)
-        if len(hits) > len(best):
-            best = hits
-
-    # Two negations cancel: the inside of a good "avoids" is a fault, and the inside of a fault
-    # such as "does not mention rest" is something good. A fault wants the closer match: good 0.4,
-    # fault 0.75, good "avoids X" 0.75 for X, fault "does not X" 0.4 for X.
-    names_fault = is_fault != is_negated
-    threshold = COVERED_FAULT if names_fault else COVERED
-    score = float(len(best) / len(wanted) >= threshold)
-    reason = f"{len(best)}/{len(wanted)} content words"
-    if best:
-        reason += f": {', '.join(sorted(best)[:6])}"
-    if is_negated:
-        return Verdict(1 - score, "not: " + reason)
-    return Verdict(score, reason)
-
-
-def offline_judge() -> "AlignmentJudge | LexicalJudge":
-    """AlignmentJudge with the embedded model; where its package is missing, which is said,
-    LexicalJudge."""
-    # Nothing of ours is imported at the top. grpo.py knows where the default run's model is, and
-    # loads torch, which a judge over the network does not need.
-    import grpo
-
-    try:
-        return AlignmentJudge(grpo.smollm2_folder())
-    except ModuleNotFoundError as error:
-        # Once, from the first of several processes.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"judge: {error}; --judge lexical takes its place", file=sys.stderr)
-        return LexicalJudge()
-
-
-def demo() -> int:
-    """The offline judge at work, and fooled; checks; then what a model would be sent."""
-    response = (
-        "Rest and drink plenty of water. If the fever lasts more than three days, see a doctor. "
-        "Then you should"
-    )
-    water = "Advises drinking enough water during a fever."
-    print(f"Response: {response}\n")
-    for statement in (
-        water,
-        "Advises seeing a physician if the fever lasts longer than three days.",
-        "Recommends antibiotics against a viral infection.",
-        "Does not recommend antibiotics.",
-    ):
-        show_verdict(statement, lexical_verdict(statement, response))
-
-    # One example of every check there is: a list to copy from.
-    print("\nChecks are decided by counting, whichever judge is used:\n")
-    for rule in CHECKS.values():
-        verdict = check_verdict(rule.example, response, "What helps against a fever?")
-        show_verdict(rule.example, verdict)
-
-    # What no stand-in can see, so that nobody takes it for a judge.
-    stuffed = "fever water drink doctor days physician three"
-    print(f"\nThe offline judge, fooled by stuffed words: {stuffed!r}\n")
-    show_verdict(water, lexical_verdict(water, stuffed))
-
-    print("\nWhat a language model is sent:\n")
-    conversation = render_conversation([{"role": "user", "content": "What helps against a fever?"}])
-    print(chat([Question(conversation, response, water)])[1]["content"])
-    return 0
-
-
-def show_verdict(statement: str, verdict: Verdict) -> None:
-    """One line of the demo."""
-    word = "met" if verdict.score else "not met"
-    print(f"  {word:<8} {statement}   ({verdict.reason})")
-
-
-# ==================================================================================================
-# ---- below: what makes it last a weekend; a first reader can stop here
-# ==================================================================================================
 
 # ------------------------------------------------------------------ JSON in a model's answer
 
@@ -2864,6 +2133,757 @@ class Panel:
         self.split = 0
         self.compared = 0
         return metrics
+
+
+# ------------------------------------------------------------------ words and sentences
+
+# Words without content of their own. The last three lines are the frame that criteria are written
+# in ("The response states that ..."): without them every criterion would ask for "states".
+SMALL_WORDS = """
+a an the and or but if then than so of in on at to for from by with without about as into over
+under between is are was were be been being am do does did doing have has had having will would
+shall should can could may might must not no nor it its this that these those there here he she
+they them their his her your yours we our us i me my mine what which who whom whose when where why
+how all any both each few more most other some such only own same too very just also one however
+therefore because while during
+response answer reader user you states state mentions mention explains explain advises advise
+recommends recommend suggests suggest says say tells tell claims claim notes note describes
+describe includes include"""
+STOP = set(SMALL_WORDS.split())
+
+# Everyday names of one idea, which criteria and answers use for each other. Few on purpose: wider
+# lists (any "professional", any "visit") lower the agreement with physicians. Of the emergency
+# numbers only 911: others, such as 112, may be a dose.
+SYNONYMS = {
+    "physician": "doctor",
+    "gp": "doctor",
+    "clinician": "doctor",
+    "ambulance": "emergency",
+    "911": "emergency",
+    "medication": "medicine",
+    "drug": "medicine",
+    "tablet": "medicine",
+    "pill": "medicine",
+    "seeing": "see",
+    "seen": "see",
+    "consult": "see",
+}
+# A crude stem: the longest of these endings goes, if at least four letters stay.
+ENDING = re.compile(
+    "(?<=.{4})(ization|ational|(ive|ful)?ness|ations?|ments?|(ing|ed)?ly|ies|ing|ers?|e[ds]?|[sy])$"
+)
+LIST_MARK = re.compile(r"^\s*(?:[-*•–]|\d{1,2}[.)])(?:\s+|$)")
+SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+|(?<=[。！？])")
+
+
+def content_words(text: str) -> list[str]:
+    """Stemmed content words in order, numbers included. A word is a run of letters or digits.
+
+    >>> content_words("States that the patient should see a physician about resting.")
+    ['patient', 'see', 'doctor', 'rest']
+    """
+    words = []
+    for word in re.findall(r"[^\W_]+", text.lower()):
+        word_stem = stem(word)
+        if word_stem:
+            words.append(word_stem)
+    return words
+
+
+def stem(word: str) -> str:
+    """What stays of a word in lower case without its ending; "" for one without content.
+
+    >>> stem("resting"), stem("the")
+    ('rest', '')
+    """
+    # Single Latin letters mean nothing; digits and single signs of other scripts do.
+    is_letter = len(word) == 1 and word.isascii() and not word.isdigit()
+    if word in STOP or is_letter:
+        return ""
+
+    # The synonym first: stems are not in the table.
+    return ENDING.sub("", SYNONYMS.get(word, word))
+
+
+def sentences(text: str) -> list[str]:
+    """Sentences and list lines. A dot ends a sentence only before a space, so "2.5 g" is whole."""
+    parts = []
+    for line in text.split("\n"):
+        # A list number's dot ends no sentence.
+        line = LIST_MARK.sub("", line)
+        for sentence in SENTENCE_END.split(line):
+            sentence = sentence.strip()
+            if re.search(r"\w", sentence):
+                parts.append(sentence)
+    return parts
+
+
+# ------------------------------------------------------------------ what a check counts
+
+# Measures take the response and what was asked. The last four are shares from 0 to 1.
+
+
+def count_characters(response: str, asked_text: str) -> float:
+    """Characters, spaces included."""
+    return len(response)
+
+
+def count_words(response: str, asked_text: str) -> float:
+    """Words, separated by spaces."""
+    return len(response.split())
+
+
+def count_sentences(response: str, asked_text: str) -> float:
+    """Sentences and list lines."""
+    return len(sentences(response))
+
+
+def count_paragraphs(response: str, asked_text: str) -> float:
+    """Blocks of text between empty lines."""
+    blocks = re.split(r"\n\s*\n", response)
+    return sum(bool(block.strip()) for block in blocks)
+
+
+def count_items(response: str, asked_text: str) -> float:
+    """List lines that say something: a bare "3." is none."""
+    count = 0
+    for line in response.split("\n"):
+        if LIST_MARK.match(line) and re.search(r"\w", LIST_MARK.sub("", line)):
+            count += 1
+    return count
+
+
+def count_questions(response: str, asked_text: str) -> float:
+    """Question marks."""
+    return response.count("?") + response.count("？")
+
+
+def repetition(response: str, asked_text: str = "") -> float:
+    """Share of word triples that occurred before: 0 in ordinary short text, towards 1 in loops."""
+    # Triples: pairs of words repeat in any text, and loops repeat much more.
+    words = re.findall(r"\w+", response.lower())
+    triples = list(zip(words, words[1:], words[2:]))
+    # Fewer than three words cannot repeat.
+    if not triples:
+        return 0.0
+    return 1 - len(set(triples)) / len(triples)
+
+
+def keyword_share(response: str, asked_text: str) -> float:
+    """Share of words that are not small words ("the", "is"): 0.45 to 0.7 in sentences.
+
+    0 for fewer than eight words: a short answer may be a name.
+    """
+    # All words, single letters too: this is about how a text is strung together.
+    words = re.findall(r"[^\W_]+", response.lower())
+    if len(words) < 8:
+        return 0.0
+    return sum(word not in STOP for word in words) / len(words)
+
+
+def copied_share(response: str, asked_text: str) -> float:
+    """Share of the content words that are the question's."""
+    # As stems: who only changes an ending has copied.
+    words = content_words(response)
+    asked = set(content_words(asked_text))
+    if not words:
+        return 0.0
+    return sum(word in asked for word in words) / len(words)
+
+
+HEDGE = re.compile(
+    r"\b(it depends|depends on|may or may not|might|perhaps|possibly|varies|in some cases"
+    r"|hard to say)\b",
+    re.IGNORECASE,
+)
+
+
+def hedged_share(response: str, asked_text: str) -> float:
+    """Share of the sentences that hedge and add fewer than three content words."""
+    asked = set(content_words(asked_text))
+    # One hedge in a long answer is no fault; a share of them is.
+    spoken = sentences(response)
+    hedged = 0
+    for sentence in spoken:
+        # A hedge that goes on to say something is honest caution, no fault.
+        added = set(content_words(sentence)) - asked
+        if HEDGE.search(sentence) and len(added) < 3:
+            hedged += 1
+    return hedged / max(len(spoken), 1)
+
+
+# Predicates take the response alone.
+
+
+def ends_complete(response: str) -> bool:
+    """The last line ends in final punctuation and is more than a bare list number ("3.")."""
+    # Quotation marks and brackets may follow the final sign.
+    last = response.rstrip().rpartition("\n")[2]
+    is_ended = re.search(r"[.!?。！？…][\"'”’)\]*]*$", last)
+    says_something = re.search(r"\w", LIST_MARK.sub("", last))
+    return bool(is_ended and says_something)
+
+
+def addresses_reader(response: str) -> bool:
+    """Says "you" or a form of it."""
+    # Whole words: "youth" is no address.
+    return bool(re.search(r"\byou(r|rs|rself)?\b", response, re.IGNORECASE))
+
+
+EXAMPLE_WORDS = re.compile(
+    r"\b(for example|for instance|such as|e\.g\.|(an|one|another) example (is|of|would))",
+    re.IGNORECASE,
+)
+
+
+def gives_example(response: str) -> bool:
+    """Introduces an example in words: "for example", "such as", ..."""
+    return bool(EXAMPLE_WORDS.search(response))
+
+
+# The others look for one of several texts.
+
+
+def contains(response: str, words: tuple[str, ...]) -> bool:
+    """Holds one of the texts, whatever their case."""
+    return any(word.lower() in response.lower() for word in words)
+
+
+def mentions(response: str, words: tuple[str, ...]) -> bool:
+    """Holds all content words of one of the texts, in any form that has the same stem."""
+    # As stems, so that "infections" mentions an infection.
+    spoken = set(content_words(response))
+    return any(set(content_words(word)) <= spoken for word in words)
+
+
+def starts_with(response: str, words: tuple[str, ...]) -> bool:
+    """Begins with one of the texts, whatever their case."""
+    return response.strip().lower().startswith(tuple(word.lower() for word in words))
+
+
+def ends_with(response: str, words: tuple[str, ...]) -> bool:
+    """Ends with one of the texts, whatever their case."""
+    return response.strip().lower().endswith(tuple(word.lower() for word in words))
+
+
+def boxed(response: str, words: tuple[str, ...]) -> bool:
+    """The last box holds one of the texts: an option's letter, in brackets or not, or its words."""
+    inside = boxed_text(response)
+    if inside is None:
+        return False
+    # "B", "(B)", "B.", "B: Iron" name the letter.
+    letter = re.match(r"\(?([A-Z])(?:[).:]|\s*$)", inside)
+    for word in words:
+        if len(word) == 1 and word.isupper():
+            # A letter is a letter: the option "B" is not met by an answer whose text is "b".
+            if letter and letter[1] == word:
+                return True
+        elif undress(word).lower() == inside.lower():
+            return True
+    return False
+
+
+def boxed_text(response: str) -> str | None:
+    r"""What is in the last \boxed{...}, without dress; None when there is no box.
+
+    >>> boxed_text(r"\boxed{A} or \boxed{\textbf{\text{(B)}}}"), boxed_text("B")
+    ('(B)', None)
+    """
+    # One pass, with the braces that are open: boxes hold any number of braces.
+    boxed = None
+    opened = []
+    for match in re.finditer(r"(\\boxed\s*)?\{|\}", response):
+        if match[0] != "}":
+            opened.append(match)
+        elif opened:
+            opening = opened.pop()
+            if opening[1]:
+                boxed = response[opening.end() : match.start()]
+    if boxed is None:
+        return None
+
+    return undress(boxed)
+
+
+# Commands that only change how letters look: \sqrt{2} is another answer than 2.
+DRESS = re.compile(r"\\(?:text|math|operatorname|mbox|bold|bm\b)\w*\s*\{([^{}]*)\}")
+
+
+def undress(text: str) -> str:
+    r"""A formula without \text{...}, \mathrm{...} and their like, and dots and dollars around it.
+
+    >>> undress(r"$\mathrm{H}_2\mathrm{O}$"), undress(r"\sqrt{2}")
+    ('H_2O', '\\sqrt{2}')
+    """
+    # Few wear more than two.
+    for _ in range(4):
+        text = DRESS.sub(r"\1", text)
+    return text.strip(" .$")
+
+
+class Rule(NamedTuple):
+    """How a check is decided. kind: "measure", "predicate" or "text", which have the three forms
+    of Check in this order."""
+
+    kind: str
+    function: Callable
+    example: str
+
+
+CHECKS = {
+    "characters": Rule("measure", count_characters, "characters <= 280"),
+    "words": Rule("measure", count_words, "words <= 40"),
+    "sentences": Rule("measure", count_sentences, "sentences <= 3"),
+    "paragraphs": Rule("measure", count_paragraphs, "paragraphs == 1"),
+    "items": Rule("measure", count_items, "items >= 3"),
+    "questions": Rule("measure", count_questions, "questions >= 1"),
+    "repetition": Rule("measure", repetition, "repetition > 0.2"),
+    "keywords": Rule("measure", keyword_share, "keywords > 0.75"),
+    "copied": Rule("measure", copied_share, "copied > 0.5"),
+    "hedged": Rule("measure", hedged_share, "hedged > 0.3"),
+    "ends_complete": Rule("predicate", ends_complete, "ends_complete"),
+    "addresses_reader": Rule("predicate", addresses_reader, "addresses_reader"),
+    "gives_example": Rule("predicate", gives_example, "gives_example"),
+    "contains": Rule("text", contains, 'contains "fresh air"'),
+    "mentions": Rule("text", mentions, 'mentions "infection"'),
+    "starts_with": Rule("text", starts_with, 'starts_with "Yes"'),
+    "ends_with": Rule("text", ends_with, 'ends_with "."'),
+    "boxed": Rule("text", boxed, 'boxed "B" "Iron"'),
+}
+
+
+# ------------------------------------------------------------------ judges without a network
+
+# Words at the beginning of a statement that turn it round.
+NEGATION = re.compile(
+    r"""^(?:
+        (?:the\ (?:response|answer|explanation|solution)\ )?
+        (?: avoids? | avoiding | refrains?\ from | never | do\ not | is\ free\ of
+          | (?:should|must)\ (?:not|never|avoid|refrain\ from)
+          | (?:does\ not | doesn['’]t) (?:\ (?:incorrectly|wrongly|falsely|mistakenly))? )
+    )\b\s*""",
+    re.VERBOSE | re.IGNORECASE,
+)
+
+
+def split_negation(statement: str) -> tuple[bool, str]:
+    """Whether a statement begins with a negation, and what it negates.
+
+    >>> split_negation("The answer doesn’t recommend antibiotics.")
+    (True, 'recommend antibiotics.')
+    """
+    negation = NEGATION.match(statement)
+    if negation is None:
+        return False, statement
+    return True, statement[negation.end() :]
+
+
+def refuse_opinion(question: Question) -> None:
+    """Raises JudgeError for a question without a statement."""
+    # A grade cannot be found by comparing words, and no number would be honest.
+    if not question.statement:
+        message = "the offline judge compares words with a statement"
+        raise JudgeError(message + "; for a rating or a grade give a model: --judge")
+
+
+# Chosen on 200 statements that physicians have labelled (K-QA), each question's by the others.
+ALIGNED = 0.81  # mean cosine that counts as "says so"
+# The same for a fault: an answer that merely stays on the subject comes near its pitfalls.
+ALIGNED_FAULT = 0.85
+TIE = 1e-5  # nearer to the threshold than rounding on another machine
+# Share of small words in a sentence. Below it words stand in a row and state nothing.
+LEAST_SMALL_WORDS = 0.15
+WINDOW = 512  # tokens of a text that are read together
+STATEMENTS = 1000  # that are kept with their vectors, about 20 kB each
+
+
+class Word(NamedTuple):
+    """A word of a text. stem: "" for a small word. end: the position after its last letter.
+
+    sentence, clause: their numbers. is_denied: there is a "not" in its clause, see `read_words`.
+    """
+
+    text: str
+    stem: str
+    end: int
+    sentence: int
+    clause: int
+    is_denied: bool
+
+
+class Match(NamedTuple):
+    """A word of a statement, the nearest word of the response, and the cosine of the two."""
+
+    word: Word
+    nearest: Word
+    cosine: float
+
+
+class EmbeddedText(NamedTuple):
+    """A text as the model reads it. vectors: float32 [words, width], each of length 1."""
+
+    words: list[Word]
+    vectors: object
+
+
+class AlignmentJudge:
+    """A stand-in for a judge: looks for each idea of a statement among the words of the response.
+
+        score(s, r) = mean over w in s of max over v in r of cos(h_w, h_v)    met above ALIGNED
+
+    w: the content words of the statement that the conversation lacks (any response repeats those
+    it has). v: the words of the response. h: the hidden state of a word's last piece after half of
+    the layers of a small language model, which has read the text up to there. This is the recall of
+    BERTScore (Zhang et al. 2020, arXiv 1904.09675, section 3) with words for pieces, and two rules:
+    words in a row are no sentence (LEAST_SMALL_WORDS), what is denied is not said (`is_opposite`).
+
+    Deterministic, no network, milliseconds per verdict. Each text is read by itself, so a verdict
+    does not depend on the other questions.
+    """
+
+    def __init__(self, folder: str | Path):
+        """folder: of a model that transformers loads, with a list of `layers` (Llama's kind)."""
+        self.folder = folder
+        self.model = None
+        self.tokenizer = None
+        self.ties = 0
+        # Statements come back with every rollout and every lap; responses do not.
+        self.read_statement = lru_cache(maxsize=STATEMENTS)(self.read)
+
+    def load(self) -> None:
+        """Loads the model when it is first needed: of several processes only one judges."""
+        if self.model is not None:
+            return
+        # Not at the top, because all else in this file works without torch.
+        import torch
+        from transformers import AutoModel, AutoTokenizer
+
+        # Half of the layers: in the later ones a word's vector turns from what the word means to
+        # which word comes next. The norm belongs to the last layer.
+        model = AutoModel.from_pretrained(self.folder, dtype=torch.float32)
+        del model.layers[len(model.layers) // 2 :]
+        model.norm = torch.nn.Identity()
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        # Put before each window and dropped again, see `read`.
+        self.first = self.tokenizer("\n", add_special_tokens=False)["input_ids"]
+
+    def ask(self, questions: list[Question], show_progress: bool = False) -> list[Verdict]:
+        """Verdicts in the order of the questions. Raises JudgeError for one without a statement."""
+        self.load()
+        places_of = {}
+        for place, question in enumerate(questions):
+            refuse_opinion(question)
+            places_of.setdefault(question.response, []).append(place)
+
+        # Each response is read once, for all of its questions, and then forgotten.
+        verdicts = [None] * len(questions)
+        with progress_bar(len(questions), "judge", show=show_progress) as bar:
+            for response, places in places_of.items():
+                text = self.read(response)
+                for place in places:
+                    verdicts[place] = self.verdict(questions[place], text)
+                bar.update(len(places))
+        return verdicts
+
+    def read(self, text: str) -> EmbeddedText:
+        """The words of a text with their vectors."""
+        import torch
+
+        text = clean(text)
+        words = read_words(text)
+        encoded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+        ids = encoded["input_ids"]
+
+        # In windows, so that the cost grows with the length and not with its square. `first` stands
+        # before each: a sequence's first token draws attention and gets a vector of its own kind,
+        # whatever it is, so its state is dropped.
+        states = []
+        for start in range(0, len(ids), WINDOW):
+            window = torch.tensor([self.first + ids[start : start + WINDOW]])
+            hidden = self.model(input_ids=window, use_cache=False).last_hidden_state
+            states.append(hidden[0, len(self.first) :])
+        if not words:
+            return EmbeddedText(words, None)
+
+        # A word's last piece has seen all of it.
+        last_pieces = []
+        piece = 0
+        for word in words:
+            while encoded["offset_mapping"][piece][1] < word.end:
+                piece += 1
+            last_pieces.append(piece)
+        vectors = torch.cat(states)[last_pieces]
+        return EmbeddedText(words, torch.nn.functional.normalize(vectors, dim=-1))
+
+    def verdict(self, question: Question, response: EmbeddedText) -> Verdict:
+        """Whether the statement is true of a response that has been read."""
+        # Judge what is forbidden, then turn the verdict round; see lexical_verdict.
+        is_negated, inside = split_negation(question.statement)
+        statement = self.read_statement(inside)
+
+        places = [place for place, word in enumerate(statement.words) if word.stem]
+        if not places:
+            return Verdict(None, "the criterion has no content words")
+        if not response.words:
+            return Verdict(0.0, "no text")
+
+        # The nearest word of the response to each word of the statement.
+        nearest = (statement.vectors[places] @ response.vectors.T).max(dim=1)
+        matches = []
+        for place, index, cosine in zip(places, nearest.indices.tolist(), nearest.values.tolist()):
+            matches.append(Match(statement.words[place], response.words[index], cosine))
+
+        # What the user asked about is in nearly every response, so words of the conversation do not
+        # count. A statement that has no others is judged by all of its words.
+        asked = set(content_words(question.conversation))
+        new = [match for match in matches if match.word.stem not in asked]
+        if not new:
+            new = matches
+        score = sum(match.cosine for match in new) / len(new)
+
+        # A fault wants the closer match. What a good "avoids X" forbids is a fault; what a fault
+        # such as "does not mention X" misses is something good.
+        names_fault = question.is_fault != is_negated
+        threshold = ALIGNED_FAULT if names_fault else ALIGNED
+        is_met = score > threshold + TIE
+        if abs(score - threshold) <= TIE:
+            # Another machine may round to the other side.
+            self.ties += 1
+
+        shown = [f"{match.word.text}~{match.nearest.text}" for match in new[:6]]
+        reason = f"{score:.3f} of {threshold}: {', '.join(shown)}"
+        # A near match of words that form no sentence, or whose sentence says the opposite, does not
+        # count. Denial is looked for in all words: a statement may deny what the user asked about.
+        if is_met and is_word_list(new, response.words):
+            is_met = False
+            reason = "words in a row; " + reason
+        if is_met and is_opposite(matches):
+            is_met = False
+            reason = "the opposite; " + reason
+        if is_negated:
+            return Verdict(float(not is_met), "not: " + reason)
+        return Verdict(float(is_met), reason)
+
+    def probe(self) -> str:
+        """A line for the log, as of a model."""
+        self.load()
+        return "judge offline: compares words in context (SmolLM2-135M), understands little"
+
+    def take_stats(self) -> dict:
+        """judge_ties: scores within TIE of the threshold since the last call, taken as below it."""
+        ties = self.ties
+        self.ties = 0
+        return {"judge_ties": ties}
+
+
+WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*|[,;:—]")
+DENIAL_WORDS = """
+not never no nor none nobody nothing neither cannot without avoid avoids avoided avoiding refrain
+wrong false untrue incorrect myth"""
+DENIALS = set(DENIAL_WORDS.split())
+# These deny nothing: "not only", "no more than three days".
+LIMITS = re.compile(r"\b(?:not (?:only|just)|no (?:more|later|longer|less) than)\b", re.IGNORECASE)
+# Where a clause begins: "do not wait, but call", "see a doctor if it does not stop".
+CLAUSE_WORDS = ", ; : — but if unless until because when while although though so"
+CLAUSE = set(CLAUSE_WORDS.split())
+
+
+def read_words(text: str) -> list[Word]:
+    """All words of a text, small ones too.
+
+    >>> words = read_words("If it doesn't stop, see a doctor.")
+    >>> [word.stem for word in words if word.is_denied and word.stem]
+    ['stop']
+    """
+    found = []
+    denials = Counter()
+    place = 0
+    clause = 0
+    for number, sentence in enumerate(sentences(text)):
+        place = text.index(sentence, place)
+        clause += 1
+        limits = [match.start() for match in LIMITS.finditer(sentence)]
+        for match in WORD.finditer(sentence):
+            word = match.group().lower().replace("’", "'")
+            clause += word in CLAUSE
+            if not word[0].isalnum():
+                continue
+
+            # A denial is no content: what it denies is compared, and then whether it is denied.
+            word_stem = stem(word.partition("'")[0])
+            if word in DENIALS or word.endswith("n't"):
+                word_stem = ""
+                denials[clause] += match.start() not in limits
+            found.append((match.group(), word_stem, place + match.end(), number, clause))
+        place += len(sentence)
+
+    # A denial may come last, as in "antibiotics do not help". Two of them cancel: "nothing against
+    # it", "should not be stopped without asking".
+    words = []
+    for letters, word_stem, end, number, clause in found:
+        is_denied = denials[clause] % 2 == 1
+        words.append(Word(letters, word_stem, end, number, clause, is_denied))
+    return words
+
+
+def is_word_list(matches: list[Match], words: list[Word]) -> bool:
+    """Whether the sentence of the response that contributes most has too few small words."""
+    shares = Counter()
+    for match in matches:
+        shares[match.nearest.sentence] += match.cosine
+    best = shares.most_common(1)[0][0]
+    sentence = [word for word in words if word.sentence == best]
+    small = [word for word in sentence if not word.stem]
+    return len(small) < LEAST_SMALL_WORDS * len(sentence)
+
+
+def is_opposite(matches: list[Match]) -> bool:
+    """Whether the response denies what the statement says, or says what it denies."""
+    # Only the statement's first clause counts, which says most: denying "seeing a doctor" in
+    # "seeing a doctor if the pain does not stop" is the opposite. Words without a near match in the
+    # response are left out.
+    first = matches[0].word.clause
+    n_shared = 0
+    n_opposite = 0
+    for match in matches:
+        if match.word.clause == first and match.cosine >= ALIGNED:
+            n_shared += 1
+            n_opposite += match.word.is_denied != match.nearest.is_denied
+    return 2 * n_opposite > n_shared
+
+
+class LexicalJudge:
+    """A simpler stand-in: compares words as strings, understands nothing, is fooled by stuffing.
+
+    Deterministic, no network, tens of microseconds per verdict.
+
+    >>> LexicalJudge().ask([Question("", "Rest well.", "Mentions rest.")])
+    [Verdict(score=1.0, reason='1/1 content words: rest')]
+    """
+
+    def ask(self, questions: list[Question], show_progress: bool = False) -> list[Verdict]:
+        """Verdicts in the order of the questions. Raises JudgeError for one without a statement."""
+        verdicts = []
+        with progress_bar(len(questions), "judge", show=show_progress) as bar:
+            for question in questions:
+                refuse_opinion(question)
+                about = (question.statement, question.response, question.is_fault)
+                verdicts.append(lexical_verdict(*about))
+                bar.update()
+        return verdicts
+
+    def probe(self) -> str:
+        """A line for the log, as of a model."""
+        return "judge lexical: compares words, understands nothing"
+
+    def take_stats(self) -> dict:
+        """Nothing to account for: no calls, no tokens."""
+        return {}
+
+
+PASSAGE = 3  # sentences read together; the facts of one criterion stand close to each other
+COVERED = 0.4  # share of the criterion's content words that counts as "says so"
+# The same for a fault: an answer that merely stays on the subject shares words with its pitfalls.
+COVERED_FAULT = 0.75
+
+
+def lexical_verdict(statement: str, response: str, is_fault: bool = False) -> Verdict:
+    """The lexical verdict: whether a passage of the response shares enough of the statement's
+    content words; the other way round where the statement begins with a negation.
+
+    Score 1.0 or 0.0, None for a statement without content words. An empty response meets no
+    statement, negated or not, and commits no fault. PASSAGE and COVERED were chosen on 200
+    statements that physicians have labelled (K-QA).
+    """
+    # Judge what is forbidden, then turn the verdict round.
+    is_negated, inside = split_negation(statement)
+    wanted = set(content_words(inside))
+    if not wanted:
+        return Verdict(None, "the criterion has no content words")
+    # Who says nothing has avoided nothing.
+    if not response.strip():
+        return Verdict(0.0, "no text")
+
+    # Hits count once per sentence, and close together: words of a criterion that are
+    # scattered over a long answer do not state it.
+    hits_per_sentence = []
+    for sentence in sentences(response):
+        hits_per_sentence.append(wanted & set(content_words(sentence)))
+    best = set()
+    for start in range(len(hits_per_sentence)):
+        window = hits_per_sentence[start : start + PASSAGE]
+        hits = set().union(*window)
+        if len(hits) > len(best):
+            best = hits
+
+    # Two negations cancel: the inside of a good "avoids" is a fault, and the inside of a fault
+    # such as "does not mention rest" is something good. A fault wants the closer match: good 0.4,
+    # fault 0.75, good "avoids X" 0.75 for X, fault "does not X" 0.4 for X.
+    names_fault = is_fault != is_negated
+    threshold = COVERED_FAULT if names_fault else COVERED
+    score = float(len(best) / len(wanted) >= threshold)
+    reason = f"{len(best)}/{len(wanted)} content words"
+    if best:
+        reason += f": {', '.join(sorted(best)[:6])}"
+    if is_negated:
+        return Verdict(1 - score, "not: " + reason)
+    return Verdict(score, reason)
+
+
+def offline_judge() -> "AlignmentJudge | LexicalJudge":
+    """AlignmentJudge on SmolLM2-135M from its Python package; LexicalJudge, with a line on stderr,
+    where that package is not installed."""
+    # Nothing of ours is imported at the top. grpo.py knows where the default run's model is, and
+    # loads torch, which a judge over the network does not need.
+    import grpo
+
+    try:
+        return AlignmentJudge(grpo.smollm2_folder())
+    except ModuleNotFoundError as error:
+        # Once, from the first of several processes.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"judge: {error}; --judge lexical takes its place", file=sys.stderr)
+        return LexicalJudge()
+
+
+def demo() -> int:
+    """The lexical judge at work, and fooled; checks; then what a model would be sent."""
+    response = (
+        "Rest and drink plenty of water. If the fever lasts more than three days, see a doctor. "
+        "Then you should"
+    )
+    water = "Advises drinking enough water during a fever."
+    print(f"Response: {response}\n")
+    for statement in (
+        water,
+        "Advises seeing a physician if the fever lasts longer than three days.",
+        "Recommends antibiotics against a viral infection.",
+        "Does not recommend antibiotics.",
+    ):
+        show_verdict(statement, lexical_verdict(statement, response))
+
+    # One example of every check there is: a list to copy from.
+    print("\nChecks are decided by counting, whichever judge is used:\n")
+    for rule in CHECKS.values():
+        verdict = check_verdict(rule.example, response, "What helps against a fever?")
+        show_verdict(rule.example, verdict)
+
+    # Words are all that it compares, so that nobody takes it for a judge.
+    stuffed = "fever water drink doctor days physician three"
+    print(f"\nThe lexical judge, fooled by stuffed words: {stuffed!r}\n")
+    show_verdict(water, lexical_verdict(water, stuffed))
+
+    print("\nWhat a language model is sent:\n")
+    conversation = render_conversation([{"role": "user", "content": "What helps against a fever?"}])
+    print(chat([Question(conversation, response, water)])[1]["content"])
+    return 0
+
+
+def show_verdict(statement: str, verdict: Verdict) -> None:
+    """One line of the demo."""
+    word = "met" if verdict.score else "not met"
+    print(f"  {word:<8} {statement}   ({verdict.reason})")
 
 
 if __name__ == "__main__":

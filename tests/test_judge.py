@@ -104,6 +104,7 @@ def test_silence_meets_no_check(check, response):
     [
         "", "words", "words <= forty", "words =< 40", "words <= 40 or so", "word <= 40", "ends_complete 3",
         'boxed B', 'contains', 'contains "a', "contains 'a'", 'words "40"', "at most 5", "words <= " + "9" * 5000 + "x",
+        'contains ""', 'mentions "the"', 'mentions "rest" "is"',
     ],
 )  # fmt: skip
 def test_an_unknown_check_lists_the_known_ones(check):
