@@ -7,9 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_grpo import settings
+from test_sharding import take_back_a_trial
 from test_train import lines
 from transformers import AutoModelForCausalLM, GPT2Config
 
+import arlrr
 import grpo
 import train
 
@@ -76,6 +78,19 @@ def test_only_the_adapters_are_trained(tiny):
             assert torch.equal(tensor, start[name]), name
         else:
             assert name.endswith((".lora_a", ".lora_b")) and tensor.abs().max() > 0, name
+
+
+def test_a_trial_copies_and_takes_back_the_adapters_alone(tiny):
+    model, _ = grpo.load_policy(str(tiny), lora_rank=4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+
+    def update():
+        grpo.update(model, optimizer, groups(), settings(beta=0.1), reference=model)
+
+    update()
+    take_back_a_trial(model, optimizer, update)
+    state = arlrr.Lab(model, optimizer, None, None, None).save()
+    assert all(name.endswith((".lora_a", ".lora_b")) for name in state["model"])
 
 
 def test_the_gradient_is_that_of_the_merged_weights(tiny):
