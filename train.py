@@ -2307,7 +2307,10 @@ def main(argv: list[str] | None = None) -> int:
         if status == 0:
             # The first one may still be writing.
             gather(None)
-        dist.destroy_process_group()
+        # vLLM's engine takes all groups down itself when Python exits, and fails where there is
+        # none.
+        if "vllm" not in sys.modules:
+            dist.destroy_process_group()
     return status
 
 
