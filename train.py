@@ -1941,7 +1941,8 @@ def explained(
         elif not isinstance(error, MemoryError) and "allocate" not in str(error):
             raise
         # Perhaps in the middle of an update, so nothing is saved.
-        advice = "--checkpointing 1, --sampler vllm_sleep, fewer --max_new_tokens"
+        _, world = grpo.rank_and_world()
+        advice = ", ".join(memory_knobs(run.config, world))
         why = f"{where}: the {whose}memory is full"
         raise UserError(f"{why}; try {advice} in a new run") from None
 

@@ -37,13 +37,12 @@ COMMON = ["--steps", "2", "--prompts_per_step", "2", "--group_size", "8", "--eva
 SETTINGS = [
     ("smollm2", "--max_new_tokens 48 --pass_tokens 512"),
     ("smollm2", "--max_new_tokens 48 --pass_tokens 512 --checkpointing 1"),
-    ("smollm2", "--max_new_tokens 100 --pass_tokens 1024"),
-    ("smollm2", "--max_new_tokens 48 --pass_tokens 512 --lora_rank 16"),
-    ("smollm2", "--max_new_tokens 48 --pass_tokens 512 --lora_rank 16 --checkpointing 1"),
-    ("llama-300m", "--max_new_tokens 48 --pass_tokens 512"),
-    ("llama-300m", "--max_new_tokens 48 --pass_tokens 512 --checkpointing 1"),
-    ("llama-300m", "--max_new_tokens 48 --pass_tokens 512 --lora_rank 16"),
-    ("llama-300m", "--max_new_tokens 48 --pass_tokens 512 --lora_rank 16 --checkpointing 1"),
+    ("smollm2", "--max_new_tokens 24 --pass_tokens 256 --lora_rank 16"),
+    ("smollm2", "--max_new_tokens 24 --pass_tokens 256 --lora_rank 16 --checkpointing 1"),
+    ("llama-300m", "--max_new_tokens 24 --pass_tokens 256"),
+    ("llama-300m", "--max_new_tokens 24 --pass_tokens 256 --checkpointing 1"),
+    ("llama-300m", "--max_new_tokens 24 --pass_tokens 256 --lora_rank 16"),
+    ("llama-300m", "--max_new_tokens 24 --pass_tokens 256 --lora_rank 16 --checkpointing 1"),
 ]
 
 
@@ -97,7 +96,7 @@ def run_setting(model: str, flags: str) -> dict:
         held_out = Path(folder, "few.jsonl")
         held_out.write_text("\n".join(rows) + "\n", encoding="utf8")
         arguments = ["--model", model, *COMMON, "--eval_data", str(held_out), *flags.split()]
-        status = train.main([*arguments, "--out", f"{folder}/run"])
+        status = train.main([*arguments, "--judge", "lexical", "--out", f"{folder}/run"])
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     [parts] = estimates

@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -55,6 +55,9 @@ SHAPES = {
     "qwen2-7b": (3584, 18944, 28, 28, 4, 152064, False),
     "qwen2-14b": (5120, 13824, 48, 40, 8, 152064, False),
 }
+
+
+JUDGE = "lexical"  # counts and compares words: a second model would only take time
 
 
 class Skipped(Exception):
@@ -155,11 +158,9 @@ def random_model(machine: Machine, size: str, lora_rank: int = 0, bfloat16: bool
     """A policy with random weights, as grpo.load_policy would have loaded it."""
     if bfloat16 is None:
         bfloat16 = grpo.has_bfloat16(machine.device)
-    # LoRA's frozen base is bfloat16 where the layers compute in it.
-    dtype = torch.bfloat16 if lora_rank and bfloat16 else torch.float32
     torch.manual_seed(0)
     with torch.device(machine.device):
-        model = AutoModelForCausalLM.from_config(shape_config(size), dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_config(shape_config(size), dtype=torch.float32).eval()
     model.bfloat16_layers = bfloat16
     model.set_attn_implementation("folded")
     if lora_rank:
@@ -283,7 +284,7 @@ def run_train(machine: Machine, *flags) -> tuple[int, str]:
     """train.py in this process, with a small model; its status and what it printed."""
     words = StringIO()
     with redirect_stdout(words), redirect_stderr(words):
-        status = train.main([*map(str, flags), "--judge", "lexical"])
+        status = train.main([*map(str, flags), "--judge", JUDGE])
     return status, words.getvalue()
 
 
@@ -427,23 +428,30 @@ def held_and_estimated(
     machine: Machine, size: str, lora_rank: int, checkpointing: int, has_reference: bool
 ) -> dict:
     """Two updates at this size: GB held and estimated, and tokens per second of the second."""
-    config = settings(checkpointing=checkpointing, lora_rank=lora_rank)
-    config.pass_tokens = machine.count(3072, 64)
-    bfloat16 = grpo.has_bfloat16(machine.device)
-    has_reference = has_reference and not lora_rank
-    parts = grpo.estimate_memory(
-        shape_config(size), config, 0, 0, 1, bfloat16, has_reference
+    prompt = machine.count(64, 8)
+    completion = machine.count(376, 7)
+    config = settings(
+        checkpointing=checkpointing,
+        lora_rank=lora_rank,
+        beta=0.0 if has_reference else -1.0,
+        prompts_per_step=2,
+        group_size=8,
+        max_new_tokens=completion,
+        pass_tokens=prompt + 8 * completion,
     )
+    bfloat16 = grpo.has_bfloat16(machine.device)
+    parts = grpo.estimate_memory(shape_config(size), config, prompt, 0, 1, bfloat16)
     machine.reset_peak()
     before = 0.0 if machine.on_gpu else machine.peak()
     model = random_model(machine, size, lora_rank)
-    reference = grpo.freeze(model) if has_reference else None
+    reference = None
+    if has_reference and not lora_rank:
+        reference = grpo.freeze(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
 
     # Two passes: gradients are there while the second one runs. Moments from the second update on.
-    completion = (config.pass_tokens - 64) // 8 if not machine.is_tiny else 6
-    groups = made_up_groups(model, 2, 8, machine.count(64, 8), completion)
+    groups = made_up_groups(model, 2, 8, prompt, completion)
     n_tokens = 2 * 8 * completion
     for _ in range(2):
         machine.wait()
@@ -466,10 +474,10 @@ def check_largest(machine: Machine) -> dict:
     for name, lora_rank in (("full", 0), ("lora", 32)):
         best = ""
         for size in [machine.size(size) for size in SHAPES if size.startswith("qwen2")]:
-            config = settings(checkpointing=1, lora_rank=lora_rank)
+            config = settings(checkpointing=1, lora_rank=lora_rank, beta=-1.0)
             bfloat16 = grpo.has_bfloat16(machine.device)
-            parts = grpo.estimate_memory(shape_config(size), config, 0, 0, 1, bfloat16, False)
-            if parts["training"] < 0.9 * machine.free():
+            parts = grpo.estimate_memory(shape_config(size), config, 64, 0, 1, bfloat16)
+            if grpo.largest_phase(parts) < 0.9 * machine.free():
                 best = size
         if not best:
             raise Skipped("not even the smallest size fits")
@@ -554,7 +562,8 @@ def check_torchrun(machine: Machine) -> dict:
         if line.startswith("{"):
             figures = json.loads(line)
             return figures | bound(figures["largest_difference"] < 1e-5)
-    raise RuntimeError(done.stderr.strip().split("\n")[-1])
+    errors = [line for line in done.stderr.split("\n") if "Error" in line]
+    raise RuntimeError(errors[0] if errors else f"status {done.returncode}")
 
 
 def inside_torchrun(machine: Machine) -> None:
@@ -573,7 +582,7 @@ def inside_torchrun(machine: Machine) -> None:
             grpo.shard(model)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         grpo.update(model, optimizer, groups, settings(pass_tokens=64))
-        weights.append({name: t.cpu().clone() for name, t in grpo.whole_weights(model)})
+        weights.append({name: t.cpu().clone() for name, t in grpo.merged_weights(model)})
 
     largest = 0.0
     for name, tensor in weights[0].items():
@@ -680,8 +689,10 @@ def run_apart(name: str, is_tiny: bool, seconds: float) -> dict:
     try:
         out, errors = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        # With all that it has started.
-        os.killpg(process.pid, signal.SIGKILL)
+        # With all that it has started: torchrun's processes are in sessions of their own.
+        for number in [*descendants(process.pid), process.pid]:
+            with suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
         process.communicate()
         return {"check": name, "result": "timed out", "seconds": time.monotonic() - started}
     for line in reversed(out.split("\n")):
@@ -689,6 +700,19 @@ def run_apart(name: str, is_tiny: bool, seconds: float) -> dict:
             return json.loads(line)
     last = errors.strip().split("\n")[-1][:400]
     return {"check": name, "result": "failed", "why": f"status {process.returncode}: {last}"}
+
+
+def descendants(parent: int) -> list[int]:
+    """Ids of the processes that this one has started, and those have started."""
+    numbers = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            # The name, in brackets, may hold anything.
+            fields = path.read_text().rpartition(")")[2].split()
+            if int(fields[1]) == parent:
+                child = int(path.parent.name)
+                numbers += [*descendants(child), child]
+    return numbers
 
 
 def rounded(value):
@@ -702,7 +726,7 @@ def rounded(value):
     return value
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """All checks, or those that are named."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -712,7 +736,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="time for all of them")
     parser.add_argument("--inside", choices=CHECKS, help=argparse.SUPPRESS)
     parser.add_argument("--inside_torchrun", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     on_gpu = torch.cuda.is_available()
     if not on_gpu and not args.tiny:
         print("gpu_check.py: no GPU here; --tiny runs the checks' code on a CPU", file=sys.stderr)
@@ -728,7 +752,8 @@ def main() -> int:
     deadline = time.monotonic() + 60 * args.minutes
     status = 0
     for name in args.only or CHECKS:
-        _, seconds = CHECKS[name]
+        # A busy CPU is slower than a card by more than its models are smaller.
+        seconds = 300 if args.tiny else CHECKS[name][1]
         left = deadline - time.monotonic()
         row = {"check": name, "result": "skipped", "why": "no time left"}
         if left > 15:
