@@ -2537,8 +2537,12 @@ class AlignmentJudge:
     BERTScore (Zhang et al. 2020, arXiv 1904.09675, section 3) with words for pieces, and two rules:
     words in a row are no sentence (LEAST_SMALL_WORDS), what is denied is not said (`is_opposite`).
 
-    Deterministic, no network, milliseconds per verdict. Each text is read by itself, so a verdict
-    does not depend on the other questions.
+    Its kappa with physicians is 0.40 on statements kept back (words as strings: 0.26). It is fooled
+    by the words of a criterion in any order, if the small ones are among them, and does not know
+    what is true; tests/evidence/README.md has the rates.
+
+    Deterministic, no network, about 8 ms per verdict, 325 MB. Each text is read by itself: batches
+    with padding are a seventh faster, but then a score depends on the others in its last digits.
     """
 
     def __init__(self, folder: str | Path):
@@ -2848,12 +2852,15 @@ def offline_judge() -> "AlignmentJudge | LexicalJudge":
 
 
 def demo() -> int:
-    """The lexical judge at work, and fooled; checks; then what a model would be sent."""
+    """The judges without a network at work, and fooled; checks; what a model would be sent."""
+    asked = "What helps against a fever?"
+    conversation = render_conversation([{"role": "user", "content": asked}])
     response = (
         "Rest and drink plenty of water. If the fever lasts more than three days, see a doctor. "
         "Then you should"
     )
     water = "Advises drinking enough water during a fever."
+    offline = offline_judge()
     print(f"Response: {response}\n")
     for statement in (
         water,
@@ -2861,21 +2868,25 @@ def demo() -> int:
         "Recommends antibiotics against a viral infection.",
         "Does not recommend antibiotics.",
     ):
-        show_verdict(statement, lexical_verdict(statement, response))
+        show_verdict(statement, offline.ask([Question(conversation, response, statement)])[0])
 
     # One example of every check there is: a list to copy from.
     print("\nChecks are decided by counting, whichever judge is used:\n")
     for rule in CHECKS.values():
-        verdict = check_verdict(rule.example, response, "What helps against a fever?")
+        verdict = check_verdict(rule.example, response, asked)
         show_verdict(rule.example, verdict)
 
-    # Words are all that it compares, so that nobody takes it for a judge.
-    stuffed = "fever water drink doctor days physician three"
-    print(f"\nThe lexical judge, fooled by stuffed words: {stuffed!r}\n")
-    show_verdict(water, lexical_verdict(water, stuffed))
+    # What stand-ins cannot see, so that nobody takes them for judges.
+    for answer in (
+        "water drinking enough",
+        "During water enough a drinking advises.",
+        "There is no need to drink enough water.",
+    ):
+        print(f"\nOf {answer!r}, by the judges offline and lexical:\n")
+        for judge in (offline, LexicalJudge()):
+            show_verdict(water, judge.ask([Question(conversation, answer, water)])[0])
 
     print("\nWhat a language model is sent:\n")
-    conversation = render_conversation([{"role": "user", "content": "What helps against a fever?"}])
     print(chat([Question(conversation, response, water)])[1]["content"])
     return 0
 

@@ -292,6 +292,21 @@ def test_what_the_question_says_is_no_answer(aligned):
     assert is_met(aligned, statement, "It helps to lie down in a quiet room.", question) == 1.0
 
 
+def test_what_fools_it_and_what_does_not(aligned):
+    """The rates of tests/evidence/README.md as bounds, on a few prompts."""
+    table = gaming.gaming_table({"offline": aligned}, gaming.read_prompts(2))
+    rates = {row: cells["offline"][0] for row, cells in table.items()}
+    assert rates["own reference (should be met)"] > 0.85
+    assert rates["own reference, faults (should not)"] < 0.15
+    assert rates["the criterion itself"] == 1
+    assert rates["content words shuffled"] < 0.25
+    assert rates["the same after another answer"] < 0.25
+    assert rates["a list of its content words"] < 0.1
+    assert rates["negated"] < 0.25
+    assert rates["another prompt's reference"] < 0.1
+    assert rates["the question copied"] < 0.1
+
+
 def test_a_verdict_does_not_depend_on_the_others(aligned):
     """Rounding that changes with a batch would make a run depend on how it is cut into steps."""
     examples = gaming.read_prompts(2)

@@ -1,0 +1,113 @@
+"""What the default run learned, by judges that did and did not pay for it.
+
+    for S in 0 1 2; do python train.py --seed $S --eval_judge lexical --out runs/default-$S; done
+    python tests/evidence/default_run.py runs/default-0 runs/default-1 runs/default-2
+
+The held-out answers before and after training, from samples.jsonl, are scored again (HealthBench's
+points) by each examiner: the judges without a network on the whole rubric, the checks alone, which
+no judge decides, and the judged criteria alone. The difference is paired by prompt. A row per run
+has the bootstrap over its prompts; the last row resamples prompts and runs (intervals.py).
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests" / "evidence"))
+
+from intervals import crossed_bootstrap, paired_differences, score_table
+
+import rar
+from judge import LexicalJudge, Verdict, offline_judge
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf8").split("\n") if line]
+
+
+def points(example: rar.Example, text: str, judge, part: str) -> float:
+    """The answer's points on a part of the rubric: all, checks, judged; nan without any to win."""
+    rubric = []
+    for criterion in example.rubric:
+        if part == "all" or bool(criterion.check) == (part == "checks"):
+            rubric.append(criterion)
+    if not any(criterion.weight > 0 for criterion in rubric):
+        return float("nan")
+
+    # Checks are verdicts already, the rest goes to the judge.
+    items = rar.criterion_questions(example, text, rubric)
+    asked = [item for item in items if not isinstance(item, Verdict)]
+    answers = iter(judge.ask(asked))
+    scores = []
+    for item in items:
+        verdict = item if isinstance(item, Verdict) else next(answers)
+        scores.append(verdict.score)
+    return rar.points_reward(rubric, scores)
+
+
+def reward_line(folder: Path) -> str:
+    """Training reward in the first and last five steps, and the time of judging."""
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if "reward" in row]
+    first = statistics.fmean(row["reward"] for row in rows[:5])
+    last = statistics.fmean(row["reward"] for row in rows[-5:])
+    judge = sum(row["seconds_judge"] for row in rows)
+    rest = sum(row["seconds_rollout"] + row["seconds_train"] for row in rows)
+    ties = sum(row.get("judge_ties", 0) for row in rows)
+    share = f"judging {100 * judge / (judge + rest):.0f} % of {(judge + rest) / 60:.1f} minutes"
+    return f"reward {first:.3f} -> {last:.3f}, {share}, {ties} ties"
+
+
+def main() -> None:
+    """Prints a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
+    folders = parser.parse_args().runs
+    examples = {e.id: e for e in rar.read_examples(ROOT / "data" / "heldout.jsonl")}
+    offline = offline_judge()
+    examiners = {
+        "offline": (offline, "all"),
+        "lexical": (LexicalJudge(), "all"),
+        "checks alone": (LexicalJudge(), "checks"),
+        "judged alone, by offline": (offline, "judged"),
+        "judged alone, by lexical": (LexicalJudge(), "judged"),
+    }
+
+    print("| examiner | run | before | after | gain (95 %) |\n|---|---|---|---|---|")
+    for name, (judge, part) in examiners.items():
+        scores = {"before": [], "after": []}
+        for number, folder in enumerate(folders):
+            rows = [r for r in read_rows(folder / "samples.jsonl") if r["split"] == "heldout"]
+            last = max(row["step"] for row in rows)
+            for arm, step in (("before", 0), ("after", last)):
+                for row in rows:
+                    if row["step"] == step:
+                        score = points(examples[row["id"]], row["text"], judge, part)
+                        scores[arm].append((row["id"], number, score))
+
+        # Each run for itself, then all of them.
+        gains = paired_differences(scores["after"], scores["before"])
+        for number in [*range(len(folders)), None]:
+            means = []
+            for arm in ("before", "after"):
+                chosen = [s for _, n, s in scores[arm] if number in (n, None)]
+                means.append(f"{np.nanmean(chosen):.3f}")
+            table = score_table([gain for gain in gains if number in (gain[1], None)])
+            gain = crossed_bootstrap(table)
+            shown = f"{gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})"
+            label = "all" if number is None else folders[number].name
+            print(f"| {name} | {label} | {means[0]} | {means[1]} | {shown} |")
+    for folder in folders:
+        print(f"\n{folder.name}: {reward_line(folder)}")
+
+
+if __name__ == "__main__":
+    main()
