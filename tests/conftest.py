@@ -84,11 +84,15 @@ def fork(tmp_path):
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """Folder of a random two-layer Llama with grouped-query attention, a tied head and a byte tokenizer."""
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def make_tiny(folder):
+    """Writes the model of `tiny`; returns its folder."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("tiny")
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate(["<|im_start|>", "<|im_end|>", *letters])}
     plain = Tokenizer(models.BPE(vocab=vocab, merges=[]))
