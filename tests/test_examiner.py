@@ -1,4 +1,4 @@
-"""Payer against examiner: the two curves of a run, from real runs of a tiny model."""
+"""Payer against examiner, worked out by hand; test_rler.py has it on real runs."""
 
 import json
 import sys
@@ -8,7 +8,6 @@ from conftest import ROOT
 
 sys.path.append(str(ROOT / "tests" / "evidence"))
 import examiner
-import reproduce_rler
 
 GOOD = "Rest, and drink plenty of water."
 
@@ -60,13 +59,3 @@ def test_what_cannot_be_examined_is_one_line(tmp_path, capsys, monkeypatch, flag
     assert examiner.main([str(tmp_path / "run") if flag == "RUN" else flag for flag in flags]) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
-
-
-def test_the_study_is_made_from_real_runs(tiny, tmp_path, monkeypatch, capsys):
-    flags = f"--model {tiny} --method rler --prompts_per_step 2 --group_size 3 --max_new_tokens 12 "
-    monkeypatch.setattr(reproduce_rler, "FLAGS", flags + "--eval_every 9 --save_every 2")
-    assert examiner.main(["--out", str(tmp_path), "--seeds", "0", "--steps", "2"]) == 0
-    printed = capsys.readouterr().out
-    for kind in examiner.ARMS:
-        for judge in examiner.COLORS:
-            assert f"| {kind}, {judge} |" in printed

@@ -24,6 +24,7 @@ from rar import Criterion, Example, Group
 from rler import RLER, EvolvingCriterion
 
 sys.path.append(str(ROOT / "tests" / "evidence"))
+import examiner
 import reproduce_rler
 from reproduce_rler import AtRandom, Fixed
 
@@ -1042,9 +1043,13 @@ def test_the_study_is_made_from_real_runs(tiny, tmp_path, monkeypatch, capsys):
     assert [last[arm]["rubric_proposed"] for arm in last] == [0, 2, 2]
     assert [last[arm]["rubric_active"] for arm in last] == [0, 0, 1]
     assert rler.RLER is RLER
-    # A finished run is not run again.
+    # A finished run is not run again, by the examiner neither.
     assert reproduce_rler.main(study) == 0
-    assert "minutes" not in capsys.readouterr().out
+    assert examiner.main(study) == 0
+    printed = capsys.readouterr().out
+    assert "minutes" not in printed
+    for judged in ("fixed, payer", "fixed, examiner", "evolving, payer", "evolving, examiner"):
+        assert f"| {judged} |" in printed
 
 
 @pytest.mark.parametrize(

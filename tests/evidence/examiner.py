@@ -18,11 +18,12 @@ run one of them (the complete ending) comes to be paid as well, which makes it t
     python tests/evidence/examiner.py --runs RUN [RUN ...] --data FILE --examiner URL ...
 
 With --runs: of runs of one's own, every rollout in samples.jsonl. Their payer's score is the reward
-that was paid, the examiner's its points for the rubrics in FILE. Do not use the judge that pays as
-examiner, nor a rubric of which the reward is a part.
+that was paid, the examiner's its points for the criteria in FILE that it decides: the counted ones
+(checks), or all others. Runs whose names end in -0, -1, ... are one kind, with several seeds.
 """
 
 import argparse
+import math
 import statistics
 import sys
 from collections import defaultdict
@@ -61,15 +62,20 @@ def make_judge(name: str, model: str):
     return LLMJudge(name, model)
 
 
-def only_checks(examples: dict[str, rar.Example]) -> dict[str, rar.Example]:
-    """The same prompts with the counted criteria alone. Raises DataError without any."""
+def examined(examples: dict[str, rar.Example], by_checks: bool) -> dict[str, rar.Example]:
+    """The same prompts with the criteria that the examiner decides: counted ones, or all others.
+
+    Raises DataError where no prompt has any.
+    """
     result = {}
     for name, example in examples.items():
-        checks = [criterion for criterion in example.rubric if criterion.check]
-        if any(criterion.weight > 0 for criterion in checks):
-            result[name] = replace(example, rubric=checks)
+        # A check says the same whoever examines: a judge is asked about the rest.
+        criteria = [c for c in example.rubric if bool(c.check) == by_checks]
+        if any(criterion.weight > 0 for criterion in criteria):
+            result[name] = replace(example, rubric=criteria)
     if not result:
-        raise rar.DataError("no prompt has a criterion with a check; give another --examiner")
+        kind = "with a check" if by_checks else "without a check"
+        raise rar.DataError(f"no prompt has a criterion {kind}; give another --examiner")
     return result
 
 
@@ -129,10 +135,10 @@ def study_curves(out: Path, seeds: list[int], steps: int, judge, by_checks: bool
     out.mkdir(parents=True, exist_ok=True)
     reproduce_rler.write_data(out)
     content = {example.id: example for example in rar.read_examples(out / "train.jsonl")}
-    examined = content
+    whole = {e.id: e for e in rar.read_examples(ROOT / "data" / "train.jsonl")}
+    asked = content
     if by_checks:
-        whole = {e.id: e for e in rar.read_examples(ROOT / "data" / "train.jsonl")}
-        examined = only_checks({name: whole[name] for name in content})
+        asked = examined({name: whole[name] for name in content}, by_checks)
 
     curves = {}
     for seed in seeds:
@@ -141,7 +147,7 @@ def study_curves(out: Path, seeds: list[int], steps: int, judge, by_checks: bool
             rows = training_rows(out / f"{arm}-{seed}")
             curves[f"{arm}-{seed}"] = {
                 "payer": points_by_step(LexicalJudge(), content, rows),
-                "examiner": points_by_step(judge, examined, rows),
+                "examiner": points_by_step(judge, asked, rows),
             }
     return curves
 
@@ -149,15 +155,14 @@ def study_curves(out: Path, seeds: list[int], steps: int, judge, by_checks: bool
 def run_curves(folders: list[Path], data: str, judge, by_checks: bool) -> Curves:
     """The rewards paid and the examiner's points in runs of one's own. Raises DataError."""
     examples = {example.id: example for example in rar.read_examples(data)}
-    if by_checks:
-        examples = only_checks(examples)
+    asked = examined(examples, by_checks)
     curves = {}
     for folder in folders:
         rows = training_rows(folder)
-        examined = points_by_step(judge, examples, rows)
-        if not examined:
+        points = points_by_step(judge, asked, rows)
+        if not points:
             raise rar.DataError(f"{data}: has none of the prompts of {folder}")
-        curves[folder.name] = {"payer": rewards_by_step(rows), "examiner": examined}
+        curves[folder.name] = {"payer": rewards_by_step(rows), "examiner": points}
     return curves
 
 
@@ -196,7 +201,7 @@ def report(curves: Curves) -> None:
             after = rows_at(curves, kind, judge, at_end=True)
             pairs[f"{kind}, {judge}"] = (before, after)
 
-    heads = ("run, judge", f"first {ENDS}", f"last {ENDS}", "rise", "over prompts and seeds")
+    heads = ("run, judge", "first visits", "last visits", "rise", "over prompts and seeds")
     print(f"\n| {' | '.join(heads)} | over seeds (t) | p, Holm |")
     print("|---" * (len(heads) + 2) + "|")
     for row in compare_pairs(pairs):
@@ -205,7 +210,9 @@ def report(curves: Curves) -> None:
             cells.append(f"{rar.nanmean([score for _, _, score in rows]):.3f}")
         cells.append(f"{row.crossed.mean:+.3f}")
         for interval in (row.crossed, row.seeds):
-            cells.append(f"{interval.low:+.3f} to {interval.high:+.3f}")
+            # A single run has no interval over seeds.
+            known = not math.isnan(interval.low)
+            cells.append(f"{interval.low:+.3f} to {interval.high:+.3f}" if known else "")
         print("| " + " | ".join([*cells, f"{row.p_holm:.3f}"]) + " |")
 
 

@@ -725,14 +725,18 @@ def print_map(table: dict) -> None:
                     cells.append(cell if key in sure else f"({cell})")
                 print_row([budget, panel, row, *cells])
     for budget in ("updates", "verdicts"):
-        won = 0
-        lost = 0
-        for key in sure:
-            if key[-1] == budget:
-                won += table[key].mean().item() > 0
-                lost += table[key].mean().item() < 0
-        print(f"\nequal {budget}: turns win in {won} cells, lose in {lost}, ", end="")
-        print(f"of {len(table) // 2}")
+        # The panels meet in one row, five classes and an exact judge: counted once.
+        outcomes = {}
+        for panel, rows in map_panels().items():
+            for row, setting in rows.items():
+                for column in CORRELATIONS:
+                    key = (panel, row, column, budget)
+                    outcomes[setting, column] = 0.0
+                    if key in sure:
+                        outcomes[setting, column] = table[key].mean().item()
+        won = sum(value > 0 for value in outcomes.values())
+        lost = sum(value < 0 for value in outcomes.values())
+        print(f"\nequal {budget}: of {len(outcomes)} different cells turns win {won}, lose {lost}")
 
 
 def draw(table: dict, path: str) -> None:
