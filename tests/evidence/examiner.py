@@ -82,7 +82,8 @@ def examined(examples: dict[str, rar.Example], by_checks: bool) -> dict[str, rar
 def points_by_step(
     judge, examples: dict[str, rar.Example], rows: list[dict]
 ) -> dict[int, dict[str, float]]:
-    """step -> prompt -> mean points of its rollouts, judged by the prompt's rubric in `examples`."""
+    """step -> prompt -> mean points of its rollouts, by the prompt's rubric in `examples`."""
+    # Prompts that the file does not know cannot be examined.
     texts = defaultdict(list)
     for row in rows:
         if row["id"] in examples:
@@ -96,6 +97,7 @@ def points_by_step(
     config = SimpleNamespace(method="points", advantage="std")
     rar.RubricReward(judge, config).score(groups, show_progress=True)
 
+    # Per prompt, because the same prompts do not come in every step.
     table = defaultdict(dict)
     for (step, prompt), (_, rollouts) in zip(texts, groups, strict=True):
         # What could not be judged is left out, not 0.
@@ -105,6 +107,7 @@ def points_by_step(
 
 def rewards_by_step(rows: list[dict]) -> dict[int, dict[str, float]]:
     """step -> prompt -> mean of the rewards that were paid."""
+    # A rollout that was not scored was not paid: it has no reward, not 0.
     paid = defaultdict(list)
     for row in rows:
         if row["reward"] is not None:
@@ -120,6 +123,7 @@ def training_rows(folder: Path) -> list[dict]:
     path = folder / "samples.jsonl"
     if not path.is_file():
         raise rar.DataError(f"{path}: no such file; give the folder of a run")
+    # Held-out answers are in the same file, and no reward was paid for them.
     rows = []
     for row in reproduce_rler.read_lines(path):
         if row["split"] == "train":
@@ -132,6 +136,7 @@ def training_rows(folder: Path) -> list[dict]:
 
 def study_curves(out: Path, seeds: list[int], steps: int, judge, by_checks: bool) -> Curves:
     """Payer and examiner in both arms, which are run where they are not there yet."""
+    # The data are written as the study does it, so that its runs are found again.
     out.mkdir(parents=True, exist_ok=True)
     reproduce_rler.write_data(out)
     content = {example.id: example for example in rar.read_examples(out / "train.jsonl")}
@@ -154,6 +159,7 @@ def study_curves(out: Path, seeds: list[int], steps: int, judge, by_checks: bool
 
 def run_curves(folders: list[Path], data: str, judge, by_checks: bool) -> Curves:
     """The rewards paid and the examiner's points in runs of one's own. Raises DataError."""
+    # By id: a run names its prompts by nothing else.
     examples = {example.id: example for example in rar.read_examples(data)}
     asked = examined(examples, by_checks)
     curves = {}
@@ -177,8 +183,10 @@ def kind_of(run: str) -> str:
 def rows_at(curves: Curves, kind: str, judge: str, at_end: bool) -> list[Row]:
     """(prompt, seed, mean) over the first or the last steps in which the prompt was visited."""
     rows = []
+    # Runs of one kind are seeds of one arm, whatever their numbers are.
     runs = [run for run in curves if kind_of(run) == kind]
     for seed, run in enumerate(runs):
+        # Visits, not steps: with many prompts each comes only now and then.
         visits = defaultdict(list)
         for step in sorted(curves[run][judge]):
             for prompt, score in curves[run][judge][step].items():
@@ -194,6 +202,7 @@ def rows_at(curves: Curves, kind: str, judge: str, at_end: bool) -> list[Row]:
 
 def report(curves: Curves) -> None:
     """A table: how much each judge's score has risen in each kind of run."""
+    # Last against first, the same prompt and seed: each pair is one row of the table.
     pairs = {}
     for kind in dict.fromkeys(kind_of(run) for run in curves):
         for judge in COLORS:
@@ -220,6 +229,7 @@ def draw(curves: Curves, path: str) -> None:
     """One panel per kind of run; thin lines: runs, thick ones: their mean."""
     from matplotlib.figure import Figure
 
+    # One scale for all panels: the eye compares heights.
     kinds = list(dict.fromkeys(kind_of(run) for run in curves))
     figure = Figure(figsize=(4.5 * len(kinds), 3.2), layout="constrained")
     axes = figure.subplots(1, len(kinds), squeeze=False, sharey=True)[0]
@@ -229,6 +239,7 @@ def draw(curves: Curves, path: str) -> None:
             for run, of_run in curves.items():
                 if kind_of(run) != kind:
                     continue
+                # Faint: a single run is noise that the mean line should not hide.
                 steps = sorted(of_run[judge])
                 values = [rar.nanmean(of_run[judge][step].values()) for step in steps]
                 axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
@@ -264,9 +275,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=reproduce_rler.STEPS)
     parser.add_argument("--png", default="", help="where the picture goes")
     args = parser.parse_args(argv)
+    # A rubric file for the study, or runs without one, would be ignored silently.
     if bool(args.runs) != bool(args.data):
         parser.error("give --runs and --data together, or neither")
 
+    # Checks are no judge but a part of the rubric, which changes what is asked.
     by_checks = args.examiner == "checks"
     try:
         judge = make_judge(args.examiner, args.examiner_model)

@@ -26,8 +26,9 @@ half), averaged over the questions, so that one with many answers does not drown
 a 95 % interval by resampling whole questions, and the difference to explicit, paired question by
 question, with p-values for all designs together (Holm). A pair of which one answer could not be
 scored is left out and counted. cost: calls to the judge and tokens per answer; explicit and points
-ask the same questions, which are asked once (what had no answer, once more). Needs a judge that answers yes or no and rates; the
-designs that need a reference answer leave out the questions without one.
+ask the same questions, which are asked once (what had no answer, once more). Needs a judge that
+answers yes or no and rates; the design that compares with a reference answer leaves out the
+questions without one.
 """
 
 import argparse
@@ -74,6 +75,7 @@ class Question(NamedTuple):
 
     def pairs(self) -> list[tuple[int, int]]:
         """(better, worse): the places of two answers that people do not find equally good."""
+        # Every pair once, the better answer first; equal ones are no pair.
         pairs = []
         for better, above in enumerate(self.human):
             for worse, below in enumerate(self.human):
@@ -87,6 +89,7 @@ class Question(NamedTuple):
 
 def read_questions(path: str) -> list[Question]:
     """The questions of a file that have a pair, in either format. Raises DataError."""
+    # The two formats are told by their columns, row by row, and never mixed.
     labels = []
     questions = []
     for where, row in read_rows(path):
@@ -116,6 +119,7 @@ def read_questions(path: str) -> list[Question]:
 
 def read_answers(row: object, where: str) -> Question:
     """A row with its answers. Raises DataError."""
+    # The row itself is checked as strictly as for training.
     example = parse_example(row, where)
     entries = row.get("answers")
     if not isinstance(entries, list):
@@ -146,6 +150,7 @@ def read_labels(rows: list[tuple[str, dict]]) -> list[Question]:
                 raise DataError(f"{where}: a label needs 'question', 'response' and 'criterion'")
         if not isinstance(row["met"], bool):
             raise DataError(f"{where}: 'met' must be true or false")
+        # The same statement about two answers is one criterion of one rubric.
         text = row["criterion"].strip()
         category = str(row.get("category", "")).lower()
         weight = LABEL_WEIGHTS.get(category, OTHER_WEIGHT)
@@ -163,6 +168,7 @@ def read_labels(rows: list[tuple[str, dict]]) -> list[Question]:
             points = sum(criteria[text].weight for text in criteria if met[text])
             answers.append(response)
             human.append(points / sum(criterion.weight for criterion in criteria.values()))
+        # The labels have no ids, and the number of the question stays the same from run to run.
         prompt = [{"role": "user", "content": question}]
         example = Example(f"question {number}", prompt, list(criteria.values()))
         questions.append(Question(example, answers, human))
@@ -192,6 +198,7 @@ def order_score(better: float, worse: float) -> float:
 
 def run_design(judge, name: str, questions: list[Question]) -> Result:
     """Rewards every answer by one design and compares their order with people's."""
+    # The reward of training itself, with all of its rules for silence and missing verdicts.
     method = RubricReward(judge, SimpleNamespace(method=name, advantage="std"))
     groups = []
     used = []
@@ -209,6 +216,7 @@ def run_design(judge, name: str, questions: list[Question]) -> Result:
     unscored = 0
     ties = 0
     for question, (_, rollouts) in zip(used, groups, strict=True):
+        # Pairs of one question share its answers: they make one figure, not several.
         scores = []
         for better, worse in question.pairs():
             n_pairs += 1
@@ -222,12 +230,14 @@ def run_design(judge, name: str, questions: list[Question]) -> Result:
             ties += scores[-1] == 0.5
         if scores:
             rows.append((question.example.id, 0, statistics.fmean(scores)))
+    # What was paid belongs to this design: the judge counts from zero again.
     n_answers = sum(len(rollouts) for _, rollouts in groups)
     return Result(rows, n_pairs, unscored, ties, n_answers, judge.take_stats())
 
 
 def usable_designs(judge) -> list[str]:
     """The designs that this judge can be asked by."""
+    # A judge that compares words has no opinion to rate with.
     if isinstance(judge, LLMJudge):
         return list(DESIGNS)
     return [name for name, design in DESIGNS.items() if not design.needs_model]
@@ -248,6 +258,7 @@ def make_judge(args: argparse.Namespace):
 
 def cost_cells(result: Result) -> list[str]:
     """Calls made and tokens, per answer."""
+    # Per answer, so that designs with and without the reference can be compared.
     stats = result.stats
     calls = stats.get("judge_calls", 0)
     if not result.answers:
@@ -264,13 +275,16 @@ def cost_cells(result: Result) -> list[str]:
 
 def report(results: dict[str, Result]) -> None:
     """The table, the best design first."""
+    # A design without any scored pair has nothing to compare.
     arms = {name: result.rows for name, result in results.items() if result.rows}
     differences = {}
     if arms.get(BASELINE) and len(arms) > 1:
         for comparison in compare_arms(arms, BASELINE):
             differences[comparison.arm] = comparison
 
+    # One run per design, so the questions alone are resampled.
     intervals = {name: crossed_bootstrap(score_table(rows)) for name, rows in arms.items()}
+    # How many questions stand behind a figure comes before the figure.
     heads = ["design", "questions", "pairs", "unscored", "ties", "agreement", "95 % interval"]
     heads += [f"against {BASELINE}", "p, Holm", "calls", "tokens in", "tokens out"]
     print("| " + " | ".join(heads) + " |")
@@ -288,11 +302,12 @@ def report(results: dict[str, Result]) -> None:
             cells += ["", ""]
         print("| " + " | ".join(str(value) for value in [*cells, *cost_cells(result)]) + " |")
 
+    # Said, because a design that is not in the table looks forgotten.
     left_out = [name for name in results if name not in arms]
     if left_out:
         print(f"\nWithout a scored pair: {', '.join(left_out)}.")
-    print("\nagreement: share of pairs ordered as by people, ties half, mean over questions; 0.5 is")
-    print("chance. Intervals resample questions. calls, tokens: paid now, per answer.")
+    print("\nagreement: share of pairs ordered as by people, ties half, mean over questions; 0.5")
+    print("is chance. Intervals resample questions. calls, tokens: paid now, per answer.")
 
 
 class Parser(argparse.ArgumentParser):
@@ -314,6 +329,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cache", metavar="FILE", help="keep the judge's answers (SQLite)")
     args = parser.parse_args(argv)
 
+    # The data first: a mistake there must not cost a call to the judge.
     try:
         questions = read_questions(args.data)
         judge = make_judge(args)

@@ -88,6 +88,7 @@ class World:
     @property
     def weights(self) -> torch.Tensor:
         """The share of each class in all points [K]."""
+        # Unequal points are what the scalar follows and axis_mean does not.
         if self.points:
             return torch.tensor(self.points)
         return torch.full((self.classes,), 1 / self.classes)
@@ -131,6 +132,7 @@ class Curve(NamedTuple):
 
         paid: `verdicts` or `rollouts`.
         """
+        # Paid amounts only grow, so counting those within the budget finds the last one.
         last = (paid <= budget).sum(0) - 1
         return self.scores.gather(0, last[None])[0]
 
@@ -149,6 +151,7 @@ def directions(world: World) -> torch.Tensor:
     The D coordinates: K for the classes, one for the habit that the judge may like, and those of
     the language. No class asks for the last ones.
     """
+    # By symmetry one number says how all classes get on with each other.
     k = world.classes
     cosines = torch.full((k, k), world.correlation)
     cosines.fill_diagonal_(1.0)
@@ -163,11 +166,13 @@ def true_scores(world: World, theta: torch.Tensor) -> torch.Tensor:
 
     theta: [runs, D].
     """
+    # How far the policy has come along each class, before the noise of an answer.
     quality = theta @ directions(world).T
     # The answer's noise and the prompt's ease are both normal, so the chance has a closed form.
     spread = math.sqrt(1 + EASE_STD**2)
     margins = (quality.unsqueeze(-1) - torch.tensor(THRESHOLDS)) / spread
     chances = torch.special.ndtr(margins)
+    # Unseen by every judge, as lost language often is.
     drift = theta[:, world.classes + 1 :].square().mean(-1)
     return (chances.mean(-1) @ world.weights) * torch.exp(-drift)
 
@@ -176,6 +181,7 @@ def judged(
     world: World, answers: torch.Tensor, ease: torch.Tensor, rng: torch.Generator
 ) -> torch.Tensor:
     """The judge's verdicts [..., K, m] on answers [..., D]; ease: [..., K]."""
+    # A prompt may be easy for one class and hard for another, as rubrics are.
     quality = answers @ directions(world).T + ease
     verdicts = (quality.unsqueeze(-1) > torch.tensor(THRESHOLDS)).float()
 
@@ -197,6 +203,7 @@ def judged(
 
 def group_advantages(world: World, rewards: torch.Tensor) -> torch.Tensor:
     """grpo.advantages of rewards [runs, P, G], group by group."""
+    # A group of any run is a row: groups know nothing of each other.
     flat = rewards.reshape(-1, rewards.shape[-1])
     return grpo.advantages(flat, world.advantage).reshape(rewards.shape)
 
@@ -215,6 +222,7 @@ def arm_advantages(
     world: World, arm: Arm, rewards: torch.Tensor, active: list[str]
 ) -> torch.Tensor:
     """Advantages [runs, P, G] of class rewards [runs, P, G, K]; active: each run's class."""
+    # GDPO has advantages of its own; all other arms differ in the reward alone.
     if not arm.schedule and arm.reward == "gdpo":
         return gdpo_advantages(rewards)
     if not arm.schedule and arm.reward == "axis_mean":
@@ -271,6 +279,7 @@ class Batch:
         declined: runs that roll out and judge, and then do not move.
         """
         world = self.world
+        # All draws of an update come from one generator: a trial is repeated by its state.
         shape = (self.runs, PROMPTS, ROLLOUTS, coordinates(world))
         noise = self.draw(shape, self.rng)
         ease = self.draw((self.runs, PROMPTS, 1, world.classes), self.rng) * EASE_STD
@@ -294,11 +303,13 @@ class Batch:
                 for part, old in zip(self.moving_parts(copy=False), before, strict=True):
                     part[still] = old[still]
 
+        # A turn asks about one class: this is all that it saves.
         n_judged = 1 if self.arm.schedule else world.classes
         return PROMPTS * ROLLOUTS * n_judged * len(THRESHOLDS)
 
     def moving_parts(self, copy: bool = True) -> list[torch.Tensor]:
         """Weights and moments, each [runs, D]."""
+        # Adam keeps two moments per coordinate, plain steps none.
         parts = [self.theta.detach()]
         for name in ("exp_avg", "exp_avg_sq"):
             moment = self.optimiser.state[self.theta].get(name)
@@ -312,17 +323,20 @@ class Batch:
 
     def look(self) -> torch.Tensor:
         """The judge's verdicts [runs, V, K, m] on the greedy answers to the validation prompts."""
+        # The same prompts at every look, so that trials can be compared prompt by prompt.
         greedy = self.theta.detach()[:, None].expand(-1, VALIDATION, -1)
         return judged(self.world, greedy, self.look_ease, self.look_rng)
 
     def save(self) -> tuple:
         """What an update changes."""
+        # The optimiser changes its tensors in place: only a copy is a state.
         state = deepcopy(self.optimiser.state_dict())
         return self.theta.detach().clone(), state, self.rng.get_state()
 
     def restore(self, saved: tuple) -> None:
         """Takes updates back."""
         theta, state, numbers = saved
+        # The copy is copied again, because the next trial is taken back to it as well.
         with torch.no_grad():
             self.theta.copy_(theta)
         self.optimiser.load_state_dict(deepcopy(state))
@@ -339,6 +353,7 @@ def class_names(world: World) -> list[str]:
 
 def one_of_each_class(world: World) -> Example:
     """A prompt whose rubric has all classes, with as many points as the world gives them."""
+    # Weights of one class are alike: what a class is worth is spread over its criteria.
     rubric = []
     for name, weight in zip(class_names(world), world.weights.tolist()):
         for _ in THRESHOLDS:
@@ -348,6 +363,7 @@ def one_of_each_class(world: World) -> Example:
 
 def make_schedule(world: World, arm: Arm, seed: int) -> arlrr.ARLRR:
     """The method of arlrr.py itself: here only its turns are used."""
+    # The settings of train.py that a schedule reads.
     config = SimpleNamespace(
         method="arlrr",
         schedule=arm.schedule,
@@ -371,6 +387,7 @@ class Replay:
     def validate(self) -> list[Group]:
         """The next look: one greedy answer per validation prompt, judged by the full rubric."""
         groups = []
+        # Each look is used once, in the order in which the schedule asks for them.
         for scores in self.looks.pop(0).flatten(1).tolist():
             rollout = SimpleNamespace(text="greedy", reward=0.0, verdicts=[])
             rollout.verdicts = [Verdict(score) for score in scores]
@@ -408,6 +425,7 @@ def begins_stage(method: arlrr.ARLRR, step: int) -> bool:
 
 def choose_classes(batch: Batch, step: int) -> Choice:
     """Every run's choice before an update: that of before_step in arlrr.py."""
+    # All classes at once have nothing to choose.
     arm = batch.arm
     none = torch.zeros(batch.runs, dtype=torch.long)
     if not arm.schedule:
@@ -433,6 +451,7 @@ def choose_classes(batch: Batch, step: int) -> Choice:
     active = []
     declined = []
     for run, method in enumerate(batch.methods):
+        # Each run sees its own row of every look, and nothing of the others.
         lab = Replay(batch.example, [look[run] for look in looks])
         method.before_step(step, examples, lab)
         active.append(method.active_class)
@@ -440,6 +459,7 @@ def choose_classes(batch: Batch, step: int) -> Choice:
     if len(batch.methods) == 1:
         return Choice(active * batch.runs, declined * batch.runs, none, none)
 
+    # What a search pays is counted in every comparison, or it would look free.
     per_trial = PROMPTS * ROLLOUTS
     criteria = world.classes * len(THRESHOLDS)
     verdicts = n_trials * per_trial * len(THRESHOLDS) + len(looks) * VALIDATION * criteria
@@ -461,6 +481,7 @@ def simulate(
 
     They go on for `updates`, and then until every run has paid the verdict budget.
     """
+    # Before the first update nothing is paid, and every run has the same score.
     batch = Batch(world, arm, rate, runs, seed)
     verdicts = torch.zeros(runs, dtype=torch.long)
     rollouts = torch.zeros(runs, dtype=torch.long)
@@ -469,6 +490,7 @@ def simulate(
     rollouts_at = [rollouts]
     step = 0
     while step < updates or verdicts.min() <= verdict_budget:
+        # The choice is paid before the update that follows from it.
         choice = choose_classes(batch, step)
         verdicts = verdicts + choice.verdicts + batch.update(choice.active, choice.declined)
         rollouts = rollouts + choice.rollouts + PROMPTS * ROLLOUTS
@@ -491,9 +513,11 @@ def predicted_ratio(world: World, runs: int = 4000, seed: int = 0) -> float:
     the std, the two differ by std(r_c) / std(R), the root of what arlrr.contraction gives; with
     independent classes that is sqrt(K).
     """
+    # Without the division there is nothing that could differ.
     if world.advantage == "mean":
         return 1.0
     rng = torch.Generator().manual_seed(seed)
+    # At the start, where the policy has not moved: that is what small steps see.
     answers = torch.randn((runs, coordinates(world)), generator=rng)
     ease = torch.zeros(runs, world.classes)
     rewards = judged(world, answers, ease, rng).mean(-1)
@@ -509,6 +533,7 @@ def measured_ratio(world: World, updates: int, rate: float, runs: int) -> tuple[
         batch = Batch(world, arm, rate, runs, seed=0)
         for step in range(updates):
             batch.update(choose_classes(batch, step).active)
+        # One number per run: how far it has come in all classes together.
         quality = batch.theta.detach() @ directions(world).T
         moves.append(quality.mean(-1))
 
@@ -525,6 +550,7 @@ def arithmetic_table(runs: int) -> None:
     print("update that it pays for, in parts of a turn's\n")
     names = ["plain steps, std", "predicted", "plain steps, mean", "predicted", "Adam, std"]
     print_head(["classes", "correlation", "judge", *names, "Adam, mean", "verdicts"])
+    # One thing at a time is changed from five independent classes and an exact judge.
     settings = []
     for classes in (2, 5, 8):
         settings.append(World(classes=classes))
@@ -533,6 +559,7 @@ def arithmetic_table(runs: int) -> None:
     settings.append(World(flips=0.2))
     settings.append(World(liking=0.2))
     for world in settings:
+        # The judge in words, for the table.
         judge = "exact"
         if world.flips:
             judge = f"{world.flips:.0%} flipped"
@@ -568,6 +595,7 @@ def scores_by_budget(
     world: World, arm: Arm, runs: int, seed: int
 ) -> dict[str, dict[float, torch.Tensor]]:
     """budget -> rate -> the scores [runs] of an arm when that budget is spent."""
+    # One simulation per rate serves all three budgets: it is only read off at other points.
     scores = {budget: {} for budget in BUDGETS}
     for rate in RATES[world.optimiser]:
         # Turns go on until they have paid as many verdicts as the scalar reward.
@@ -628,6 +656,7 @@ def sure_keys(differences: dict) -> set:
 
 def difference_cell(differences: torch.Tensor, is_sure: bool) -> str:
     """A mean difference with half of its 95 % interval over runs (Student's t)."""
+    # Runs are independent of each other here, so plain Student is right.
     interval = t_interval(differences.tolist())
     cell = f"{interval.mean:+.3f} ± {(interval.high - interval.low) / 2:.3f}"
     return cell if is_sure else f"({cell})"
@@ -642,6 +671,7 @@ def arms_table(runs: int) -> None:
         "HealthBench's points": World(points=HEALTHBENCH),
         "plain steps, no division": World(optimiser="sgd", advantage="mean"),
     }
+    # All differences first: what is sure depends on how many there are.
     table = {}
     for title, world in worlds.items():
         for name, arm in ARMS.items():
@@ -684,6 +714,7 @@ def correlation_of(label: str, classes: int) -> float:
 
 def map_panels() -> dict[str, dict[str, tuple[World, Arm]]]:
     """Panel -> row -> (world without its correlation, arm of turns)."""
+    # Every panel changes one thing, and has the correlation along its other side.
     cyclic = ARMS["cyclic, stage 1"]
     panels = {"classes": {}, "verdicts flipped": {}, "verdicts by liking": {}, "stage": {}}
     for classes in (2, 3, 5, 8):
@@ -703,6 +734,7 @@ def measure_map(runs: int) -> dict[tuple[str, str, str, str], torch.Tensor]:
         for row, (world, arm) in rows.items():
             for column in CORRELATIONS:
                 correlation = correlation_of(column, world.classes)
+                # The fairest comparison: each arm at the rate that suits it.
                 differences = compare(replace(world, correlation=correlation), arm, runs)
                 for budget in ("updates", "verdicts"):
                     table[panel, row, column, budget] = differences["own", budget]
@@ -743,6 +775,7 @@ def draw(table: dict, path: str) -> None:
     """The map: one panel per setting, one row per budget; blue where turns win."""
     from matplotlib.figure import Figure
 
+    # Figure, not pyplot: no display and no global state.
     panels = map_panels()
     figure = Figure(figsize=(12, 5.6), layout="constrained")
     axes = figure.subplots(2, len(panels), squeeze=False)
@@ -750,6 +783,7 @@ def draw(table: dict, path: str) -> None:
     for line, budget in enumerate(("updates", "verdicts")):
         for place, (panel, rows) in enumerate(panels.items()):
             axis = axes[line][place]
+            # A cell is the mean over runs; its sureness is in the table.
             values = []
             for row in rows:
                 means = [table[panel, row, column, budget].mean() for column in CORRELATIONS]
@@ -790,6 +824,7 @@ def main(argv: list[str] | None = None) -> int:
         arithmetic_table(runs=32 * args.runs)
     if "arms" in args.part:
         arms_table(args.runs)
+    # Each part prints as soon as it is done: a run that is stopped has shown the others.
     if "map" in args.part:
         table = measure_map(args.runs)
         print_map(table)
