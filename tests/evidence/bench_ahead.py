@@ -117,7 +117,7 @@ def measure(delay: float, flags: list[str]) -> dict:
 
 LENGTHS = (("words <= 1", 3), ("words <= 3", 2), ("words >= 2", 1))
 # A random policy has further to go than a trained one: more steps, and larger ones.
-FORM_RUN = ["--lr", "0.003", "--steps", "40", "--max_new_tokens", "24"]
+FORM_RUN = ["--judge", "lexical", "--lr", "0.003", "--steps", "40", "--max_new_tokens", "24"]
 FORM_RUN += ["--eval_every", "1000", "--save_every", "1000"]
 
 
