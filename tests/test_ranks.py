@@ -116,7 +116,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_all_of_them(tiny, few, forms, 
     done = subprocess.run(limited, capture_output=True, text=True, timeout=300, env=ENVIRONMENT, check=False)
     printed = done.stdout + done.stderr
     assert done.returncode != 0 and "cannot be written" in printed, printed
-    assert len({line for line in printed.split("\n") if "train.py: " in line}) == 1  # the error of one is that of all
+    assert len({line for line in printed.split("\n") if line.startswith("train.py: ")}) == 1  # the error of one is that of all
     assert lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 2
     assert not list((tmp_path / "run").glob("checkpoint*"))
 
@@ -177,7 +177,8 @@ def test_an_error_of_the_judge_ends_all_of_them_at_once(tiny, few, forms, tmp_pa
         flags = ["--model", tiny, "--data", forms, "--eval_data", few, *FLAGS, "--judge", server.url, "--judge_model", "m"]
         status, printed = together(2, *flags, "--out", tmp_path / "run")
     assert status != 0 and "404" in printed
-    assert printed.count("train.py: ") == 1  # of the first one: all have the same error
+    # All have the same error. The first one prints it; on a loaded machine the others come to it as well.
+    assert len({line for line in printed.split("\n") if line.startswith("train.py: ")}) == 1
 
 
 def test_asked_to_stop_all_of_them_finish_the_step_and_the_first_one_saves(tiny, few, forms, tmp_path):
