@@ -213,6 +213,7 @@ def test_a_judge_that_fails_on_the_way_costs_no_step(flags, judged, tmp_path, mo
             assert key.startswith("judge_") or one[key] == two[key]
 
 
+@pytest.mark.long
 def test_a_judge_that_fails_in_an_evaluation_keeps_the_pending_batch(flags, tmp_path, monkeypatch):
     original = train.evaluate_heldout
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -235,6 +236,7 @@ def test_a_judge_that_fails_in_an_evaluation_keeps_the_pending_batch(flags, tmp_
     same_run(whole, cut)
 
 
+@pytest.mark.long
 def test_a_gradient_that_is_not_finite_leaves_the_last_checkpoint(flags, tmp_path, monkeypatch, capsys):
     """The method is ahead of the policy by then: what is on disk is a whole state."""
     original = train.learn
