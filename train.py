@@ -1890,6 +1890,18 @@ def check_data(config: Config, now: dict[str, str], then: dict[str, str]) -> Non
         raise UserError(f"{', '.join(changed)}: {why}")
 
 
+def check_log(folder: Path, step: int) -> None:
+    """Raises UserError when the log lacks a step up to this one, which the checkpoint has done."""
+    # A step is logged before it is saved, so neither a kill nor a full disk loses one; a resumed
+    # run could not fill the gap, and its curve would pass over it.
+    path = folder / "metrics.jsonl"
+    logged = {row["step"] for row in read_log(path)}
+    missing = [number for number in range(step + 1) if number not in logged]
+    if missing:
+        why = f"lacks step {missing[0]}, which the checkpoint has done ({len(missing)} in all)"
+        raise UserError(f"{path}: {why}; put it back, or start a new run")
+
+
 def load_state(optimizer, method: rar.RubricReward, state: dict, folder: Path) -> None:
     """Puts back the optimiser's moments and the method's state. Raises UserError."""
     # `offline` is another judge where the embedded model's package is missing.
@@ -2213,6 +2225,7 @@ def train_in(folder: RunFolder, config: Config, given: dict, stop: Stop) -> int:
         step = state["step"]
         unfinished = state.get("unfinished")
         last, _ = last_evaluation(folder.path, step)
+        check_log(folder.path, step - 1 if unfinished else step)
         if step >= config.steps and last < step and not unfinished:
             # There would be no "after" to show.
             why = f"the run is at step {step} already, and was not evaluated there"
