@@ -15,7 +15,7 @@ user's run the heap keeps them for the next tensor (train.reuse_memory); --heap 
 import argparse
 import json
 import os
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -105,7 +105,9 @@ def run_setting(model: str, flags: str) -> dict:
         arguments = ["--model", model, *COMMON, "--eval_data", str(held_out), *flags.split()]
         status = train.main([*arguments, "--judge", "lexical", "--out", f"{folder}/run"])
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    # Not getrusage: its peak begins with that of the process that started this one.
+    status_file = Path("/proc/self/status").read_text()
+    peak = int(re.search(r"VmHWM:\s+(\d+)", status_file)[1]) * 1024 / 1e9
     [parts] = estimates
     estimate = grpo.largest_phase(parts) / 1e9
     measured = peak - before
