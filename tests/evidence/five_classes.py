@@ -43,7 +43,7 @@ TOPICS = [
     ("How do I look after my bike?", "chain tyre brake clean oil"),
     ("How can I save money every month?", "budget spend bank bill cook"),
     ("How do I start running?", "shoe slow walk rest week"),
-    ("How do I prepare for an exam?", "note plan practice break sleep"),
+    ("How do I prepare for an exam?", "summary plan practice break sleep"),
     ("How do I look after a cat?", "food water litter play vet"),
     ("How do I clean a kitchen?", "wipe soap sink floor dish"),
     ("How can I learn a new language?", "word listen speak read day"),
