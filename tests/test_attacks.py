@@ -218,6 +218,7 @@ def survive(server, base, tmp_path, kills):
     return int(Path(log).read_text().rpartition("operations ")[2])
 
 
+@pytest.mark.long
 def test_killed_at_a_file_operation_it_is_the_same_run(server, base, tmp_path):
     total = survive(server, base, tmp_path / "unharmed", [])
     rng = random.Random(0)
@@ -845,6 +846,7 @@ def test_disks_of_many_sizes_end_in_one_line(server, base, tmp_path):
 # ---------------------------------------------------------------------- terminals and secrets
 
 
+@pytest.mark.long
 def test_a_closed_pipe_does_not_end_the_training(base, tmp_path):
     """As `python train.py | head -1` leaves it."""
     process = spawn(tmp_path, *base[0], "--steps", "4", "--out", "run")

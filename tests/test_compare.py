@@ -302,6 +302,7 @@ def test_a_reader_may_leave_early(tmp_path):
     assert done.returncode == 0 and done.stderr.count("\n") == 1
 
 
+@pytest.mark.long
 def test_a_full_disk_leaves_no_half_written_answers(tiny, few, tmp_path):
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
     flags = [tiny, "--eval_data", few, "--max_new_tokens", "2", "--out", tmp_path / "answers"]

@@ -109,6 +109,7 @@ def test_the_gradient_is_that_of_the_merged_weights(tiny):
     assert model.get_input_embeddings().weight.grad is None
 
 
+@pytest.mark.long
 def test_a_run_resumes_bit_for_bit_and_every_tool_reads_its_checkpoint(tiny, few, forms, tmp_path, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert run(tiny, few, forms, whole, "--beta", "0.1") == 0

@@ -580,6 +580,7 @@ def check_buffer(prompt, buffer, initial, kept, text_of):
         assert text_of.setdefault(key, criterion.text) == criterion.text
 
 
+@pytest.mark.long
 def test_a_thousand_random_histories(tmp_path):
     examples = {}
     for prompt in "pqr":
@@ -1023,6 +1024,7 @@ def test_a_run_can_be_watched(few, tmp_path):
     assert evolved & judged
 
 
+@pytest.mark.long
 def test_the_study_is_made_from_real_runs(tiny, tmp_path, monkeypatch, capsys):
     flags = f"--model {tiny} --method rler --prompts_per_step 2 --group_size 3 --max_new_tokens 12 "
     monkeypatch.setattr(reproduce_rler, "FLAGS", flags + "--eval_every 9 --save_every 1")

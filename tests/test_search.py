@@ -328,6 +328,7 @@ def write_questions(path, questions):
     return path
 
 
+@pytest.mark.long
 def test_grounded_rubrics_are_written_cited_and_trained_on(tmp_path, capsys, tiny):
     questions = [COMMON_COLD, BLUE_SKY, "How is lead poisoning treated?", "qqqqqq zzzzzz?"]
     source = write_questions(tmp_path / "q.jsonl", questions)

@@ -207,6 +207,7 @@ def check(tmp_path, tiny, *names: str) -> None:
         assert largest_gap(loaded, two_weights, "saved ") == 0, name
 
 
+@pytest.mark.long
 def test_two_halves_are_one(tmp_path, tiny):
     check(tmp_path, tiny, "llama-tied", "qwen2-untied")
 

