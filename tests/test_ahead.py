@@ -386,6 +386,6 @@ def test_an_error_of_the_thread_ends_all_processes(tiny, few, judged, tmp_path):
 
 
 @pytest.mark.long
-def test_killed_at_random_moments_it_is_the_same_run(tiny, few, forms, tmp_path, monkeypatch):
+def test_killed_at_random_moments_it_is_the_same_run(server, tiny, few, forms, tmp_path, monkeypatch):
     monkeypatch.setitem(test_survival.METHODS, "ahead", ["--method", "rler", "--judge_ahead", "1"])
-    test_survival.test_killed_at_random_moments_it_is_the_same_run(tiny, few, forms, tmp_path, "ahead")
+    test_survival.test_killed_at_random_moments_it_is_the_same_run(server, tiny, few, forms, tmp_path, "ahead")
