@@ -1896,9 +1896,13 @@ def check_log(folder: Path, step: int) -> None:
     # run could not fill the gap, and its curve would pass over it.
     path = folder / "metrics.jsonl"
     logged = {row["step"] for row in read_log(path)}
-    missing = [number for number in range(step + 1) if number not in logged]
-    if missing:
-        why = f"lacks step {missing[0]}, which the checkpoint has done ({len(missing)} in all)"
+    n_missing = step + 1 - sum(0 <= number <= step for number in logged)
+    if n_missing:
+        # Counted up from 0, not listed: an edited state may say any step.
+        first = 0
+        while first in logged:
+            first += 1
+        why = f"lacks step {first}, which the checkpoint has done ({n_missing} in all)"
         raise UserError(f"{path}: {why}; put it back, or start a new run")
 
 
