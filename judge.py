@@ -1816,7 +1816,6 @@ class Connection:
         self.address = address
         self.timeout = timeout
         self.deadline = math.inf  # of the exchange under way
-        self.is_shut = False
         self.prefix = ""
         self.headers = dict(HEADERS)
         self.http = self.make_http()
@@ -1861,19 +1860,12 @@ class Connection:
         keep = False
         try:
             # The time to connect has its own limit.
-            is_reused = self.connect()
+            self.connect()
             self.deadline = time.monotonic() + self.timeout[1]
-            request = (method, path, headers, body)
-            try:
-                response = self.ask(*request)
-            except ConnectionError:
-                # A server may close an idle connection in the moment in which it is used again. It
-                # has read nothing then, so this is no failure of the question.
-                if not is_reused or self.is_shut:
-                    raise
-                self.http.close()
-                self.connect()
-                response = self.ask(*request)
+            address = self.address
+            target = self.prefix + address.path + path + address.query
+            self.http.request(method, target, body, self.headers | headers)
+            response = self.http.getresponse()
             content = self.read(response)
 
             answer_headers = {}
@@ -1890,29 +1882,15 @@ class Connection:
             if not keep:
                 self.http.close()
 
-    def ask(
-        self, method: str, path: str, headers: dict, body: bytes
-    ) -> http.client.HTTPResponse:
-        """Sends the request and reads the reply's head."""
-        address = self.address
-        target = self.prefix + address.path + path + address.query
-        self.http.request(method, target, body, self.headers | headers)
-        return self.http.getresponse()
-
-    def connect(self) -> bool:
-        """Opens the connection; anew when the server closed it or left bytes nobody asked for.
-
-        Returns whether it is one that was open before.
-        """
+    def connect(self) -> None:
+        """Opens the connection; anew when the server closed it or left bytes nobody asked for."""
         if self.http.sock is not None and is_readable(self.http.sock):
             self.http.close()
 
-        is_reused = self.http.sock is not None
-        if not is_reused:
-            self.http.connect()
         # The deadline is for the whole reply, this time-out for the silence between two bytes.
+        if self.http.sock is None:
+            self.http.connect()
         self.http.sock.settimeout(self.timeout[1])
-        return is_reused
 
     def read(self, response: http.client.HTTPResponse) -> bytes:
         """The body, at most LARGEST_REPLY bytes, by the deadline."""
@@ -1939,7 +1917,6 @@ class Connection:
 
     def shut(self) -> None:
         """Ends whatever this connection waits for."""
-        self.is_shut = True
         sock = self.http.sock
         if sock is not None:
             # Closing it would not wake a read under way; this does.

@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+# One thread, here and in the processes that tests start, before torch counts the cores: models of two layers are slower with
+# two, and two such processes at a time wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 SHARED = ROOT.parent / "shared" / "data"  # real benchmark rows, not part of the repository
