@@ -855,14 +855,16 @@ def micro_batches(
     return batches
 
 
+def decoder_layers(model) -> list:
+    """The model's layers: what is checkpointed, and gathered, one by one."""
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
 @contextmanager
 def recomputed_layers(model, on: bool):
     """Context: gradient checkpointing. Per layer one tensor is kept, the rest computed again."""
     # Not by the library's switch, which needs training mode: dropout would start with it.
-    layers = []
-    for module in model.modules():
-        if on and isinstance(module, GradientCheckpointingLayer):
-            layers.append(module)
+    layers = decoder_layers(model) if on else []
 
     # An attribute of the object goes before the method of its class.
     for layer in layers:
@@ -1618,9 +1620,8 @@ def shard(model) -> None:
 
     # Inner layers first. What is left for the model itself are the embedding, the last norm and the
     # head, tied or not: they stay float32.
-    for module in reversed(list(model.modules())):
-        if isinstance(module, GradientCheckpointingLayer):
-            fully_shard(module, mp_policy=layer_precision, reshard_after_forward=True)
+    for layer in reversed(decoder_layers(model)):
+        fully_shard(layer, mp_policy=layer_precision, reshard_after_forward=True)
     fully_shard(model, mp_policy=MixedPrecisionPolicy(), reshard_after_forward=True)
 
     for module in sharded_modules(model):
@@ -2145,11 +2146,6 @@ def estimate_memory(
     # Whole and in float32, before it is sharded or its base is rounded; the reference comes second.
     parts["loading"] = loaded + parts["reference"]
     return parts
-
-
-def decoder_layers(model) -> list:
-    """The model's layers: what is checkpointed, and gathered, one by one."""
-    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
 def weight_bytes(model, config, world: int) -> dict[str, float]:

@@ -28,7 +28,6 @@ def some_of(attacks, one_in):
     return list(attacks)[:: 1 if FULL else one_in]
 
 
-
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="also run the tests that take minutes (marker: long)")
 

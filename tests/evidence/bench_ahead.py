@@ -5,11 +5,12 @@
     python tests/evidence/bench_ahead.py --learning 8                   # seeds 0 to 7, form only
     python tests/evidence/bench_ahead.py --learning 3 --model smollm2   # the default run
 
-The policy is a random model of four layers, so that a step takes about as long as its judge. Prints one JSON line per server, which is a process of its own on this machine and only waits. Both
-runs of a line do the same work: cold caches, the torch sampler, no evaluation in the steps that are
-timed (all but the first and the last). judge, rest: seconds per step of judging, and of rollout and
+The policy is a random model of four layers, so that a step takes about as long as its judge. Prints
+one JSON line per server, which is a process of its own on this machine and only waits. Both runs of
+a line do the same work: cold caches, the torch sampler, no evaluation in the steps that are timed
+(all but the first and the last). judge, rest: seconds per step of judging, and of rollout and
 training; after / ahead: of the run that judges after rolling out, and of the one that judges ahead.
-share_of_ideal: the larger of judge_ahead and rest_ahead over ahead. No order of the phases beats it.
+share_of_ideal: the larger of judge_ahead and rest_ahead, over ahead: no order of phases beats it.
 
 --learning compares rewards over the run, and held-out scores after it, by prompt and seed
 (intervals.py). Without --model: the tests' random model of bytes, on prompts whose criteria are

@@ -1,4 +1,4 @@
-"""Is the memory line right? Real runs of train.py, each in a process of its own, against the estimate.
+"""Is the memory line right? Real runs of train.py, each in its own process, and the estimate.
 
 One JSON line per setting: the estimate that train.py prints before it loads anything, the growth of
 the process's resident memory over the whole run at its peak, and the ratio of the two. Growth that

@@ -10,7 +10,6 @@ has the bootstrap over its prompts; the last row resamples prompts and runs (int
 """
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -25,11 +24,7 @@ from intervals import crossed_bootstrap, paired_differences, score_table
 
 import rar
 from judge import LexicalJudge, Verdict, offline_judge
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a JSONL file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf8").split("\n") if line]
+from train import read_log
 
 
 def points(example: rar.Example, text: str, judge, part: str) -> float:
@@ -54,7 +49,7 @@ def points(example: rar.Example, text: str, judge, part: str) -> float:
 
 def reward_line(folder: Path) -> str:
     """Training reward in the first and last five steps, and the time of judging."""
-    rows = [row for row in read_rows(folder / "metrics.jsonl") if "reward" in row]
+    rows = [row for row in read_log(folder / "metrics.jsonl") if "reward" in row]
     first = statistics.fmean(row["reward"] for row in rows[:5])
     last = statistics.fmean(row["reward"] for row in rows[-5:])
     judge = sum(row["seconds_judge"] for row in rows)
@@ -85,7 +80,7 @@ def main() -> None:
     for name, (judge, part) in examiners.items():
         scores = {"before": [], "after": []}
         for number, folder in enumerate(folders):
-            rows = [r for r in read_rows(folder / "samples.jsonl") if r["split"] == "heldout"]
+            rows = [r for r in read_log(folder / "samples.jsonl") if r["split"] == "heldout"]
             last = max(row["step"] for row in rows)
             for arm, step in (("before", 0), ("after", last)):
                 for row in rows:

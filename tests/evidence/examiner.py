@@ -40,6 +40,7 @@ from intervals import Row, compare_pairs
 
 import rar
 from judge import JudgeError, LexicalJudge, LLMJudge, offline_judge
+from train import read_log
 
 ENDS = 5  # visits of a prompt at each end that are compared
 ARMS = ("fixed", "evolving")
@@ -125,7 +126,7 @@ def training_rows(folder: Path) -> list[dict]:
         raise rar.DataError(f"{path}: no such file; give the folder of a run")
     # Held-out answers are in the same file, and no reward was paid for them.
     rows = []
-    for row in reproduce_rler.read_lines(path):
+    for row in read_log(path):
         if row["split"] == "train":
             rows.append(row)
     return sorted(rows, key=lambda row: row["step"])

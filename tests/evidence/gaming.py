@@ -37,7 +37,11 @@ FRAME = re.compile(
     r"|Names?|Gives?|Says?|Notes?|Lists?)\s+(that\s+|to\s+)?",
 )
 # How people deny: a whole sentence, or an act.
-NOT_TRUE = ["It is not true that {}.", "It is wrong to say that {}.", "Nobody should believe that {}."]
+NOT_TRUE = [
+    "It is not true that {}.",
+    "It is wrong to say that {}.",
+    "Nobody should believe that {}.",
+]
 NOT_DONE = ["Avoid {}.", "There is no need for {}.", "{} does not help.", "Never try {}."]
 
 
@@ -176,7 +180,9 @@ def gaming_table(judges: dict, examples: list[rar.Example]) -> dict[str, dict]:
         table[row] = {}
         for name, judge in judges.items():
             # The same draws for each judge.
-            fresh = [case._replace(draw=random.Random(f"{row}-{k}")) for k, case in enumerate(asked)]
+            fresh = []
+            for number, case in enumerate(asked):
+                fresh.append(case._replace(draw=random.Random(f"{row}-{number}")))
             table[row][name] = rate(asked, met(judge, fresh, write))
     return table
 
@@ -191,7 +197,9 @@ def read_prompts(size: int | None = None) -> list[rar.Example]:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--prompts", type=int, metavar="N", help="the first N prompts of each file")
     size = parser.parse_args().prompts
     examples = read_prompts(size)
@@ -200,7 +208,9 @@ def main() -> None:
     print("| answer | " + " | ".join(judges) + " |")
     print("|---|" + "---|" * len(judges))
     for row, cells in gaming_table(judges, examples).items():
-        shown = [f"{100 * mean:.0f} % ({100 * low:.0f} to {100 * high:.0f})" for mean, low, high in cells.values()]
+        shown = []
+        for mean, low, high in cells.values():
+            shown.append(f"{100 * mean:.0f} % ({100 * low:.0f} to {100 * high:.0f})")
         print(f"| {row} | " + " | ".join(shown) + " |")
 
 

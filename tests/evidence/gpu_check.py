@@ -79,28 +79,10 @@ def shape_config(size: str) -> Qwen2Config:
     )
 
 
-def settings(**changes):
-    """What grpo.update reads."""
-    defaults = {
-        "loss": "dapo",
-        "temperature": 1.0,
-        "max_new_tokens": 256,
-        "epochs": 1,
-        "minibatches": 1,
-        "clip_low": 0.2,
-        "clip_high": 0.0,
-        "beta": 0.0,
-        "tis_cap": 0.0,
-        "mask_truncated": 0,
-        "pass_tokens": 3072,
-        "checkpointing": 0,
-        "lora_rank": 0,
-        "sampler": "torch",
-        "vllm_memory": 4.0,
-        "prompts_per_step": 4,
-        "group_size": 8,
-    }
-    return SimpleNamespace(**(defaults | changes))
+def settings(**changes) -> train.Config:
+    """A run's settings: train.py's own, but for these and `changes`."""
+    defaults = {"loss": "dapo", "temperature": 1.0, "max_new_tokens": 256}
+    return train.Config(**(defaults | changes))
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,6 @@ Finished runs are not run again, and one that was stopped goes on.
 """
 
 import argparse
-import json
 import math
 import os
 import random
@@ -57,6 +56,7 @@ from intervals import (
 
 import arlrr
 import rar
+import train as trainer
 
 # What follows the comma changes a method: no division by the std, or how many verdicts are wrong.
 SCHEDULE = "--method arlrr --schedule"
@@ -106,13 +106,6 @@ def folder_of(out: Path, arm: str, seed: int) -> Path:
     return out / f"{name}-{seed}"
 
 
-def lines(path: Path) -> list[dict]:
-    """The rows of a JSONL file; none when there is no file."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf8").split("\n") if line]
-
-
 def has_checkpoint(folder: Path) -> bool:
     return (folder / "checkpoint" / "trainer.pt").exists()
 
@@ -121,7 +114,7 @@ def finished(folder: Path) -> bool:
     """Whether the run's last checkpoint and last evaluation are there."""
     if not has_checkpoint(folder):
         return False
-    rows = lines(folder / "metrics.jsonl")
+    rows = trainer.read_log(folder / "metrics.jsonl")
     return bool(rows) and rows[-1]["step"] == STEPS and "eval_score" in rows[-1]
 
 
@@ -198,8 +191,6 @@ class DecliningARLRR(arlrr.ARLRR):
 
 def run_arm(arm: str, argv: list[str]) -> int:
     """train.py with the arm's change. Returns its exit status."""
-    import train as trainer
-
     make_method = trainer.make_method
 
     def make_changed_method(config, judge):
@@ -238,7 +229,7 @@ def spent(rows: list[dict], step: int) -> Counter:
 def held_out(folder: Path, seed: int, step: int) -> list[Row]:
     """(prompt, seed, held-out score) at a step."""
     rows = []
-    for row in lines(folder / "samples.jsonl"):
+    for row in trainer.read_log(folder / "samples.jsonl"):
         if row["split"] == "heldout" and row["step"] == step:
             score = math.nan if row["reward"] is None else row["reward"]
             rows.append((row["id"], seed, score))
@@ -330,7 +321,7 @@ def measured_contraction(out: Path, seeds: list[int]) -> list[dict]:
     steps = []
     for seed in seeds:
         groups = defaultdict(lambda: defaultdict(list))
-        for row in lines(folder_of(out, "scalar", seed) / "samples.jsonl"):
+        for row in trainer.read_log(folder_of(out, "scalar", seed) / "samples.jsonl"):
             if row["split"] == "train":
                 scores = [verdict["score"] for verdict in row["verdicts"]]
                 groups[row["step"]][row["id"]].append(scores)
@@ -382,7 +373,7 @@ def report(out: Path, runs: dict[str, list[int]]) -> None:
     logs = {}
     for arm, seeds in runs.items():
         for seed in seeds:
-            logs[arm, seed] = lines(folder_of(out, arm, seed) / "metrics.jsonl")
+            logs[arm, seed] = trainer.read_log(folder_of(out, arm, seed) / "metrics.jsonl")
     arm_table(out, runs, logs)
     difference_tables(out, runs, logs)
     axis_table(runs, logs)
@@ -398,7 +389,7 @@ def draw(out: Path, runs: dict[str, list[int]], path: str) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
     for arm, seeds in runs.items():
-        logs = [lines(folder_of(out, arm, seed) / "metrics.jsonl") for seed in seeds]
+        logs = [trainer.read_log(folder_of(out, arm, seed) / "metrics.jsonl") for seed in seeds]
         steps = [row["step"] for row in logs[0] if "eval_score" in row]
         means = []
         lows = []

@@ -194,7 +194,7 @@ def rouge_l(text: str, reference: str) -> float:
 def measure(folder: Path, examples: dict[str, rar.Example]) -> dict:
     """table[step][measure][prompt] = its mean in the prompt's group of that step."""
     groups = defaultdict(list)
-    for row in read_lines(folder / "samples.jsonl"):
+    for row in train.read_log(folder / "samples.jsonl"):
         if row["split"] == "train":
             groups[row["step"], row["id"]].append(row)
 
