@@ -313,7 +313,7 @@ def seconds(function):
     return time.process_time() - started
 
 
-@pytest.mark.parametrize("adapter", ["trl", "verl batch", "verl"])
+@pytest.mark.parametrize("adapter", ["trl", "verl batch", pytest.param("verl", marks=pytest.mark.long)])
 def test_our_own_time_for_16384_rollouts_is_under_a_second(adapter):
     """What the adapter adds to the method's own scoring of the same groups."""
     examples = many_examples()

@@ -87,7 +87,10 @@ def by_hand(made):
     return seen
 
 
-@pytest.mark.parametrize("name", ["explicit", "rler", "search", pytest.param("cyclic", marks=pytest.mark.long)])
+LONG_ONES = [pytest.param(name, marks=pytest.mark.long) for name in ("explicit", "cyclic")]
+
+
+@pytest.mark.parametrize("name", ["rler", "search", *LONG_ONES])
 def test_it_is_the_same_arithmetic_with_rollouts_of_one_update_ago(flags, judged, tmp_path, name):
     flags = [*flags, *METHODS[name]]
     if name == "explicit":  # a judge that computes: in the thread it rounds as in the main one

@@ -293,6 +293,7 @@ def test_a_terminal_obeys_no_name(tmp_path, capsys):
     assert json.loads(said)["before"]["answers"] == name
 
 
+@pytest.mark.long
 def test_a_reader_may_leave_early(tmp_path):
     name = save(tmp_path / "a.jsonl", [row("a", 0.5)])
     reader, writer = os.pipe()

@@ -425,6 +425,7 @@ def test_agreement_by_hand():
     assert agreement.judge_agreement([(None, True)])["kappa"] is None
 
 
+@pytest.mark.long
 def test_agreement_with_physicians(shared):
     """Physicians among themselves reach a kappa of 0.66 to 0.75."""
     path = shared("kqa_physician_labels_dev.jsonl")

@@ -90,7 +90,7 @@ for name in ARMS:
 STEPS = 25
 FLAGS = (
     "--judge lexical --prompts 8 --prompts_per_step 2 --group_size 8 --max_new_tokens 56 --lr 1e-4 "
-    "--validation 8 --eval_every 5 --save_every 5"
+    "--beta -1 --validation 8 --eval_every 5 --save_every 5"
 )
 COLORS = ("black", "green", "olive", "blue", "deepskyblue", "orange", "brown", "red", "pink")
 STYLES = {"mean": "--", "flip 10 %": "-.", "flip 20 %": ":"}
@@ -522,7 +522,7 @@ def main(argv: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     five_classes.write(out)
     if not args.report:
-        threads = max(1, (os.cpu_count() or 1) // args.jobs)
+        threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
         with ThreadPoolExecutor(args.jobs) as pool:
             for seed in args.seeds:
                 for arm in args.arms:
