@@ -42,7 +42,8 @@ import urllib.parse
 import urllib.request
 from collections import Counter, deque
 from collections.abc import Callable, Hashable
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -2494,6 +2495,7 @@ TIE = 1e-5  # nearer to the threshold than rounding on another machine
 # Share of small words in a sentence. Below it words stand in a row and state nothing.
 LEAST_SMALL_WORDS = 0.15
 WINDOW = 512  # tokens of a text that are read together
+RESPONSES = 64  # that are read, and held with their vectors, at a time
 STATEMENTS = 1000  # that are kept with their vectors, about 20 kB each
 
 
@@ -2526,6 +2528,26 @@ class EmbeddedText(NamedTuple):
     vectors: object
 
 
+@contextmanager
+def one_core_each():
+    """Threads that compute with one core each, as many as there are cores for torch.
+
+    For small work this is faster than all cores on one piece after the other, and the numbers are
+    the same on any number of cores.
+    """
+    import torch
+
+    # A thread takes the number over when it first computes, so those of the pool have 1, and this
+    # one has its own again afterwards.
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(cores) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(cores)
+
+
 class AlignmentJudge:
     """A stand-in for a judge: looks for each idea of a statement among the words of the response.
 
@@ -2541,8 +2563,8 @@ class AlignmentJudge:
     by the words of a criterion in any order, if the small ones are among them, and does not know
     what is true; tests/evidence/README.md has the rates.
 
-    Deterministic, no network, about 8 ms per verdict, 325 MB. Each text is read by itself: batches
-    with padding are a seventh faster, but then a score depends on the others in its last digits.
+    Deterministic, no network, about 6 ms per verdict on two cores, 325 MB. Each text is read by
+    itself: in a batch a score would depend on the others in its last digits.
     """
 
     def __init__(self, folder: str | Path):
@@ -2581,13 +2603,21 @@ class AlignmentJudge:
             places_of.setdefault(question.response, []).append(place)
 
         # Each response is read once, for all of its questions, and then forgotten.
+        responses = list(places_of)
         verdicts = [None] * len(questions)
-        with progress_bar(len(questions), "judge", show=show_progress) as bar:
-            for response, places in places_of.items():
-                text = self.read(response)
-                for place in places:
-                    verdicts[place] = self.verdict(questions[place], text)
-                bar.update(len(places))
+        with (
+            one_core_each() as pool,
+            progress_bar(len(questions), "judge", show=show_progress) as bar,
+        ):
+            for start in range(0, len(responses), RESPONSES):
+                part = responses[start : start + RESPONSES]
+                for response, text in zip(part, pool.map(self.read, part)):
+                    places = places_of[response]
+                    inside = [split_negation(questions[place].statement)[1] for place in places]
+                    statements = pool.map(self.read_statement, inside)
+                    for place, statement in zip(places, statements):
+                        verdicts[place] = self.verdict(questions[place], statement, text)
+                    bar.update(len(places))
         return verdicts
 
     def read(self, text: str) -> EmbeddedText:
@@ -2620,11 +2650,13 @@ class AlignmentJudge:
         vectors = torch.cat(states)[last_pieces]
         return EmbeddedText(words, torch.nn.functional.normalize(vectors, dim=-1))
 
-    def verdict(self, question: Question, response: EmbeddedText) -> Verdict:
-        """Whether the statement is true of a response that has been read."""
-        # Judge what is forbidden, then turn the verdict round; see lexical_verdict.
-        is_negated, inside = split_negation(question.statement)
-        statement = self.read_statement(inside)
+    def verdict(
+        self, question: Question, statement: EmbeddedText, response: EmbeddedText
+    ) -> Verdict:
+        """Whether a statement is true of a response; both have been read, the statement without the
+        negation that it may begin with."""
+        # What is forbidden was read, so the verdict is turned round; see lexical_verdict.
+        is_negated, _ = split_negation(question.statement)
 
         places = [place for place, word in enumerate(statement.words) if word.stem]
         if not places:

@@ -317,6 +317,17 @@ def test_a_verdict_does_not_depend_on_the_others(aligned):
     together = aligned.ask(questions)
     alone = [aligned.ask([question])[0] for question in reversed(questions)]
     assert together == alone[::-1]
+
+    # Nor on the number of cores, which stays as it was.
+    import torch
+
+    cores = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert aligned.ask(questions) == together
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(cores)
     assert {verdict.score for verdict in together} == {0.0, 1.0}
 
 

@@ -2,10 +2,12 @@
 
     python tests/evidence/bench_judge.py         # 4,096 questions, 64 workers, 50 ms per answer
     python tests/evidence/bench_judge.py --k 0   # 4,096 calls, each with all 8 of a response
+    python tests/evidence/bench_judge.py --offline   # 256 verdicts of the embedded judge
 
 Prints one JSON line per measurement. The server is a process of its own on this machine, the
 cache a new SQLite file. ideal = calls / workers * 50 ms. Memory is the growth of this process's
-peak, questions and verdicts included.
+peak, questions and verdicts included. The embedded judge reads 32 answers of 64 tokens, the length
+limit of the default run, with 8 statements about each; the first batch reads the statements too.
 """
 
 import argparse
@@ -22,7 +24,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from judge_server import truth
 
-from judge import LLMJudge, Question, render_conversation
+from judge import LLMJudge, Question, offline_judge, render_conversation
+from rar import read_examples
 
 CALLS = 4096
 STATEMENTS = 8  # about each response
@@ -107,13 +110,45 @@ def measure(faults: float, k: int) -> dict:
     } | kinds
 
 
+def measure_offline() -> None:
+    """The embedded judge: batches of 256 verdicts on texts of the built-in prompts."""
+    judge = offline_judge()
+    judge.load()
+    examples = read_examples(ROOT / "data" / "train.jsonl")
+    examples += read_examples(ROOT / "data" / "heldout.jsonl")
+    statements = []
+    for example in examples:
+        for criterion in example.rubric:
+            if not criterion.check:
+                statements.append(criterion.text)
+
+    for batch in range(4):
+        # Other answers each time, about the same prompts: what a training step finds.
+        questions = []
+        for i in range(32):
+            example = examples[i]
+            ids = judge.tokenizer(f"{batch} {example.reference} " * 4)["input_ids"][:64]
+            response = judge.tokenizer.decode(ids)
+            for statement in statements[8 * (i // 8) : 8 * (i // 8) + 8]:
+                questions.append(Question(example.question, response, statement))
+        started = time.perf_counter()
+        judge.ask(questions)
+        seconds = time.perf_counter() - started
+        row = {"verdicts": len(questions), "batch": batch + 1, "seconds": round(seconds, 2)}
+        print(json.dumps(row), flush=True)
+
+
 def main() -> None:
     """Three faultless batches, then one with 30 % faults of all kinds."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--k", type=int, default=1, choices=(0, 1), help="0: all of a response")
+    parser.add_argument("--offline", action="store_true", help="the embedded judge instead")
     args = parser.parse_args()
+    if args.offline:
+        measure_offline()
+        return
     seconds = []
     for _ in range(3):
         row = measure(0.0, args.k)
