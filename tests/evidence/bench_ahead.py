@@ -158,17 +158,28 @@ def read_rewards(folder: Path) -> dict[str, dict[str, float]]:
     }
 
 
-def compare_learning(flags: list[str], seeds: int) -> None:
+def learn(flags: list[str], run: Path) -> None:
+    """One run into this folder: new, resumed, or done before."""
+    if (run / "config.json").exists():
+        config = json.loads((run / "config.json").read_text(encoding="utf8"))
+        rows = train.read_log(run / "metrics.jsonl")
+        if rows and rows[-1]["step"] == config["steps"]:
+            return
+        flags = ["--resume", str(run)]
+    else:
+        flags = [*flags, "--out", str(run)]
+    if train.main(flags):
+        sys.exit(1)
+
+
+def compare_learning(flags: list[str], seeds: int, out: Path) -> None:
     """Prints each run's means, and the difference that judging ahead makes to each of them."""
     arms = {}
     for seed in range(seeds):
         for setting, arm in enumerate(("after", "ahead")):
-            with tempfile.TemporaryDirectory() as folder:
-                run = Path(folder) / "run"
-                own = ["--seed", str(seed), "--judge_ahead", str(setting), "--out", str(run)]
-                if train.main([*flags, *own]):
-                    sys.exit(1)
-                rewards = read_rewards(run)
+            run = out / f"{arm}-{seed}"
+            learn([*flags, "--seed", str(seed), "--judge_ahead", str(setting)], run)
+            rewards = read_rewards(run)
             line = {"arm": arm, "seed": seed}
             for name, by_prompt in rewards.items():
                 line[name] = round(statistics.fmean(by_prompt.values()), 3)
@@ -194,10 +205,12 @@ def main() -> None:
     parser.add_argument("--rollouts", type=int, default=4, help="per prompt")
     parser.add_argument("--tokens", type=int, default=32, help="of an answer, at most")
     parser.add_argument("--learning", type=int, default=0, help="compare so many seeds instead")
+    parser.add_argument("--out", default="runs/bench_ahead", help="with --learning: its runs")
     args = parser.parse_args()
 
     if args.learning and args.model:
-        compare_learning(["--model", args.model], args.learning)
+        # Hours: kept, so that what was stopped goes on and what is finished is not run again.
+        compare_learning(["--model", args.model], args.learning, Path(args.out))
         return
     if args.learning:
         with tempfile.TemporaryDirectory() as folder:
@@ -205,7 +218,8 @@ def main() -> None:
             flags = ["--model", str(model), *FORM_RUN]
             flags += ["--data", write_form_rows(Path(folder) / "train.jsonl", range(20))]
             heldout = write_form_rows(Path(folder) / "heldout.jsonl", range(20, 32))
-            compare_learning([*flags, "--eval_data", heldout], args.learning)
+            flags += ["--eval_data", heldout]
+            compare_learning(flags, args.learning, Path(folder) / "runs")
         return
 
     with tempfile.TemporaryDirectory() as folder:
