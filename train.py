@@ -739,6 +739,9 @@ def begin(config: Config, folder: Path, state: dict | None) -> Run:
 
     check_memory(config, examples)
     policy = load_run_policy(config, folder, template_kwargs, is_new=not state)
+    if state and reading_digest(policy) != state["reading"]:
+        why = "its tokenizer or chat template is not that of the run"
+        raise UserError(f"{folder}/checkpoint: {why}; put its own back, or start a new run")
     examples = fitting(examples, policy, config.max_new_tokens, "training")
     heldout = fitting(heldout, policy, config.max_new_tokens, "held-out")
     examples, validation = choose_prompts(examples, config, method)
@@ -1503,6 +1506,8 @@ class RunFolder:
         state = {
             "step": step,
             "versions": versions(),
+            "settings": kept_settings(asdict(run.config)),
+            "reading": reading_digest(run.policy),
             "data": run.digests,
             "optimizer": grpo.gathered_moments(run.optimizer),
             "method": run.method.state_dict(),
@@ -1832,6 +1837,8 @@ def read_state(folder: Path, save_every: int) -> dict | None:
         made_with = dict(state["versions"])
         # Looked at here, so that what is no state is found before a model is loaded.
         dict(state["data"])
+        dict(state["settings"])
+        str(state["reading"])
         unfinished = state.get("unfinished")
         if unfinished:
             dict(unfinished["log"])
@@ -1847,6 +1854,34 @@ def read_state(folder: Path, save_every: int) -> dict | None:
         names = ", ".join(other)
         say(f"the checkpoint was made with other {names}: from here on not the same bit for bit")
     return state
+
+
+def kept_settings(settings: dict) -> dict:
+    """Those that a run has to its end."""
+    changeable = {*RESUMABLE, *JUDGES, "out"}
+    return {name: value for name, value in settings.items() if name not in changeable}
+
+
+def check_settings(saved: dict, state: dict, folder: Path) -> None:
+    """Raises UserError when config.json says otherwise than the checkpoint of its run."""
+    edited = []
+    for name, value in kept_settings(saved).items():
+        then = state["settings"].get(name)
+        if value != then:
+            edited.append(f"{name} {shown(name, value)} (the checkpoint has {shown(name, then)})")
+    if edited:
+        why = "edited; put it back, or start a new run"
+        raise UserError(f"{folder}/config.json: {', '.join(edited)}: {why}")
+
+
+def reading_digest(policy: Policy) -> str:
+    """SHA-256 of what makes token ids of a prompt and ends an answer."""
+    tokenizer = policy.tokenizer
+    # Not a rendered prompt: a template may write today's date. Line ends do not survive a file.
+    template = json.dumps(tokenizer.chat_template, sort_keys=True).replace("\\r\\n", "\\n")
+    ids = tokenizer("Does it read this text, 1 2 3, as before?")["input_ids"]
+    read = f"{template} {ids} {sorted(policy.ends)}"
+    return hashlib.sha256(read.encode("utf8")).hexdigest()
 
 
 def data_files(config: Config) -> dict[str, Path]:
@@ -2226,6 +2261,7 @@ def train_in(folder: RunFolder, config: Config, given: dict, stop: Stop) -> int:
         config = resumed_config(saved, given, folder.path)
         state = read_state(folder.path, saved["save_every"])
     if state:
+        check_settings(saved, state, folder.path)
         step = state["step"]
         unfinished = state.get("unfinished")
         last, _ = last_evaluation(folder.path, step)

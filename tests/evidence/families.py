@@ -5,7 +5,7 @@ asks `grpo.check_policy`. Then a process that shares no code with the check, and
 trainer at all, computes the log-probs and gradients of the accepted ones again, by transformers
 alone, one plain sequence at a time.
 
-    python tests/evidence/families.py                   # the table, about 5 minutes
+    python tests/evidence/families.py                   # the table, about 11 minutes
     python tests/evidence/families.py llama gemma2      # only these
 
 The table has one row per architecture:
