@@ -528,7 +528,7 @@ EVEN_MORE_EDITS = {
     "unfinished a text": (state_to("unfinished", "x"), 2),
     "digests of other data": (state_to("data", {"data": "0", "eval_data": "0"}), 2),
     "weights not a number": (edit_weights(lambda weights: weights["model.norm.weight"].fill_(float("nan"))), 2),
-    "another group_size": (setting_to("group_size", 2), 2),
+    "another group_size": (setting_to("group_size", 3), 2),
     "another seed": (setting_to("seed", 77), 2),
     "another lr": (setting_to("lr", 1e-3), 2),
     "no settings in the state": (edit_state(lambda state: state.pop("settings")), 2),
