@@ -2495,7 +2495,7 @@ TIE = 1e-5  # nearer to the threshold than rounding on another machine
 # Share of small words in a sentence. Below it words stand in a row and state nothing.
 LEAST_SMALL_WORDS = 0.15
 WINDOW = 512  # tokens of a text that are read together
-RESPONSES = 64  # that are read, and held with their vectors, at a time
+RESPONSES = 32  # that are read, and held with their vectors, at a time
 STATEMENTS = 1000  # that are kept with their vectors, about 20 kB each
 
 
@@ -2541,10 +2541,12 @@ def one_core_each():
     # one has its own again afterwards.
     cores = torch.get_num_threads()
     torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(cores)
     try:
-        with ThreadPoolExecutor(cores) as pool:
-            yield pool
+        yield pool
     finally:
+        # Who interrupts a run does not wait for what nobody will read.
+        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(cores)
 
 
