@@ -72,6 +72,22 @@ def write_model(name: str, folder: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def write_rows(source: Path, path: Path, count: int) -> str:
+    """So many prompts of a file with rubrics about the number of words; the new file's name.
+
+    Words of a random model's answers differ in number and in nothing else that a rubric asks for,
+    and a group without a difference would be left out of the update: no gradients, no moments.
+    """
+    rubric = []
+    for words in range(4, 48, 2):
+        rubric.append({"text": f"Has at most {words} words.", "check": f"words <= {words}"})
+    rows = []
+    for line in source.read_text(encoding="utf8").split("\n")[:count]:
+        rows.append(json.loads(line) | {"rubric": [c | {"weight": 1} for c in rubric]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
+    return str(path)
+
+
 def resident() -> float:
     """GB that this process holds now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -99,11 +115,15 @@ def run_setting(model: str, flags: str) -> dict:
         train.reuse_memory = leave_alone
     before = resident()
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
-        rows = (ROOT / "data" / "heldout.jsonl").read_text(encoding="utf8").split("\n")[:2]
-        held_out = Path(folder, "few.jsonl")
-        held_out.write_text("\n".join(rows) + "\n", encoding="utf8")
-        arguments = ["--model", model, *COMMON, "--eval_data", str(held_out), *flags.split()]
-        status = train.main([*arguments, "--judge", "lexical", "--out", f"{folder}/run"])
+        data = write_rows(ROOT / "data" / "train.jsonl", Path(folder, "train.jsonl"), 20)
+        held_out = write_rows(ROOT / "data" / "heldout.jsonl", Path(folder, "few.jsonl"), 2)
+        arguments = ["--model", model, *COMMON, *flags.split(), "--data", data]
+        arguments += ["--eval_data", held_out, "--judge", "lexical", "--out", f"{folder}/run"]
+        status = train.main(arguments)
+        # Nothing is measured where no group had anything to learn from.
+        for row in train.read_log(Path(folder, "run", "metrics.jsonl"))[1:]:
+            if row["zero_std_groups"] == 2:
+                sys.exit(f"step {row['step']} made no update")
 
     # Not getrusage: its peak begins with that of the process that started this one.
     status_file = Path("/proc/self/status").read_text()
