@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import FULL, ROOT
 from judge_server import JudgeServer
 from test_train import lines, run
 
@@ -63,11 +63,11 @@ def lines_so_far(path: Path) -> list[str]:
 @pytest.mark.long
 @pytest.mark.parametrize("name", METHODS)
 def test_killed_at_random_moments_it_is_the_same_run(server, tiny, few, forms, tmp_path, name):
-    """Seven SIGKILLs per method, 28 in all, at moments drawn over a whole run: importing, rolling out, searching, judging,
+    """Seven SIGKILLs per method, 28 with FULL_COUNTS, at moments drawn over a whole run: importing, rolling out, searching, judging,
     in the backward pass, while logs and checkpoints are written. The processes come from a server that has imported all."""
     flags = ["--model", str(tiny), "--data", forms, "--eval_data", few, *LONG, *METHODS[name]]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    rng, kills = random.Random(name), 0
+    rng, kills, wanted = random.Random(name), 0, 28 if FULL else 7
 
     def start(folder):
         begun = (folder / "config.json").exists()
@@ -84,11 +84,11 @@ def test_killed_at_random_moments_it_is_the_same_run(server, tiny, few, forms, t
     process.join()
     duration, reached = time.time() - started, set()
     assert process.exitcode == 0, Path(f"{whole}.log").read_text()
-    for _ in range(60):
-        process, unfinished = start(cut), kills < 7 or len(reached) < 2
+    for _ in range(8 * wanted):
+        process, unfinished = start(cut), kills < wanted or len(reached) < 2
         limit = None
         if unfinished:  # a busy machine: later kills
-            limit = rng.uniform(0.2, 0.9) * duration * max(1, kills / 7) ** 2
+            limit = rng.uniform(0.2, 0.9) * duration * max(1, kills / wanted) ** 2
         process.join(limit)
         if process.exitcode is None:
             os.kill(process.pid, signal.SIGKILL)
@@ -101,7 +101,7 @@ def test_killed_at_random_moments_it_is_the_same_run(server, tiny, few, forms, t
             cut = tmp_path / f"cut{kills}-{len(reached)}-{rng.random()}"
         else:
             break
-    assert kills >= 7 and process.exitcode == 0, Path(f"{cut}.log").read_text()
+    assert kills >= wanted and process.exitcode == 0, Path(f"{cut}.log").read_text()
     same_run(whole, cut)
     assert len(reached) > 1  # not always the same moment
 
