@@ -737,7 +737,7 @@ def begin(config: Config, folder: Path, state: dict | None) -> Run:
     if eval_judge is not None:
         from_rank_zero(probe, eval_judge)
 
-    check_memory(config, examples)
+    check_memory(config, examples, heldout)
     policy = load_run_policy(config, folder, template_kwargs, is_new=not state)
     if state and reading_digest(policy) != state["reading"]:
         why = "its tokenizer or chat template is not that of the run"
@@ -1145,8 +1145,20 @@ def probe(judge) -> None:
 SURELY_NEEDED = 0.8
 
 
+def longest_prompt(examples: list[rar.Example]) -> int:
+    """Tokens of the longest prompt, about: no tokenizer is loaded yet, so four characters each."""
+    characters = 0
+    for example in examples:
+        characters = max(characters, sum(len(message["content"]) for message in example.prompt))
+    return 16 + characters // 4
+
+
 def estimate_run(
-    config: Config, examples: list[rar.Example], world: int, bfloat16: bool
+    config: Config,
+    examples: list[rar.Example],
+    heldout: list[rar.Example],
+    world: int,
+    bfloat16: bool,
 ) -> dict[str, float]:
     """grpo.estimate_memory of a run. Of the model only its config is read."""
     folder = config.model
@@ -1154,13 +1166,11 @@ def estimate_run(
         folder = grpo.smollm2_folder()
     model_config = transformers.AutoConfig.from_pretrained(grpo.base_model(folder))
 
-    # No tokenizer yet: four characters per token.
-    characters = 0
-    for example in examples:
-        characters = max(characters, sum(len(message["content"]) for message in example.prompt))
-    return grpo.estimate_memory(
-        model_config, config, 16 + characters // 4, EVALUATED_TOGETHER, world, bfloat16
-    )
+    # Few held-out prompts fill no part of an evaluation.
+    evaluated = len(heldout) * (longest_prompt(heldout) + config.max_new_tokens)
+    evaluated = min(evaluated, EVALUATED_TOGETHER)
+    longest = longest_prompt(examples)
+    return grpo.estimate_memory(model_config, config, longest, evaluated, world, bfloat16)
 
 
 def free_memory() -> tuple[float, str]:
@@ -1178,7 +1188,9 @@ def free_memory() -> tuple[float, str]:
     return total / n_processes, "of the machine"
 
 
-def check_memory(config: Config, examples: list[rar.Example]) -> None:
+def check_memory(
+    config: Config, examples: list[rar.Example], heldout: list[rar.Example]
+) -> None:
     """Says what each process is going to hold. Raises UserError when that cannot fit."""
     # Before the model is loaded: large ones take minutes, and fail in the first update.
     _, world = grpo.rank_and_world()
@@ -1186,7 +1198,7 @@ def check_memory(config: Config, examples: list[rar.Example]) -> None:
     if config.dtype == "auto":
         bfloat16 = torch.cuda.is_available()
     try:
-        parts = from_rank_zero(estimate_run, config, examples, world, bfloat16)
+        parts = from_rank_zero(estimate_run, config, examples, heldout, world, bfloat16)
     except Exception as error:  # noqa: BLE001  (architectures fail in many ways)
         # What is wrong with a model is said when it is loaded.
         say(f"memory: not estimated ({first_line(error)})")

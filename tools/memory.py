@@ -37,10 +37,10 @@ def plan(argv: list[str] | None) -> None:
     args, others = parser.parse_known_args(argv)
     config, _ = train.parse_config(others)
 
-    examples, _ = train.read_data(config)
+    examples, heldout = train.read_data(config)
     bfloat16 = config.dtype != "float32"
     try:
-        parts = train.estimate_run(config, examples, args.cards, bfloat16)
+        parts = train.estimate_run(config, examples, heldout, args.cards, bfloat16)
     except Exception as error:  # noqa: BLE001  (a folder can be broken in many ways)
         why = train.first_line(error)
         raise train.UserError(f"--model {config.model}: {why}") from None
