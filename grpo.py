@@ -1260,9 +1260,9 @@ def own_differences(model, tokenizer, attention: str) -> dict[str, float]:
         # The two paths: the sampler's log-probs, and the trainer's on its completions.
         model.set_attn_implementation(attention)
         uniform = uniform_numbers(2, 2, 6, seed=0)
-        groups = sample(model, prompts, 2, 6, 1.0, set(), uniform)
-        # Again, now ended by a token that the first one draws: its row is dropped early.
-        ends = {groups[0][0].ids[2]}
+        begun = sample(model, prompts, 2, 3, 1.0, set(), uniform[:, :, :3])
+        # Again, now ended by a token that the first row draws: it is dropped early.
+        ends = {begun[0][0].ids[2]}
         groups = sample(model, prompts, 2, 6, 1.0, ends, uniform)
         with torch.no_grad():
             trained, _ = completion_logprobs(model, groups, 1.0)
