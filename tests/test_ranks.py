@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import FULL, ROOT
 from judge_server import JudgeServer
 from safetensors.torch import load_file, save_file
 from test_survival import same_run
@@ -134,7 +134,7 @@ def test_more_processes_than_prompts(tiny, few, forms, tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("method", ["rler", "arlrr"])
 def test_two_processes_that_are_killed_are_the_same_run(tiny, few, forms, tmp_path, method):
-    """Four SIGKILLs of both, at moments drawn over a run; then every bit is as it would have been."""
+    """Four SIGKILLs of both (28 with FULL_COUNTS), at moments drawn over a run; then every bit is as it would have been."""
     flags = ["--model", str(tiny), "--data", forms, "--eval_data", few, *FLAGS, "--method", method, "--validation", "3"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     started = time.time()
@@ -142,7 +142,7 @@ def test_two_processes_that_are_killed_are_the_same_run(tiny, few, forms, tmp_pa
     assert status == 0, printed
     duration = time.time() - started
     rng = random.Random(method)
-    for _ in range(4):
+    for _ in range(28 if FULL else 4):
         arguments = ["--resume", cut] if (cut / "config.json").exists() else [*flags, "--out", cut]
         with open(tmp_path / "log", "a") as log:
             process = subprocess.Popen(torchrun(2, *arguments), env=ENVIRONMENT, start_new_session=True, stdout=log, stderr=log)
