@@ -170,7 +170,8 @@ def explicit_reward(rubric: Rubric, scores: Scores) -> float:
 def points_reward(rubric: Rubric, scores: Scores) -> float:
     """HealthBench's score: points of met criteria over all positive points, unclipped.
 
-    nan when a verdict is missing or no criterion is positive.
+    The held-out score is its mean over the prompts, unclipped too; eval_clipped is the official
+    figure. nan when a verdict is missing or no criterion is positive.
 
     >>> points_reward([Criterion("", points) for points in (7, 5, 10, -6)], [1, 0, 1, 1])
     0.5
