@@ -2614,12 +2614,9 @@ class AlignmentJudge:
             for start in range(0, len(responses), RESPONSES):
                 part = responses[start : start + RESPONSES]
                 for response, text in zip(part, pool.map(self.read, part)):
-                    places = places_of[response]
-                    inside = [split_negation(questions[place].statement)[1] for place in places]
-                    statements = pool.map(self.read_statement, inside)
-                    for place, statement in zip(places, statements):
-                        verdicts[place] = self.verdict(questions[place], statement, text)
-                    bar.update(len(places))
+                    for place in places_of[response]:
+                        verdicts[place] = self.verdict(questions[place], text)
+                    bar.update(len(places_of[response]))
         return verdicts
 
     def read(self, text: str) -> EmbeddedText:
@@ -2652,13 +2649,11 @@ class AlignmentJudge:
         vectors = torch.cat(states)[last_pieces]
         return EmbeddedText(words, torch.nn.functional.normalize(vectors, dim=-1))
 
-    def verdict(
-        self, question: Question, statement: EmbeddedText, response: EmbeddedText
-    ) -> Verdict:
-        """Whether a statement is true of a response; both have been read, the statement without the
-        negation that it may begin with."""
-        # What is forbidden was read, so the verdict is turned round; see lexical_verdict.
-        is_negated, _ = split_negation(question.statement)
+    def verdict(self, question: Question, response: EmbeddedText) -> Verdict:
+        """Whether the statement is true of a response that has been read."""
+        # Judge what is forbidden, then turn the verdict round; see lexical_verdict.
+        is_negated, inside = split_negation(question.statement)
+        statement = self.read_statement(inside)
 
         places = [place for place, word in enumerate(statement.words) if word.stem]
         if not places:

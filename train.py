@@ -739,9 +739,8 @@ def begin(config: Config, folder: Path, state: dict | None) -> Run:
 
     check_memory(config, examples, heldout)
     policy = load_run_policy(config, folder, template_kwargs, is_new=not state)
-    if state and reading_digest(policy) != state["reading"]:
-        why = "its tokenizer or chat template is not that of the run"
-        raise UserError(f"{folder}/checkpoint: {why}; put its own back, or start a new run")
+    if state:
+        check_reading(policy, state, folder)
     examples = fitting(examples, policy, config.max_new_tokens, "training")
     heldout = fitting(heldout, policy, config.max_new_tokens, "held-out")
     examples, validation = choose_prompts(examples, config, method)
@@ -1894,6 +1893,13 @@ def reading_digest(policy: Policy) -> str:
     ids = tokenizer("Does it read this text, 1 2 3, as before?")["input_ids"]
     read = f"{template} {ids} {sorted(policy.ends)}"
     return hashlib.sha256(read.encode("utf8")).hexdigest()
+
+
+def check_reading(policy: Policy, state: dict, folder: Path) -> None:
+    """Raises UserError when the checkpoint's tokenizer is no longer that of its run."""
+    if reading_digest(policy) != state["reading"]:
+        why = "its tokenizer or chat template is not that of the run"
+        raise UserError(f"{folder}/checkpoint: {why}; put its own back, or start a new run")
 
 
 def data_files(config: Config) -> dict[str, Path]:

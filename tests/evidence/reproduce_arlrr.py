@@ -46,6 +46,7 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import five_classes
+import torch
 from intervals import (
     Row,
     compare_pairs,
@@ -522,7 +523,7 @@ def main(argv: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     five_classes.write(out)
     if not args.report:
-        threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
+        threads = max(1, torch.get_num_threads() // args.jobs)
         with ThreadPoolExecutor(args.jobs) as pool:
             for seed in args.seeds:
                 for arm in args.arms:
