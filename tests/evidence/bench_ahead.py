@@ -33,6 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "evidence")
 import torch
 from conftest import make_tiny
 from intervals import compare_arms, comparison_table
+from runs import flags_of_run, is_finished
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import grpo
@@ -158,27 +159,18 @@ def read_rewards(folder: Path) -> dict[str, dict[str, float]]:
     }
 
 
-def learn(flags: list[str], run: Path) -> None:
-    """One run into this folder: new, resumed, or done before."""
-    if (run / "config.json").exists():
-        config = json.loads((run / "config.json").read_text(encoding="utf8"))
-        rows = train.read_log(run / "metrics.jsonl")
-        if rows and rows[-1]["step"] == config["steps"]:
-            return
-        flags = ["--resume", str(run)]
-    else:
-        flags = [*flags, "--out", str(run)]
-    if train.main(flags):
-        sys.exit(1)
-
-
 def compare_learning(flags: list[str], seeds: int, out: Path) -> None:
     """Prints each run's means, and the difference that judging ahead makes to each of them."""
+    config, _ = train.parse_config(flags)
+    steps = config.steps
     arms = {}
     for seed in range(seeds):
         for setting, arm in enumerate(("after", "ahead")):
             run = out / f"{arm}-{seed}"
-            learn([*flags, "--seed", str(seed), "--judge_ahead", str(setting)], run)
+            if not is_finished(run, steps):
+                own = [*flags, "--seed", str(seed), "--judge_ahead", str(setting)]
+                if train.main(flags_of_run(run, own)):
+                    sys.exit(1)
             rewards = read_rewards(run)
             line = {"arm": arm, "seed": seed}
             for name, by_prompt in rewards.items():

@@ -33,7 +33,6 @@ import argparse
 import math
 import os
 import random
-import shutil
 import statistics
 import subprocess
 import sys
@@ -54,6 +53,7 @@ from intervals import (
     crossed_bootstrap,
     score_table,
 )
+from runs import flags_of_run, is_finished
 
 import arlrr
 import rar
@@ -107,30 +107,14 @@ def folder_of(out: Path, arm: str, seed: int) -> Path:
     return out / f"{name}-{seed}"
 
 
-def has_checkpoint(folder: Path) -> bool:
-    return (folder / "checkpoint" / "trainer.pt").exists()
-
-
-def finished(folder: Path) -> bool:
-    """Whether the run's last checkpoint and last evaluation are there."""
-    if not has_checkpoint(folder):
-        return False
-    rows = trainer.read_log(folder / "metrics.jsonl")
-    return bool(rows) and rows[-1]["step"] == STEPS and "eval_score" in rows[-1]
-
-
 def train(out: Path, arm: str, seed: int, threads: int) -> None:
     """One training run in a process of its own: new, resumed, or done before."""
     folder = folder_of(out, arm, seed)
-    if finished(folder):
+    if is_finished(folder, STEPS):
         return
-    if has_checkpoint(folder):
-        flags = ["--resume", str(folder)]
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-        flags = [*FLAGS.split(), *ARMS[arm].split(), "--seed", str(seed)]
-        flags += ["--data", str(out / "train.jsonl"), "--eval_data", str(out / "heldout.jsonl")]
-        flags += ["--steps", str(STEPS), "--out", str(folder)]
+    flags = [*FLAGS.split(), *ARMS[arm].split(), "--seed", str(seed), "--steps", str(STEPS)]
+    flags += ["--data", str(out / "train.jsonl"), "--eval_data", str(out / "heldout.jsonl")]
+    flags = flags_of_run(folder, flags)
 
     command = [sys.executable, __file__, "--run", arm, *flags]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
@@ -531,7 +515,7 @@ def main(argv: list[str] | None = None) -> int:
 
     runs = {}
     for arm in args.arms:
-        seeds = [seed for seed in args.seeds if finished(folder_of(out, arm, seed))]
+        seeds = [seed for seed in args.seeds if is_finished(folder_of(out, arm, seed), STEPS)]
         if seeds:
             runs[arm] = seeds
     if "scalar" not in runs:

@@ -30,7 +30,6 @@ import argparse
 import json
 import random
 import re
-import shutil
 import statistics
 import sys
 import time
@@ -43,6 +42,7 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from intervals import Row, compare_pairs
+from runs import flags_of_run, is_finished
 
 import rar
 import rler
@@ -117,28 +117,15 @@ def write_data(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(rows), encoding="utf8")
 
 
-def is_finished(folder: Path, steps: int) -> bool:
-    """Whether a run is there as a whole."""
-    path = folder / "metrics.jsonl"
-    if not path.exists() or not (folder / "checkpoint" / "trainer.pt").exists():
-        return False
-    return f'"step": {steps},' in path.read_text(encoding="utf8")
-
-
 def run(out: Path, arm: str, seed: int, steps: int) -> None:
     """One training run: new, continued, or done before."""
     folder = out / f"{arm}-{seed}"
     if is_finished(folder, steps):
         return
 
-    if (folder / "checkpoint" / "trainer.pt").exists():
-        flags = ["--resume", str(folder)]
-    else:
-        # Killed before its first checkpoint: from the beginning.
-        shutil.rmtree(folder, ignore_errors=True)
-        flags = [*FLAGS.split(), "--seed", str(seed), "--steps", str(steps)]
-        flags += ["--data", str(out / "train.jsonl"), "--eval_data", str(out / "heldout.jsonl")]
-        flags += ["--out", str(folder)]
+    flags = [*FLAGS.split(), "--seed", str(seed), "--steps", str(steps)]
+    flags += ["--data", str(out / "train.jsonl"), "--eval_data", str(out / "heldout.jsonl")]
+    flags = flags_of_run(folder, flags)
 
     # `--method rler` is the class of that name: for this run it is the arm's.
     original = rler.RLER
