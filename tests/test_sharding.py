@@ -17,6 +17,7 @@ from test_grpo import settings
 
 import arlrr
 import grpo
+import train
 
 # A vocabulary that two processes cannot halve; tied and untied heads; a head of its own (soft cap); attention in windows.
 CASES = {
@@ -225,4 +226,4 @@ if __name__ == "__main__":  # a process of torchrun
     for case in sys.argv[2:]:
         run_case(Path(sys.argv[1]) / case, Path(sys.argv[1]) / case / "two")
         dist.barrier()
-    dist.destroy_process_group()
+    train.leave_processes(0)

@@ -200,5 +200,4 @@ if __name__ == "__main__":  # a process of torchrun
         gaps.append(gap(sampler, policy))
         rows.append(gaps)
     (out / f"gaps-{dist.get_rank()}.json").write_text(json.dumps(rows))
-    dist.barrier()
-    dist.destroy_process_group()
+    train.leave_processes(0)

@@ -576,7 +576,7 @@ def inside_torchrun(machine: Machine) -> None:
             "largest_difference": largest,
         }
         print(json.dumps(row), flush=True)
-    dist.destroy_process_group()
+    train.leave_processes(0)
 
 
 def check_vllm(machine: Machine) -> dict:
