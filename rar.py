@@ -11,9 +11,9 @@ Where this file decides what the paper leaves open or contradicts:
    Here the sign of `Criterion.weight` is the polarity: weight < 0 means "bad when met", and a
    pitfall worded as avoidance has a weight > 0. Before Eq. 1 the verdicts on faults are turned,
    so that c_j = 1 is good; the weights in Eq. 1 are all positive.
-2. A missing verdict counts as the mean of its group's verdicts on that criterion, so that it
-   moves the rollout neither up nor down. A rollout of which less than half of the weight was
-   judged is unscored (reward nan, advantage 0).
+2. A missing verdict counts as the mean of the verdicts that its group has on that criterion, so
+   that it moves the rollout neither above nor below this mean. A rollout of which less than half
+   of the weight was judged is unscored (reward nan, advantage 0); its verdicts are in the mean.
 3. A rollout without text gets 0, or the group's lowest reward where that is negative. By Eq. 1
    alone it is paid for every pitfall it avoids.
 4. A rating s of 1 to 10 becomes (s - 1) / 9. The paper says "normalised" and no more.
@@ -216,16 +216,16 @@ def group_rewards(
             means.append(statistics.fmean(verdicts))
     judged_rubric = [rubric[k] for k in judged_indices]
 
-    # Where every positive criterion is dropped, points have nothing to divide by: the group is
-    # unscored, whichever the reward, so that all score the same rollouts. (A rubric without a
-    # positive criterion from the start is left to response_reward.)
+    # Where every positive criterion is dropped, points have nothing to divide by. The group is
+    # then unscored under every reward, so that explicit and points skip the same groups. (A
+    # rubric that has no positive criterion to begin with is left to response_reward.)
     has_positive = any(criterion.weight > 0 for criterion in rubric)
     keeps_positive = any(criterion.weight > 0 for criterion in judged_rubric)
     if has_positive and not keeps_positive:
         return [math.nan] * len(matrix)
 
-    # For the test below, not for the reward: the size of each criterion. Eq. 1's weights, under
-    # points too, so that the same rollouts are unscored.
+    # These weights serve the test below and not the reward; dropped criteria count in it. They
+    # are Eq. 1's under points as well, so that both rewards leave the same rollouts unscored.
     weights = [explicit_weight(criterion) for criterion in rubric]
     rewards = []
     for row in matrix:
@@ -235,8 +235,8 @@ def group_rewards(
             rewards.append(math.nan)
             continue
 
-        # The mean moves the rollout neither up nor down. A failed call that counts as 0 would
-        # be a penalty on a good criterion and a gift on a pitfall.
+        # A failed call that counts as 0 would be a penalty on a good criterion and a gift on a
+        # pitfall; the mean is neither.
         filled = []
         for k, mean in zip(judged_indices, means):
             filled.append(mean if row[k] is None else row[k])
@@ -284,7 +284,8 @@ def criterion_questions(
     questions = []
     for criterion in rubric:
         if criterion.check:
-            # No judge is asked, and none is wrong, about "at most 40 words".
+            # "At most 40 words" is counted: that needs no judge, who could get it wrong. Whether a
+            # response only copies is seen by the question, so a check gets that too.
             verdict = check_verdict(criterion.check, response, example.question)
             questions.append(verdict)
         else:
@@ -345,7 +346,8 @@ def rating_question(example: Example, response: str, how: str, more: str = "") -
 
 
 # One rating is one verdict, so its rubric has one item: Eq. 1 then returns the rating itself.
-# (In the next three functions `rubric` is this one, and unused.)
+# The next three functions are given it as `rubric` and do not use it: there is nothing to ask of
+# it. What implicit_questions shows the judge is the example's own rubric.
 OVERALL = [Criterion("Overall rating, 1 to 10.", 1.0, "Overall rating")]
 
 
@@ -396,9 +398,9 @@ class Design:
     """How a response becomes a reward.
 
     questions: what the judge is asked. response_reward: one response's verdicts as one number.
-    rubric: one item per verdict; None: the example's own. criterion_questions asks about its items;
-    a rating's one item (OVERALL) only names the verdict. needs_model: the judge must have an
-    opinion, not count words.
+    rubric: what the verdicts are about, one item each; None: the example's own rubric. A rating
+    has one item, OVERALL, a label that no judge sees. needs_model: the judge must have an opinion,
+    not count words.
     """
 
     questions: Callable[[Example, str, Rubric], list[Question | Verdict]]
@@ -423,8 +425,8 @@ DESIGNS = {
 class RubricReward:
     """A method: it turns the rollouts of a step into rewards and advantages.
 
-    RLER and ARL-RR are subclasses that override only the hooks where their papers differ. The
-    hooks come in the order in which a step calls them.
+    RLER (rler.py) and ARL-RR (arlrr.py) are subclasses that override only the hooks where their
+    papers differ. The hooks come in the order in which a step calls them.
     """
 
     def __init__(self, judge, config):
@@ -449,10 +451,11 @@ class RubricReward:
     # ---- hooks
 
     def needs_rest(self, step: int) -> bool:
-        """Whether the rollouts of `step` must wait for the update before them: here never.
+        """Whether the rollouts of `step` must wait until the step before has updated the policy.
 
-        True where before_step(step) changes the pool or needs the policy after `step` updates.
-        Asked with --judge_ahead only, which otherwise draws the next rollouts before the update.
+        Asked with --judge_ahead only, which draws the next rollouts before that update. True
+        forbids it: where before_step(step) changes the pool, or needs the updated policy. Here
+        never.
         """
         return False
 
