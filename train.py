@@ -822,20 +822,23 @@ def join_processes() -> None:
     dist.init_process_group(backend, timeout=timedelta(hours=12))
 
 
-def leave_processes(status: int) -> None:
-    """Ends this process with the exit status where it is one of several; else does nothing."""
-    if not dist.is_initialized():
+def leave(status: int) -> None:
+    """Ends this process with the exit status where Python's own end may abort it; else returns."""
+    is_judging = any(thread.name == JUDGING for thread in threading.enumerate())
+    if dist.is_initialized():
+        if status == 0:
+            # The first one may still be writing.
+            gather(None)
+        dist.destroy_process_group()
+    elif not is_judging:
         return
-    if status == 0:
-        # The first one may still be writing.
-        gather(None)
-    dist.destroy_process_group()
+
+    # A thread that comes back from C++ while Python is ending aborts the process. It may be one of
+    # gloo, which lets go of its last tensor only now (PyTorch issue 190489; 7 of 60 runs of two
+    # processes on two busy cores), or a judge of --judge_ahead that could not be interrupted.
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
-    # Without Python's own end: a thread of gloo may only now let go of the last tensor, wants
-    # Python's lock for it, and aborts where Python is ending (PyTorch issue 190489; on two busy
-    # cores that hit 7 of 60 runs of two processes).
     os._exit(status)
 
 
@@ -2096,6 +2099,7 @@ def stopped(folder: RunFolder, stop: Stop) -> int:
 
 SAMPLED = ("prompt_ids", "ids", "logp", "finish", "text", "thoughts")  # of a rollout, by sampling
 LONGEST_END = 10  # seconds that a run which stops waits for its judge
+JUDGING = "judging ahead"  # the thread's name
 
 
 class Batch:
@@ -2118,7 +2122,7 @@ class Batch:
         """Begins the judging."""
         # A daemon: a judge that hangs must not keep a run that was told to end.
         if is_first():
-            work = {"target": self.work, "args": (method,), "name": "judging ahead"}
+            work = {"target": self.work, "args": (method,), "name": JUDGING}
             self.thread = threading.Thread(**work, daemon=True)
             self.thread.start()
 
@@ -2397,5 +2401,5 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     exit_status = main()
-    leave_processes(exit_status)
+    leave(exit_status)
     sys.exit(exit_status)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -34,11 +35,30 @@ def torchrun(world, *flags, script=ROOT / "train.py"):
     return [*command, str(script), *map(str, flags)]
 
 
-def together(world, *flags, script=ROOT / "train.py"):
+def together(world, *flags, script=ROOT / "train.py", timeout=600):
     """A script under torchrun; its status and words."""
     command = torchrun(world, *flags, script=script)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT, check=False)
-    return done.returncode, done.stdout + done.stderr
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
+        try:
+            printed, errors = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            kill_all(process)
+            raise
+    return process.returncode, printed + errors
+
+
+def children(parent):
+    """The processes that this one has started: torchrun puts each into a session of its own."""
+    numbers = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [int(number) for number in numbers]
+
+
+def kill_all(process):
+    """SIGKILL for torchrun and what it has started."""
+    for number in [process.pid, *children(process.pid)]:
+        with suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
+    process.wait()
 
 
 def close(a, b, path=""):
@@ -149,20 +169,11 @@ def test_two_processes_that_are_killed_are_the_same_run(tiny, few, forms, tmp_pa
             try:
                 process.wait(timeout=rng.uniform(0.4, 1.0) * duration)
             except subprocess.TimeoutExpired:
-                killed = [process.pid, *children(process.pid)]
-                for number in killed:
-                    os.kill(number, signal.SIGKILL)
-                process.wait()
+                kill_all(process)
     arguments = ["--resume", cut] if (cut / "config.json").exists() else [*flags, "--out", cut]
     status, printed = together(2, *arguments)
     assert status == 0, printed
     same_run(whole, cut)
-
-
-def children(parent):
-    """The processes that this one has started: torchrun puts each into a session of its own."""
-    numbers = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    return [int(number) for number in numbers]
 
 
 def test_an_error_ends_all_of_them_with_one_line(tiny, tmp_path):
@@ -240,7 +251,7 @@ import train
 atexit.register(print, "Python ended")
 train.join_processes()
 print("came")
-train.leave_processes(0)
+train.leave(0)
 print("alone")
 """
 
@@ -255,6 +266,29 @@ def test_a_process_of_several_leaves_without_pythons_end(tmp_path):
     assert "alone" not in said and "Python ended" not in said
     alone = subprocess.run([sys.executable, script, ROOT], capture_output=True, text=True, timeout=120, check=True)
     assert alone.stdout.split("\n") == ["came", "alone", "Python ended", ""]
+
+
+JUDGES_ON = """
+import atexit, sys, threading, time
+sys.path.insert(0, sys.argv[1])
+import torch
+import train
+atexit.register(print, "Python ended")
+def judge():
+    while True:
+        torch.ones(100, 100).sum()
+threading.Thread(target=judge, name=train.JUDGING, daemon=True).start()
+print("came")
+train.leave(2)
+"""
+
+
+def test_a_judge_that_works_on_does_not_abort_the_end(tmp_path):
+    """A thread that comes back from C++ while Python is ending aborts the process: status 134 in place of 2."""
+    script = tmp_path / "judges_on.py"
+    script.write_text(JUDGES_ON)
+    done = subprocess.run([sys.executable, script, ROOT], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "came\n", "")
 
 
 @pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo"])
@@ -276,4 +310,4 @@ if __name__ == "__main__":  # a process of torchrun
     weights = one_update(sys.argv[1], sys.argv[2])
     if dist.get_rank() == 0:
         save_file(weights, sys.argv[3])
-    train.leave_processes(0)
+    train.leave(0)

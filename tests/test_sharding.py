@@ -226,4 +226,4 @@ if __name__ == "__main__":  # a process of torchrun
     for case in sys.argv[2:]:
         run_case(Path(sys.argv[1]) / case, Path(sys.argv[1]) / case / "two")
         dist.barrier()
-    train.leave_processes(0)
+    train.leave(0)

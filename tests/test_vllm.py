@@ -102,7 +102,7 @@ def test_vllm_beside_each_of_two_processes(tiny, tmp_path):
     """An engine per process; a sharded policy is handed over gathered, adapters merged, tensor by tensor."""
     from test_ranks import together
 
-    status, printed = together(2, tiny, tmp_path, script=__file__)
+    status, printed = together(2, tiny, tmp_path, script=__file__, timeout=1200)
     assert status == 0, printed
     for rank in range(2):
         for first, stale, synced in json.loads((tmp_path / f"gaps-{rank}.json").read_text()):
@@ -113,7 +113,7 @@ def test_vllm_trains_in_two_processes(tiny, tmp_path):
     from test_ranks import together
 
     flags = "--sampler vllm --vllm_memory 1 --steps 2 --prompts 3 --lr 0.003 --max_new_tokens 32 --prompts_per_step 3 --group_size 8"
-    status, printed = together(2, *flags.split(), "--model", tiny, "--out", tmp_path / "run")
+    status, printed = together(2, *flags.split(), "--model", tiny, "--out", tmp_path / "run", timeout=1200)
     assert status == 0, printed
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     gaps = [row["logp_gap"] for row in rows[1:] if row["grad_norm"]]
@@ -200,4 +200,4 @@ if __name__ == "__main__":  # a process of torchrun
         gaps.append(gap(sampler, policy))
         rows.append(gaps)
     (out / f"gaps-{dist.get_rank()}.json").write_text(json.dumps(rows))
-    train.leave_processes(0)
+    train.leave(0)
