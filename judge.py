@@ -1971,6 +1971,9 @@ class Limiter:
 # ------------------------------------------------------------------ the cache
 
 
+LONGEST_LOCK = 60  # seconds that another run may keep the file to itself
+
+
 class Cache:
     """Answers in an SQLite file: a cache, and a log for audits. Missing verdicts are not stored.
 
@@ -2005,11 +2008,11 @@ class Cache:
         """The database with its one table."""
         # timeout: another run may be writing. check_same_thread: the lock sees to that.
         database = sqlite3.connect(
-            self.path, timeout=60, isolation_level=None, check_same_thread=False
+            self.path, timeout=LONGEST_LOCK, isolation_level=None, check_same_thread=False
         )
         # A write-ahead log lets runs read while another writes. NORMAL: only a power cut, not a
         # kill, can lose the last answers, and no write waits for the disk.
-        database.execute("PRAGMA journal_mode = WAL")
+        self.keep_a_log(database)
         database.execute("PRAGMA synchronous = NORMAL")
         database.execute(
             "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, model TEXT, asked TEXT,"
@@ -2017,6 +2020,20 @@ class Cache:
             " time REAL) WITHOUT ROWID"
         )
         return database
+
+    def keep_a_log(self, database: sqlite3.Connection) -> None:
+        """Switches the file to a write-ahead log, which it then stays with."""
+        # Two runs may open a new file in the same moment. SQLite does not wait for its time-out
+        # then, but says at once that the file is locked.
+        until = time.monotonic() + LONGEST_LOCK
+        while True:
+            try:
+                database.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > until:
+                    raise
+            time.sleep(0.01)
 
     def get(self, key: str) -> dict | None:
         """The answer stored under a key."""
