@@ -6,12 +6,15 @@
 The held-out answers before and after training, from samples.jsonl, are scored again (HealthBench's
 points) by each examiner: the judges without a network on the whole rubric, the checks alone, which
 no judge decides, and the judged criteria alone. The difference is paired by prompt. A row per run
-has the bootstrap over its prompts; the last row resamples prompts and runs (intervals.py).
+has the bootstrap over its prompts; the last row resamples prompts and runs (intervals.py). Below
+the table, per run: rewards, time, length, the forms that were learned, and whether what is judged
+is met more often on the training prompts.
 """
 
 import argparse
 import statistics
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -59,8 +62,66 @@ def reward_line(folder: Path) -> str:
     return f"reward {first:.3f} -> {last:.3f}, {share}, {ties} ties"
 
 
+def form_lines(folder: Path, examples: dict[str, rar.Example]) -> list[str]:
+    """Length, and the share of held-out answers that are right in a form, before and after.
+
+    Forms: the checks that at least four held-out prompts have.
+    """
+    rows = [row for row in read_log(folder / "samples.jsonl") if row["split"] == "heldout"]
+    last = max(row["step"] for row in rows)
+    tokens = defaultdict(list)
+    shares = defaultdict(list)
+    for row in rows:
+        if row["step"] not in (0, last):
+            continue
+        tokens[row["step"]].append(row["tokens"])
+        for criterion, verdict in zip(examples[row["id"]].rubric, row["verdicts"]):
+            if criterion.check:
+                right = rar.satisfied(criterion, verdict["score"])
+                shares[criterion.title, row["step"]].append(right)
+
+    means = [statistics.fmean(tokens[step]) for step in (0, last)]
+    lines = [f"tokens per answer {means[0]:.0f} -> {means[1]:.0f}"]
+    for title in sorted({title for title, _ in shares}):
+        before = shares[title, 0]
+        after = shares[title, last]
+        if len(before) >= 4:
+            change = f"{statistics.fmean(before):4.0%} -> {statistics.fmean(after):4.0%}"
+            lines.append(f"{title}, {len(before)} prompts: {change}")
+    return lines
+
+
+def share_met(rows: list[dict], steps: list[int], examples: dict[str, rar.Example]) -> list:
+    """(prompt, 0, share of the judged criteria with a positive weight that its rollouts meet)."""
+    scores = defaultdict(list)
+    for row in rows:
+        if row["step"] not in steps:
+            continue
+        for criterion, verdict in zip(examples[row["id"]].rubric, row["verdicts"]):
+            is_judged = not criterion.check and criterion.weight > 0
+            if is_judged and verdict["score"] is not None:
+                scores[row["id"]].append(verdict["score"])
+    return [(prompt, 0, statistics.fmean(values)) for prompt, values in scores.items()]
+
+
+def judged_line(folder: Path, examples: dict[str, rar.Example]) -> str:
+    """What is judged, on the training prompts: the first five steps and the last five.
+
+    Five steps see every training prompt once. The interval resamples prompts.
+    """
+    rows = [row for row in read_log(folder / "samples.jsonl") if row["split"] == "train"]
+    steps = sorted({row["step"] for row in rows})
+    first = share_met(rows, steps[:5], examples)
+    last = share_met(rows, steps[-5:], examples)
+
+    means = [statistics.fmean(share for _, _, share in shares) for shares in (first, last)]
+    gain = crossed_bootstrap(score_table(paired_differences(last, first)))
+    interval = f"{gain.mean:+.3f}, {gain.low:+.3f} to {gain.high:+.3f}"
+    return f"judged criteria met on training prompts {means[0]:.3f} -> {means[1]:.3f} ({interval})"
+
+
 def main() -> None:
-    """Prints a table."""
+    """Prints a table, and lines per run."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -100,8 +161,11 @@ def main() -> None:
             shown = f"{gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})"
             label = "all" if number is None else folders[number].name
             print(f"| {name} | {label} | {means[0]} | {means[1]} | {shown} |")
+    trained = {e.id: e for e in rar.read_examples(ROOT / "data" / "train.jsonl")}
     for folder in folders:
         print(f"\n{folder.name}: {reward_line(folder)}")
+        print(judged_line(folder, trained))
+        print("\n".join(form_lines(folder, examples)))
 
 
 if __name__ == "__main__":
