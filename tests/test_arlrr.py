@@ -339,9 +339,9 @@ def test_a_search_that_breaks_off_leaves_the_state_from_before():
 def test_counting_classes_takes_one_pass():
     """5,000 prompts took minutes per stage when every class of every prompt counted them all."""
     examples = [RAIN, ICE, SNOW] * 1700
-    started = time.perf_counter()
+    started = time.process_time()
     assert arlrr.classes_by_frequency(examples) == ["accuracy", "completeness"]
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_a_tie_is_one_standard_error_not_one_deviation():

@@ -66,7 +66,8 @@ def test_a_sweep_started_at_once_shares_no_folder(tmp_path, monkeypatch):
     context = multiprocessing.get_context("fork")
     for _ in range(20):
         barrier, queue, done = context.Barrier(4), context.Queue(), context.Event()
-        processes = [context.Process(target=claim, args=(barrier, queue, done)) for _ in range(4)]
+        arguments = {"target": claim, "args": (barrier, queue, done), "daemon": True}
+        processes = [context.Process(**arguments) for _ in range(4)]
         for process in processes:
             process.start()
         claimed = [queue.get(timeout=60) for _ in processes]
@@ -117,7 +118,7 @@ def test_a_run_under_way_is_not_resumed_by_another(base, tmp_path, capsys):
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     context = multiprocessing.get_context("fork")
     ready, done = context.Event(), context.Event()
-    process = context.Process(target=hold, args=(str(tmp_path / "run"), ready, done))
+    process = context.Process(target=hold, args=(str(tmp_path / "run"), ready, done), daemon=True)
     process.start()
     assert ready.wait(60)
     assert train.main(["--resume", str(tmp_path / "run"), "--steps", "5"]) == 2

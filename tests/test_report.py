@@ -258,6 +258,7 @@ def chromium(tmp_path, width, *what):
         "--headless",
         "--no-sandbox",
         "--disable-gpu",
+        "--disable-dev-shm-usage",  # it is small in containers, and shared
         "--no-first-run",
         "--disable-background-networking",
         "--disable-sync",
