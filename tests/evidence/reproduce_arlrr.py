@@ -89,12 +89,22 @@ for name in ARMS:
     if name != base:
         BASES[name] = base
 STEPS = 25
+GROUP_SIZE = 8
 FLAGS = (
-    "--judge lexical --prompts 8 --prompts_per_step 2 --group_size 8 --max_new_tokens 56 --lr 1e-4 "
-    "--beta -1 --validation 8 --eval_every 5 --save_every 5"
+    f"--judge lexical --prompts 8 --prompts_per_step 2 --group_size {GROUP_SIZE} "
+    "--max_new_tokens 56 --lr 1e-4 --beta -1 --validation 8 --eval_every 5 --save_every 5"
 )
-COLORS = ("black", "green", "olive", "blue", "deepskyblue", "orange", "brown", "red", "pink")
-STYLES = {"mean": "--", "flip 10 %": "-.", "flip 20 %": ":"}
+COLORS = {
+    "scalar": "black", "axis_mean": "gray", "gdpo": "green", "cyclic 1": "blue",
+    "cyclic 5": "deepskyblue", "random": "orange", "lowest_score": "brown", "search": "red",
+}  # fmt: skip
+STYLES = {"mean": "--", "flip 10 %": "-.", "flip 20 %": ":", "may decline": ":"}
+# The picture's columns: title, and the changes whose arms are drawn beside scalar and cyclic 1.
+PANELS = {
+    "which class is next": ("", "may decline"),
+    "without division by the std": ("mean",),
+    "wrong verdicts": ("flip 10 %", "flip 20 %"),
+}
 COSTS = ("updates", "rollouts", "verdicts", "tokens", "seconds")
 
 
@@ -211,6 +221,17 @@ def spent(rows: list[dict], step: int) -> Counter:
     return total
 
 
+def share_alike(rows: list[dict]) -> float:
+    """The share of a run's groups whose rollouts all earn the same: they teach nothing."""
+    alike = 0
+    groups = 0
+    for row in rows:
+        if row["step"] > 0:
+            alike += row["zero_std_groups"]
+            groups += row["rollouts"] / GROUP_SIZE
+    return alike / groups
+
+
 def held_out(folder: Path, seed: int, step: int) -> list[Row]:
     """(prompt, seed, held-out score) at a step."""
     rows = []
@@ -234,8 +255,8 @@ def print_head(cells: list) -> None:
 
 
 def arm_table(out: Path, runs: dict[str, list[int]], logs: dict) -> None:
-    """Score and cost of every arm."""
-    print_head(["arm", "seeds", "held-out score", *COSTS])
+    """Score and cost of every arm, and how many of its groups had nothing to tell apart."""
+    print_head(["arm", "seeds", "held-out score", "groups alike", *COSTS])
     for arm, seeds in runs.items():
         rows = []
         for seed in seeds:
@@ -244,7 +265,8 @@ def arm_table(out: Path, runs: dict[str, list[int]], logs: dict) -> None:
         cost = [spent(logs[arm, seed], STEPS) for seed in seeds]
         means = [f"{statistics.fmean(c[key] for c in cost):,.0f}" for key in COSTS]
         cell = f"{score.mean:.3f} ({score.low:.3f} to {score.high:.3f})"
-        print_row([arm, len(seeds), cell, *means])
+        alike = statistics.fmean(share_alike(logs[arm, seed]) for seed in seeds)
+        print_row([arm, len(seeds), cell, f"{alike:.0%}", *means])
 
 
 def paid_up_to(rows: list[dict], cost: str, budget: float) -> int:
@@ -365,6 +387,24 @@ def report(out: Path, runs: dict[str, list[int]]) -> None:
     contraction_table(out, runs, logs)
 
 
+def curve(out: Path, arm: str, seeds: list[int]) -> dict[str, list[float]]:
+    """An arm at each evaluation: updates, verdicts paid, mean over seeds, its standard error."""
+    logs = [trainer.read_log(folder_of(out, arm, seed) / "metrics.jsonl") for seed in seeds]
+    points = defaultdict(list)
+    for step in [row["step"] for row in logs[0] if "eval_score" in row]:
+        scores = []
+        for rows in logs:
+            scores += [row["eval_score"] for row in rows if row["step"] == step]
+        error = 0.0
+        if len(scores) > 1:
+            error = statistics.stdev(scores) / math.sqrt(len(scores))
+        points["updates"].append(step)
+        points["verdicts"].append(statistics.fmean(spent(rows, step)["verdicts"] for rows in logs))
+        points["mean"].append(statistics.fmean(scores))
+        points["error"].append(error)
+    return points
+
+
 def draw(out: Path, runs: dict[str, list[int]], path: str) -> None:
     """Held-out score over updates and over verdicts: mean of the seeds, band of their error."""
     import matplotlib
@@ -372,40 +412,30 @@ def draw(out: Path, runs: dict[str, list[int]], path: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
-    for arm, seeds in runs.items():
-        logs = [trainer.read_log(folder_of(out, arm, seed) / "metrics.jsonl") for seed in seeds]
-        steps = [row["step"] for row in logs[0] if "eval_score" in row]
-        means = []
-        lows = []
-        highs = []
-        verdicts = []
-        for step in steps:
-            scores = []
-            for rows in logs:
-                scores += [row["eval_score"] for row in rows if row["step"] == step]
-            mean = statistics.fmean(scores)
-            error = 0.0
-            if len(scores) > 1:
-                error = statistics.stdev(scores) / math.sqrt(len(scores))
-            means.append(mean)
-            lows.append(mean - error)
-            highs.append(mean + error)
-            verdicts.append(statistics.fmean(spent(rows, step)["verdicts"] for rows in logs))
+    figure, grid = plt.subplots(2, 3, figsize=(12, 7), layout="constrained", sharey=True)
+    for column, (title, changes) in enumerate(PANELS.items()):
+        for arm, seeds in runs.items():
+            name, _, change = arm.partition(", ")
+            if arm not in ("scalar", "cyclic 1") and change not in changes:
+                continue
+            points = curve(out, arm, seeds)
+            lows = [mean - error for mean, error in zip(points["mean"], points["error"])]
+            highs = [mean + error for mean, error in zip(points["mean"], points["error"])]
+            style = {"color": COLORS[name], "linestyle": STYLES.get(change, "-")}
+            for row, cost in enumerate(("updates", "verdicts")):
+                axis = grid[row][column]
+                axis.plot(points[cost], points["mean"], marker=".", label=arm, **style)
+                axis.fill_between(points[cost], lows, highs, color=COLORS[name], alpha=0.08)
 
-        style = STYLES.get(arm.partition(", ")[2], "-")
-        color = COLORS[list(ARMS).index(arm) % len(COLORS)]
-        label = f"{arm} ({len(seeds)} seeds)"
-        for axis, x in zip(axes, (steps, verdicts)):
-            axis.plot(x, means, color=color, linestyle=style, marker=".", label=label)
-            axis.fill_between(x, lows, highs, color=color, alpha=0.1)
-
-    for axis, name in zip(axes, ("updates", "verdicts paid, search included")):
-        axis.set_xlabel(name, fontsize=9)
-        axis.grid(alpha=0.25)
-    axes[1].set_xscale("symlog", linthresh=100)
-    axes[0].set_ylabel("held-out score", fontsize=9)
-    axes[0].legend(fontsize=7)
+        grid[0][column].set_title(title, fontsize=10)
+        grid[0][column].legend(fontsize=7)
+        grid[0][column].set_xlabel("updates", fontsize=9)
+        grid[1][column].set_xlabel("verdicts paid, search included", fontsize=9)
+        grid[1][column].set_xscale("symlog", linthresh=100)
+        for row in (0, 1):
+            grid[row][column].grid(alpha=0.25)
+    for row in (0, 1):
+        grid[row][0].set_ylabel("held-out score", fontsize=9)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
