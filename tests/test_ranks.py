@@ -269,7 +269,7 @@ def test_a_process_of_several_leaves_without_pythons_end(tmp_path):
 
 
 JUDGES_ON = """
-import atexit, sys, threading, time
+import atexit, sys, threading
 sys.path.insert(0, sys.argv[1])
 import torch
 import train

@@ -131,7 +131,8 @@ class Machine:
         if self.on_gpu:
             return float(torch.cuda.mem_get_info()[0])
         # What the system would give back of its file caches counts as free.
-        return 1024.0 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
+        memory = Path("/proc/meminfo").read_text()
+        return 1024.0 * int(re.search(r"MemAvailable:\s+(\d+)", memory)[1])
 
 
 # ---------------------------------------------------------------------- what the checks work with
