@@ -62,12 +62,11 @@ def reward_line(folder: Path) -> str:
     return f"reward {first:.3f} -> {last:.3f}, {share}, {ties} ties"
 
 
-def form_lines(folder: Path, examples: dict[str, rar.Example]) -> list[str]:
+def form_lines(rows: list[dict], examples: dict[str, rar.Example]) -> list[str]:
     """Length, and the share of held-out answers that are right in a form, before and after.
 
     Forms: the checks that at least four held-out prompts have.
     """
-    rows = [row for row in read_log(folder / "samples.jsonl") if row["split"] == "heldout"]
     last = max(row["step"] for row in rows)
     tokens = defaultdict(list)
     shares = defaultdict(list)
@@ -104,12 +103,11 @@ def share_met(rows: list[dict], steps: list[int], examples: dict[str, rar.Exampl
     return [(prompt, 0, statistics.fmean(values)) for prompt, values in scores.items()]
 
 
-def judged_line(folder: Path, examples: dict[str, rar.Example]) -> str:
+def judged_line(rows: list[dict], examples: dict[str, rar.Example]) -> str:
     """What is judged, on the training prompts: the first five steps and the last five.
 
     Five steps see every training prompt once. The interval resamples prompts.
     """
-    rows = [row for row in read_log(folder / "samples.jsonl") if row["split"] == "train"]
     steps = sorted({row["step"] for row in rows})
     first = share_met(rows, steps[:5], examples)
     last = share_met(rows, steps[-5:], examples)
@@ -128,6 +126,11 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
     folders = parser.parse_args().runs
     examples = {e.id: e for e in rar.read_examples(ROOT / "data" / "heldout.jsonl")}
+    samples = defaultdict(list)
+    for folder in folders:
+        for row in read_log(folder / "samples.jsonl"):
+            samples[folder, row["split"]].append(row)
+
     offline = offline_judge()
     examiners = {
         "offline": (offline, "all"),
@@ -141,7 +144,7 @@ def main() -> None:
     for name, (judge, part) in examiners.items():
         scores = {"before": [], "after": []}
         for number, folder in enumerate(folders):
-            rows = [r for r in read_log(folder / "samples.jsonl") if r["split"] == "heldout"]
+            rows = samples[folder, "heldout"]
             last = max(row["step"] for row in rows)
             for arm, step in (("before", 0), ("after", last)):
                 for row in rows:
@@ -164,8 +167,8 @@ def main() -> None:
     trained = {e.id: e for e in rar.read_examples(ROOT / "data" / "train.jsonl")}
     for folder in folders:
         print(f"\n{folder.name}: {reward_line(folder)}")
-        print(judged_line(folder, trained))
-        print("\n".join(form_lines(folder, examples)))
+        print(judged_line(samples[folder, "train"], trained))
+        print("\n".join(form_lines(samples[folder, "heldout"], examples)))
 
 
 if __name__ == "__main__":
