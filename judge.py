@@ -1234,11 +1234,15 @@ class ChatServer:
         self.rescues = 0
         self.last_problem = ""
 
+        # Whether the server lives: without a reply for as long as the patience it is given up.
+        self.last_reply_at = time.monotonic()
+        self.silent_since = None
+        self.is_given_up = False
+
         # Connections outlive a batch: between two steps the server keeps them open.
         self.connections = []
         self.idle = deque()
         self.stopping = threading.Event()
-        self.last_reply_at = time.monotonic()
         self.lock = threading.Lock()
         self.stats = Counter()
         self.latency = []
@@ -1249,6 +1253,8 @@ class ChatServer:
         """work(call) for all calls, `workers` at a time; the first error ends the batch."""
         self.stopping = threading.Event()
         self.last_reply_at = time.monotonic()
+        self.silent_since = None
+        self.is_given_up = False
         self.last_problem = ""
 
         # All workers take from one iterator: results handed from thread to thread, one for each
@@ -1331,6 +1337,9 @@ class ChatServer:
         "transport" (the table of Reply). Raises JudgeError on a refusal of the judge."""
         if not self.is_ready():
             return Reply("transport", "stopped")
+        # A server that has fallen silent costs the batch its patience once, not every question.
+        if self.is_given_up:
+            return Reply("transport", "the server is silent")
         return self.complete_within(request, self.patience)
 
     def complete_within(self, request: Request, patience: float) -> Reply:
@@ -1343,8 +1352,9 @@ class ChatServer:
             # To wait for our own limits is no sign of a fault, and costs no patience.
             if not self.wait_for_turn(body):
                 return Reply("transport", "stopped")
+            sent = time.monotonic()
             if started is None:
-                started = time.monotonic()
+                started = sent
 
             reply = self.send(body)
             if reply.kind in ("answer", "refused"):
@@ -1380,10 +1390,13 @@ class ChatServer:
                 # for nothing and gets a storm of requests, another asks for years.
                 pause = max(pause, min(reply.wait, LONGEST_WAIT, patience / 4))
 
-            # Patience runs from this question's start, or from the last reply to anybody if that
-            # is older: a dead server costs the batch its patience once.
-            silent_since = min(started, self.last_reply_at)
-            if time.monotonic() + pause - silent_since > patience:
+            # Patience runs from this question's start, or from the first fault since the last
+            # reply to anybody where that is older.
+            silent_since = self.note_fault(sent)
+            until = time.monotonic() + pause
+            if until - silent_since > self.patience:
+                self.is_given_up = True
+            if until - min(started, silent_since) > patience:
                 return reply._replace(kind="transport")
             if self.stopping.wait(pause):
                 return reply._replace(kind="transport")
@@ -1521,9 +1534,8 @@ class ChatServer:
 
         # One call is enough, and a wrong setting should fail once, not 64 times.
         with self.probing:
-            # A server that is silent costs the batch its patience once, not every question.
-            is_patient = time.monotonic() - self.last_reply_at <= self.patience
-            if not self.profile and is_patient and not self.stopping.is_set():
+            is_over = self.is_given_up or self.stopping.is_set()
+            if not self.profile and not is_over:
                 self.find_out(self.patience)
         return bool(self.profile)
 
@@ -1545,6 +1557,9 @@ class ChatServer:
                 return
             again = self.ask_probe(min(FORMAT_PATIENCE, patience))
             self.structured = is_readable_probe(again)
+            # It lives, whatever became of that question.
+            self.silent_since = None
+            self.is_given_up = False
 
         # Nothing that was given up has helped.
         if reply.kind in ("rejected", "unparsable"):
@@ -1646,6 +1661,8 @@ class ChatServer:
             # A refusal of one question is a sign of life, too.
             if reply.kind not in ("busy", "odd"):
                 self.last_reply_at = time.monotonic()
+                self.silent_since = None
+                self.is_given_up = False
             if reply.kind == "answer":
                 self.rejected.clear()
 
@@ -1660,6 +1677,14 @@ class ChatServer:
         if reply.prompt_tokens:
             guess = estimate_tokens(body["messages"], 4) + body[self.token_field]
             self.limiter.correct(reply.prompt_tokens + reply.completion_tokens - guess)
+
+    def note_fault(self, sent: float) -> float:
+        """Since when nobody was answered, given that a request sent at this time was not."""
+        with self.lock:
+            if self.silent_since is None:
+                # Others may have been answered while this request was on its way.
+                self.silent_since = max(sent, self.last_reply_at)
+            return self.silent_since
 
     def count(self, name: str, number: int = 1) -> None:
         """Adds to one of the step's counters; many workers call it."""

@@ -56,7 +56,7 @@ def judged(tmp_path, forms):
 
 def thread_is_gone():
     """Whether no thread of a run is left."""
-    return all(thread.name != "judging ahead" for thread in threading.enumerate())
+    return all(thread.name != train.JUDGING for thread in threading.enumerate())
 
 
 # ---------------------------------------------------------------------- the same steps

@@ -850,6 +850,27 @@ def test_a_server_that_is_silent_costs_its_patience_once():
         assert time.monotonic() - started < 10
 
 
+def test_a_server_that_falls_silent_on_the_way_costs_its_patience_once():
+    class FallsSilent(JudgeServer):
+        least = 20
+
+        def pick_fault(self, body):
+            return "slow" if len(self.bodies) > self.least else "ok"
+
+    with FallsSilent(slow=30) as server:
+        asking = client(server, workers=2, timeout=(10, 0.3), patience=0.5, max_missing=1.0)
+        asked = questions(160)
+        started = time.monotonic()
+        correct, missing = right(asked, asking.ask(asked))
+        # 70 rounds of two workers get no answer.
+        assert correct and missing >= 140
+        assert time.monotonic() - started < 10
+
+        # The next batch finds it alive.
+        server.least = 1000
+        assert right(asked, asking.ask(asked)) == (True, 0)
+
+
 def test_a_judge_that_rejects_everything_from_some_point_on_ends_the_run():
     class Sours(JudgeServer):
         async def answer(self, head, body):
@@ -1720,6 +1741,13 @@ def test_waiting_for_our_own_limits_costs_no_patience():
     with JudgeServer(script=["ok"] * 39 + ["error"]) as server:
         asking = client(server, rpm=600, workers=40, patience=3.5)
         assert right(questions(40), asking.ask(questions(40))) == (True, 0)
+
+
+def test_a_pause_for_our_own_limits_is_no_silence_of_the_server():
+    """A second between two requests is more than the patience; the third one fails once."""
+    with JudgeServer(script=["ok", "ok", "error"]) as server:
+        asking = client(server, rpm=60, workers=1, patience=0.8)
+        assert right(questions(4), asking.ask(questions(4))) == (True, 0)
 
 
 def test_the_limits_per_minute_are_exact(monkeypatch):
