@@ -428,7 +428,8 @@ def draw(out: Path, runs: dict[str, list[int]], path: str) -> None:
                 axis.fill_between(points[cost], lows, highs, color=COLORS[name], alpha=0.08)
 
         grid[0][column].set_title(title, fontsize=10)
-        grid[0][column].legend(fontsize=7)
+        # Between the two rows, where it covers no curve.
+        grid[0][column].legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.18))
         grid[0][column].set_xlabel("updates", fontsize=9)
         grid[1][column].set_xlabel("verdicts paid, search included", fontsize=9)
         grid[1][column].set_xscale("symlog", linthresh=100)
