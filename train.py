@@ -39,6 +39,7 @@ import statistics
 import sys
 import threading
 import time
+from collections import defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
@@ -231,15 +232,48 @@ def read_data(config: Config) -> tuple[list[rar.Example], list[rar.Example]]:
         return train, rar.read_examples(config.eval_data)
     if not config.data:
         return train, rar.read_examples(HERE / "data" / "heldout.jsonl")
-    if len(train) < 2:
-        problem = "one row cannot be both trained on and held out; give --eval_data or more rows"
-        raise UserError(f"{config.data}: {problem}")
 
     # No held-out file: hold back a tenth, by a shuffle that is the same for every seed, and never
     # train on it.
     random.Random(0).shuffle(train)
-    size = min(24, max(1, len(train) // 10))
-    return train[size:], train[:size]
+    heldout, train = hold_back(train, min(24, max(1, len(train) // 10)))
+    if not train:
+        problem = "one prompt cannot be both trained on and held out; give --eval_data or more rows"
+        raise UserError(f"{config.data}: {problem}")
+    return train, heldout
+
+
+def hold_back(
+    examples: list[rar.Example], size: int
+) -> tuple[list[rar.Example], list[rar.Example]]:
+    """(the rows of the first questions, `size` of them or a few less, all other rows)."""
+    # A question may have several rows, its options in other orders: it goes to one side whole.
+    rows_of = defaultdict(list)
+    for example in examples:
+        rows_of[rar.question_key(example)].append(example)
+    held = set()
+    for rows in rows_of.values():
+        if held and len(held) + len(rows) > size:
+            break
+        held.update(example.id for example in rows)
+    chosen = [example for example in examples if example.id in held]
+    rest = [example for example in examples if example.id not in held]
+    return chosen, rest
+
+
+def refuse_trained_on(
+    config: Config, examples: list[rar.Example], heldout: list[rar.Example]
+) -> None:
+    """Raises UserError for a held-out prompt that is trained on, or has the id of one that is."""
+    ids = {example.id for example in examples}
+    questions = {rar.question_key(example) for example in examples}
+    for example in heldout:
+        where = f"--eval_data {config.eval_data}: prompt {example.id!r:.100}"
+        if rar.question_key(example) in questions:
+            raise UserError(f"{where} is in --data as well; take it out of one of the two")
+        # Samples, and a report, name prompts by their ids.
+        if example.id in ids:
+            raise UserError(f"{where}: --data has another of this id; give each its own")
 
 
 def next_batch(examples: list[rar.Example], config: Config, step: int) -> list[rar.Example]:
@@ -488,9 +522,7 @@ def finish_step(
     return log
 
 
-def log_step(
-    run: Run, folder: "RunFolder", step: int, log: dict, groups: list[rar.Group]
-) -> dict:
+def log_step(run: Run, folder: "RunFolder", step: int, log: dict, groups: list[rar.Group]) -> dict:
     """Evaluates when it is time, and writes the step's row of metrics.jsonl. Returns it."""
     config = run.config
     is_evaluated = step == config.steps or step % config.eval_every == 0
@@ -724,7 +756,9 @@ def begin(config: Config, folder: Path, state: dict | None) -> Run:
     """A run in memory, new or as its checkpoint has it. Raises UserError, DataError, JudgeError."""
     # What is cheap to check comes first: a wrong flag should not cost the loading of a model.
     examples, heldout = read_data(config)
+    refuse_trained_on(config, examples, heldout)
     digests = {name: digest(path) for name, path in data_files(config).items()}
+    digests["model"] = model_digest(config)
     if state:
         check_data(config, digests, state["data"])
     if config.method in ("arlrr", "axis_mean", "gdpo"):
@@ -938,13 +972,14 @@ def announce(run: Run, folder: Path) -> None:
     prompts = f"{len(run.examples)} training and {len(run.heldout)} held-out prompts"
     shape = f"{config.prompts_per_step} x {config.group_size} rollouts"
     say(f"{prompts}, {config.steps} steps of {shape}, into {folder}/")
-    if config.judge not in WITHOUT_CALLS:
+    servers = [url for url in split_urls(config.judge) if url not in WITHOUT_CALLS]
+    if servers:
         # Who pays for calls wants to know before the first one.
         calls = 0.0
         for example in run.examples:
             per_call = config.judge_k or len(example.rubric)
             calls += math.ceil(len(example.rubric) / per_call)
-        calls *= config.prompts_per_step * config.group_size / len(run.examples)
+        calls *= len(servers) * config.prompts_per_step * config.group_size / len(run.examples)
         say(
             f"judge {config.judge_model}: up to {calls:.0f} calls per step for the rollouts, "
             f"{calls * config.steps:.0f} in all, less what repeats; evaluations, a search's trials "
@@ -972,6 +1007,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         """Raises UserError."""
+        # The address of a judge, in a place where it is not expected, may hold a password or a key.
+        message = re.sub(r"\w+://.*@|\S*@|(?<=\?)\S+", "***", message)
         # A mistyped flag that passes costs a run of hours.
         if message.startswith("unrecognized arguments:"):
             flag = message.split(":", 1)[1].split()[0].split("=")[0]
@@ -1108,6 +1145,15 @@ def named_urls(urls: str, models: str) -> list[tuple[str, str]]:
     return list(zip(addresses, names))
 
 
+def judge_kinds(urls: str) -> list[str]:
+    """What each judge is, wherever its server is.
+
+    >>> judge_kinds("http://host/v1,lexical"), judge_kinds("")
+    (['server', 'lexical'], [''])
+    """
+    return [url if url in ("", *WITHOUT_CALLS) else "server" for url in split_urls(urls)]
+
+
 def judge_at(config: Config, urls: str, models: str):
     """The judge at these URLs, with commas between several: a panel. Raises JudgeError."""
     # Answers are cached beside the run's folder: runs that are compared share them. Resolved,
@@ -1140,9 +1186,10 @@ def make_eval_judge(config: Config):
     # answers. Those without calls have no cache.
     paying = set()
     for address, name in named_urls(config.judge, config.judge_model):
-        if address not in WITHOUT_CALLS:
-            paying.add(name)
+        paying.add(address if address in WITHOUT_CALLS else name)
     for address, name in named_urls(config.eval_judge, config.eval_judge_model):
+        if address in paying:
+            raise UserError(f"--eval_judge {address}: the judge that pays; give another one")
         if address not in WITHOUT_CALLS and name in paying:
             raise UserError(f"--eval_judge_model {name}: the judge that pays; give another model")
     return judge_at(config, config.eval_judge, config.eval_judge_model)
@@ -1207,9 +1254,7 @@ def free_memory() -> tuple[float, str]:
     return total / n_processes, "of the machine"
 
 
-def check_memory(
-    config: Config, examples: list[rar.Example], heldout: list[rar.Example]
-) -> None:
+def check_memory(config: Config, examples: list[rar.Example], heldout: list[rar.Example]) -> None:
     """Says what each process is going to hold. Raises UserError when that cannot fit."""
     # Before the model is loaded: large ones take minutes, and fail in the first update.
     _, world = grpo.rank_and_world()
@@ -1332,8 +1377,9 @@ def choose_prompts(
         if len(examples) <= config.validation:
             why = f"only {len(examples)} training prompts"
             raise UserError(f"--validation {config.validation}: {why}; at least one must be left")
-        validation = examples[-config.validation :]
-        examples = examples[: -config.validation]
+        last_first, rest = hold_back(examples[::-1], config.validation)
+        validation = last_first[::-1]
+        examples = rest[::-1]
 
     # Few prompts that come back often show learning in ten minutes; own data are used in full.
     size = config.prompts
@@ -1418,6 +1464,7 @@ class RunFolder:
 
         stamp = time.strftime("%Y%m%d-%H%M%S")
         path = Path(config.out or f"runs/{config.method}-seed{config.seed}-{stamp}")
+        refuse_inside_data(config, path)
         with writing(path, "choose another --out"):
             # A folder that was given may exist, as long as no run is in it; an invented name must
             # be new, because the runs of a sweep start within the same second.
@@ -1429,10 +1476,13 @@ class RunFolder:
                 self.is_new = True
         # Looked for under the lock: otherwise two runs could both find nothing.
         self.take_lock(path)
-        if (path / "config.json").exists() or (path / "metrics.jsonl").exists():
+        with writing(path, "choose another --out"):
+            taken = files_of_a_run(path)
+        if taken:
             self.release()
+            what = f"holds a run already, or files with the names of a run's ({taken[0]})"
             advice = f"continue it with --resume {path}, or choose another --out"
-            raise UserError(f"{path}: holds a run already; {advice}")
+            raise UserError(f"{path}: {what}; {advice}")
         return path
 
     def take_lock(self, path: Path) -> None:
@@ -1486,7 +1536,7 @@ class RunFolder:
         """config.json, and prompts.jsonl: samples.jsonl names prompts by their ids only."""
         if not is_first():
             return
-        # config.json last: it makes the folder a run.
+        # config.json first: it makes the folder a run, and one that is resumed writes both again.
         prompts = []
         for example in run.examples + run.heldout:
             prompts.append({"id": example.id, "prompt": example.prompt, "tags": example.tags})
@@ -1496,8 +1546,8 @@ class RunFolder:
             settings[name] = without_passwords(settings[name])
         text = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
         with writing(self.path, "choose another --out"):
-            replace_file(self.path / "prompts.jsonl", json_lines(prompts))
             replace_file(self.path / "config.json", text.encode("utf8"))
+            replace_file(self.path / "prompts.jsonl", json_lines(prompts))
 
     def append(self, name: str, rows: list[dict]) -> None:
         """Adds lines to a log. Raises UserError."""
@@ -1581,10 +1631,12 @@ class RunFolder:
             with suppress(OSError):
                 remove(aside)
 
-        # Only now the older ones, and what a kill has left half written; not a checkpoint-best of
-        # somebody's own.
+        # Only now the older ones, and what a kill has left half written; nothing that somebody else
+        # has put there.
         for other in self.path.glob("checkpoint-*"):
-            if other != target and re.fullmatch(r"checkpoint-\d+(\.tmp)?", other.name):
+            is_half = re.fullmatch(r"checkpoint-\d+\.tmp", other.name)
+            is_ours = CHECKPOINT.fullmatch(other.name) and (other / "trainer.pt").is_file()
+            if other != target and (is_half or is_ours):
                 with suppress(OSError):
                     remove(other)
 
@@ -1602,6 +1654,37 @@ class RunFolder:
                     lines.append(line + b"\n")
             with writing(path, self.advice):
                 replace_file(path, b"".join(lines))
+
+
+CHECKPOINT = re.compile(r"checkpoint(-\d+)?")
+FILES = (
+    "config.json",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "prompts.jsonl",
+    "report.html",
+    "report.png",
+)
+
+
+def files_of_a_run(path: Path) -> list[str]:
+    """Names in a folder that a run would write over, or mix its own with."""
+    taken = [name for name in FILES if (path / name).exists()]
+    # Other trainers call theirs so as well.
+    for entry in path.iterdir():
+        if CHECKPOINT.fullmatch(entry.name):
+            taken.append(entry.name)
+    return taken
+
+
+def refuse_inside_data(config: Config, path: Path) -> None:
+    """Raises UserError when the run's folder is in a folder of rows: its logs would be rows."""
+    for name in ("data", "eval_data"):
+        source = Path(getattr(config, name) or os.devnull)
+        if source.is_dir() and path.resolve().is_relative_to(source.resolve()):
+            raise UserError(
+                f"--{name} {source}: the run's folder {path} is in it; give another --out"
+            )
 
 
 def make_unused(wanted: Path) -> Path:
@@ -1828,15 +1911,13 @@ def resumed_config(saved: dict, given: dict, folder: Path) -> Config:
         if saved[name] == value:
             continue
         # A server may have moved; but judges without a server, a model and none are different ones.
-        if name in JUDGES and not {"", *WITHOUT_CALLS} & {saved[name], value}:
+        if name in JUDGES and judge_kinds(saved[name]) == judge_kinds(value):
             continue
         changed.append(f"--{name} {shown(name, value)} (the run has {shown(name, saved[name])})")
     if changed:
         advice = "leave them out or start a new run"
         differences = ", ".join(changed)
-        raise UserError(
-            f"--resume {folder}: would mix two experiments: {differences}; {advice}"
-        )
+        raise UserError(f"--resume {folder}: would mix two experiments: {differences}; {advice}")
     return config
 
 
@@ -1951,11 +2032,37 @@ def digest(path: Path) -> str:
     return total.hexdigest()
 
 
+SAMPLES = 64  # of each file with weights, for its digest
+SAMPLE = 2**16  # bytes of one
+
+
+def model_digest(config: Config) -> str:
+    """SHA-256 of samples of the model's weights; "" where a resumed run does not read it again."""
+    # With LoRA the adapters belong to it, with --beta it is the reference.
+    if config.beta < 0 and not config.lora_rank:
+        return ""
+    folder = Path(config.model)
+    if config.model == "smollm2":
+        folder = Path(grpo.smollm2_folder())
+    total = hashlib.sha256()
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("*.gguf")]
+    for file in sorted(files):
+        # Not the whole file: training changes all weights, and reading 15 GB takes a minute.
+        size = file.stat().st_size
+        total.update(f"{file.name} {size}".encode("utf8", "replace"))
+        with open(file, "rb") as opened:
+            for number in range(SAMPLES):
+                opened.seek(size * number // SAMPLES)
+                total.update(opened.read(SAMPLE))
+    return total.hexdigest()
+
+
 def check_data(config: Config, now: dict[str, str], then: dict[str, str]) -> None:
-    """now, then: digests by setting. Raises UserError where a file of prompts has changed."""
-    # With other rows the steps to come would be another experiment in the same log.
+    """now, then: digests by setting. Raises UserError where prompts or the model have changed."""
+    # With others the steps to come would be another experiment in the same log.
     changed = []
-    for name, path in data_files(config).items():
+    files = data_files(config) | {"model": Path(config.model)}
+    for name, path in files.items():
         if now[name] != then.get(name):
             changed.append(f"--{name} {path}")
     if changed:

@@ -695,6 +695,7 @@ def test_many_random_flags_are_a_config_or_one_line():
         (["--judge", "offline,offline,offline", "--judge_model", "a,b"], "3 judges and 2 names"),
         (["--eval_judge", "nowhere", "--eval_judge_model", "m"], "not a URL"),
         (["--judge", "http://a/v1", "--judge_model", "m", "--eval_judge", "http://b/v1", "--eval_judge_model", "m"], "give another model"),
+        (["--judge", "lexical", "--eval_judge", "lexical"], "--eval_judge lexical: the judge that pays"),
         (["--resume", ""], "--resume: empty"),
         (["--data", ""], "--data: empty"),
         (["--template_kwargs", "[1]"], "not a JSON object"),

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import statistics
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 import torch
 from conftest import ROOT
 from judge_server import JudgeServer
+from safetensors.torch import load_file, save_file
 
 import grpo
 import rar
@@ -171,7 +173,7 @@ def test_any_language_and_odd_separators_survive_a_run(tiny, few, tmp_path):
 
 
 def test_one_held_out_prompt_has_no_interval(tiny, few, tmp_path, capsys):
-    path = write_rows(tmp_path / "rows.jsonl", [{**GOOD, "id": str(number)} for number in range(2)])
+    path = write_rows(tmp_path / "rows.jsonl", good_rows(2))
     assert train.main(["--model", str(tiny), *SMALL, "--data", path, "--out", str(tmp_path / "run")]) == 0
     printed = capsys.readouterr().out
     assert printed.count("one prompt: no interval") == 2
@@ -225,6 +227,74 @@ def test_a_kill_around_the_link_of_a_checkpoint_loses_nothing(tiny, few, tmp_pat
     assert train.main(["--resume", str(out), "--steps", "5"]) == 0
     assert sorted(path.name for path in out.glob("checkpoint*")) == ["checkpoint", "checkpoint-5"]
     assert (out / "checkpoint" / "trainer.pt").exists()
+
+
+@pytest.mark.parametrize("name", ["prompts.jsonl", "samples.jsonl", "report.html", "checkpoint-500/model.safetensors", "checkpoint/config.json"])
+def test_a_folder_with_files_of_such_names_is_not_taken(tiny, few, tmp_path, capsys, name):
+    """Rows of one's own, or the checkpoints of another trainer, from which the run may begin."""
+    theirs = tmp_path / "out" / name
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("precious")
+    assert run(tiny, few, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert name.partition("/")[0] in error and "choose another --out" in error and error.count("\n") == 1
+    assert theirs.read_text() == "precious"
+    (tmp_path / "out" / name.partition("/")[0]).rename(tmp_path / "elsewhere")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_only_its_own_checkpoints_are_deleted(tiny, few, tmp_path):
+    out = tmp_path / "run"
+    assert run(tiny, few, out) == 0
+    shutil.copytree(tiny, out / "checkpoint-500")
+    assert train.main(["--resume", str(out), "--steps", "4"]) == 0
+    assert sorted(path.name for path in out.glob("checkpoint*")) == ["checkpoint", "checkpoint-4", "checkpoint-500"]
+    assert (out / "checkpoint-500" / "model.safetensors").is_file()
+
+
+def test_a_run_inside_its_folder_of_rows_is_refused(tiny, tmp_path, monkeypatch, capsys):
+    """Its logs would be read as rows."""
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    write_rows(rows / "rows.jsonl", good_rows(3))
+    monkeypatch.chdir(rows)
+    common = ["--model", str(tiny), *SMALL, "--data"]
+    for flags in ([str(rows), "--out", str(rows / "run")], ["."]):
+        assert train.main([*common, *flags]) == 2
+        error = capsys.readouterr().err
+        assert "give another --out" in error and error.count("\n") == 1
+    assert [path.name for path in rows.iterdir()] == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize("flags", [["--beta", "0.1"], ["--lora_rank", "4"], ["--beta", "-1"]])
+def test_resume_refuses_another_base_model(tiny, few, tmp_path, capsys, flags):
+    """The adapters belong to it, or it is the reference; a run without either does not read it again."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny, base)
+    assert run(base, few, tmp_path / "run", *flags) == 0
+    weights = {name: value + 1e-3 for name, value in load_file(base / "model.safetensors").items()}
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    capsys.readouterr()
+    status = train.main(["--resume", str(tmp_path / "run"), "--steps", "4"])
+    if flags == ["--beta", "-1"]:
+        assert status == 0
+    else:
+        error = capsys.readouterr().err
+        assert status == 2 and f"--model {base}: changed since the run began" in error and error.count("\n") == 1
+
+
+def test_a_panel_keeps_its_judges(tmp_path):
+    """Each server may have moved; what judges without one is another judge."""
+    saved = vars(train.Config(judge="http://a/v1,lexical,http://b/v1", judge_model="m,l,n"))
+    moved = "http://c/v1,lexical,http://a/v1"
+    assert train.resumed_config(saved, {"judge": moved}, tmp_path).judge == moved
+    for other in ("lexical,http://a/v1,http://b/v1", "http://a/v1,lexical", "http://a/v1,offline,http://b/v1", "lexical"):
+        with pytest.raises(train.UserError, match="would mix two experiments: --judge"):
+            train.resumed_config(saved, {"judge": other}, tmp_path)
+    saved = vars(train.Config(eval_judge="http://a/v1", eval_judge_model="m"))
+    for other in ("lexical,lexical", "http://a/v1,http://b/v1"):
+        with pytest.raises(train.UserError, match="would mix two experiments: --eval_judge"):
+            train.resumed_config(saved, {"eval_judge": other}, tmp_path)
 
 
 def test_a_run_that_is_cut_short_by_fewer_steps_says_so(tiny, few, tmp_path, monkeypatch, capsys):
@@ -401,6 +471,22 @@ def test_the_default_model_is_real():
     assert "Paris" in tokenizer.decode(rollout.ids)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--judge", "http://a/v1", "http://me:s3cret@b/v1"],
+        ["--steps", "http://me:s3cret@b/v1?key=s3cret"],
+        ["--method", "https://b/v1?key=s3cret"],
+        ["http://me:s3 cret@b/v1"],
+        ["--judge=http://me:s3cret@b/v1\r", "--judge_model", "m"],
+    ],
+)
+def test_a_judges_address_in_the_wrong_place_is_not_printed(capsys, flags):
+    assert train.main(flags) == 2
+    error = capsys.readouterr().err
+    assert "s3" not in error and "cret" not in error and error.count("\n") == 1 and len(error) > 30
+
+
 # ---------------------------------------------------------------------- data
 
 STATES = {"text": "States that rest helps.", "weight": 5}
@@ -411,6 +497,23 @@ COLD = rar.Example(
     [rar.Criterion(f"Says {word}.", 1) for word in ("rest", "water", "tea")],
 )
 LONG = "word " * 3000
+
+
+def good_rows(size):
+    """Rows of so many questions."""
+    return [{**GOOD, "id": str(number), "question": f"What helps against cold {number}?"} for number in range(size)]
+
+
+def rows_in_orders(size):
+    """Rows as data/prepare.py makes them of multiple choice: each question four times, its options in other orders."""
+    rows = []
+    for number in range(size):
+        for turn in range(4):
+            letters = "abcd"[turn:] + "abcd"[:turn]
+            options = "\n".join(f"({label}) {letter}" for label, letter in zip("ABCD", letters))
+            row = {"id": f"q{number}-{turn}", "question": f"What is {number}?\n\n{options}", "rubric": [STATES]}
+            rows.append(row | {"example_tags": [f"question:q{number}"]})
+    return rows
 
 
 @pytest.mark.parametrize(
@@ -424,7 +527,7 @@ LONG = "word " * 3000
         (json.dumps({**GOOD, "rubric": [STATES | {"weight": -1}]}), "no criterion with a positive weight"),
         (json.dumps(GOOD), "cannot be both trained on and held out"),
         (
-            json.dumps({**GOOD, "question": LONG}) + "\n" + json.dumps({**GOOD, "id": "b", "question": LONG}),
+            json.dumps({**GOOD, "question": LONG}) + "\n" + json.dumps({**GOOD, "id": "b", "question": LONG + "b"}),
             "no training prompt fits the model's context of 2048 tokens",
         ),
     ],
@@ -485,11 +588,48 @@ def test_a_prompt_that_just_fits_is_kept(tiny):
 
 def test_a_tenth_is_held_back_and_never_trained_on(tmp_path):
     for size, held in ((2, 1), (30, 3), (500, 24)):
-        path = write_rows(tmp_path / "rows.jsonl", [{**GOOD, "id": str(number)} for number in range(size)])
+        path = write_rows(tmp_path / "rows.jsonl", good_rows(size))
         training, heldout = train.read_data(train.Config(data=path))
         trained = {example.id for example in training}
         tested = {example.id for example in heldout}
         assert (len(trained), len(tested)) == (size - held, held) and not trained & tested
+
+
+def test_a_question_in_several_orders_is_held_back_whole(tiny, tmp_path):
+    def questions(examples):
+        return {example.question_id for example in examples}
+
+    for size, held in ((40, 16), (3, 4), (200, 24)):
+        path = write_rows(tmp_path / "rows.jsonl", rows_in_orders(size))
+        training, heldout = train.read_data(train.Config(data=path))
+        assert len(heldout) == held and len(training) == 4 * size - held
+        assert len(questions(heldout)) == held / 4 and not questions(training) & questions(heldout)
+
+    # So are those by which arlrr chooses: 13 rows would cut a question in two.
+    config = train.Config(method="arlrr", data=path, validation=13)
+    method = train.make_method(config, train.make_judge(config))
+    chosen, validation = train.choose_prompts(training, config, method)
+    assert len(validation) == 12 and not questions(chosen) & questions(validation)
+
+    path = write_rows(tmp_path / "rows.jsonl", rows_in_orders(1))
+    with pytest.raises(train.UserError, match="one prompt cannot be both"):
+        train.read_data(train.Config(data=path))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"id": "other"}, "prompt 'other' is in --data as well"),
+        ({"question": "And what else?"}, "prompt '0': --data has another of this id"),
+    ],
+)
+def test_a_held_out_prompt_is_none_that_is_trained_on(tiny, tmp_path, capsys, change, words):
+    rows = good_rows(3)
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    held = write_rows(tmp_path / "held.jsonl", [{**GOOD, "id": "x", "question": "Why?"}, rows[0] | change])
+    assert train.main(["--model", str(tiny), "--data", data, "--eval_data", held, *SMALL, "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
 def test_what_a_run_trains_on(tiny, forms, tmp_path):
@@ -502,7 +642,7 @@ def test_what_a_run_trains_on(tiny, forms, tmp_path):
     assert len(validation) == 3
     assert not validation & {example.id for example in made.examples + made.heldout}
 
-    rows = [{**GOOD, "id": str(number), "reference": "Rest." * (number % 2)} for number in range(8)]
+    rows = [row | {"reference": "Rest." * (number % 2)} for number, row in enumerate(good_rows(8))]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     with JudgeServer() as server:
         judge = {"judge": server.url, "judge_model": "m", "out": str(tmp_path / "run")}
@@ -633,11 +773,17 @@ def test_a_step_without_a_criterion_has_no_share_of_missing_verdicts():
     assert math.isnan(metrics["judge_missing"]) and metrics["verdicts"] == 0
 
 
-def test_several_urls_are_a_panel(tiny, few, tmp_path):
+def test_several_urls_are_a_panel(tiny, few, tmp_path, capsys):
     with JudgeServer() as server:
         flags = ["--judge", f"{server.url},offline", "--judge_model", "m", "--steps", "1"]
         assert run(tiny, few, tmp_path / "run", *flags) == 0
         assert server.bodies
+        calls = re.search(r"up to (\d+) calls per step", capsys.readouterr().out)[1]
+
+        # Two servers are asked twice as much; the offline judge costs nothing.
+        flags = ["--judge", f"{server.url},{server.url}", "--judge_model", "m,n", "--steps", "1"]
+        assert run(tiny, few, tmp_path / "two", *flags) == 0
+        assert f"up to {2 * int(calls)} calls per step" in capsys.readouterr().out
     row = lines(tmp_path / "run" / "metrics.jsonl")[-1]
     assert 0 < row["judge_disagreement"] < 1
     scores = set()
