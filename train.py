@@ -102,9 +102,10 @@ class Config:
 
     method: Annotated[
         METHODS,
-        "reward: explicit (RaR, Eq. 1), points (HealthBench), rler (evolving rubrics), arlrr (one "
-        "class of criteria at a time), axis_mean and gdpo (all classes count alike); with a model "
-        "as judge also predefined, implicit, likert, reference_likert",
+        "reward: explicit (RaR, Eq. 1; where rows have categories these are the weights), points "
+        "(HealthBench; by the rows' weights), rler (evolving rubrics), arlrr (one class of "
+        "criteria at a time), axis_mean and gdpo (all classes count alike); with a model as judge "
+        "also predefined, implicit, likert, reference_likert",
     ] = "explicit"
     model: Annotated[str, "policy: smollm2 (embedded), a folder, or a hub id"] = "smollm2"
     lora_rank: Annotated[
@@ -203,7 +204,9 @@ class Config:
 
     seed: Annotated[int, "of prompt order and sampling", Limits(0, 2**63 - 1)] = 0
     out: Annotated[str, "the run's folder [runs/<method>-seed<seed>-<time>]"] = ""
-    resume: Annotated[str, "the folder of a run to continue"] = ""
+    resume: Annotated[
+        str, "the folder of a run to continue; --steps, --eval_every and --save_every may change"
+    ] = ""
     eval_every: Annotated[int, "steps between evaluations (first and last are made)", COUNT] = 10
     save_every: Annotated[int, "steps between checkpoints (the last is made)", COUNT] = 10
 
@@ -958,6 +961,12 @@ def show_step(bar, config: Config, log: dict, score: float) -> None:
         "held-out": f"{score:.3f}",
         "seconds": "+".join(seconds),
     }
+    # Such groups teach nothing; where all are so, the step has changed nothing.
+    if log["zero_std_groups"]:
+        n_groups = log["rollouts"] // config.group_size
+        note["groups alike"] = f"{log['zero_std_groups']}/{n_groups}"
+    if "class" in log:
+        note["class"] = log["class"]
     bar.set_postfix(note)
     bar.update()
     if bar.disable:
@@ -985,6 +994,11 @@ def announce(run: Run, folder: Path) -> None:
             f"{calls * config.steps:.0f} in all, less what repeats; evaluations, a search's trials "
             "and the writing of criteria come on top"
         )
+        # A judge of one's own that was changed would be given its old answers.
+        say(
+            f"its answers are kept in {cache_path(config)} by the name {config.judge_model}: "
+            "delete the file, or change the name, when the judge itself has changed"
+        )
     elif config.data:
         say(
             f"The judge {config.judge} is a stand-in: it compares words and counts form, it does "
@@ -1002,6 +1016,19 @@ RESUMABLE = {"steps", "eval_every", "save_every", "resume", "judge_rpm", "judge_
 JUDGES = ("judge", "eval_judge")
 
 
+# The names that other trainers give to settings.
+KNOWN_AS = {
+    "--learning_rate": "--lr",
+    "--batch_size": "--prompts_per_step",
+    "--num_generations": "--group_size",
+    "--max_completion_length": "--max_new_tokens",
+    "--kl_coef": "--beta",
+    "--max_steps": "--steps",
+    "--output_dir": "--out",
+    "--epsilon": "--clip_low",
+}
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors that name the nearest flag."""
 
@@ -1013,6 +1040,8 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments:"):
             flag = message.split(":", 1)[1].split()[0].split("=")[0]
             similar = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.5)
+            if KNOWN_AS.get(flag) in self._option_string_actions:
+                similar = [KNOWN_AS[flag]]
             message = f"unknown flag {flag}; see --help"
             if similar:
                 message = f"unknown flag {flag}; did you mean {similar[0]}?"
@@ -1142,7 +1171,17 @@ def named_urls(urls: str, models: str) -> list[tuple[str, str]]:
         names = names * len(addresses)
     if len(names) != len(addresses):
         raise UserError(f"{len(addresses)} judges and {len(names)} names of models: give one each")
+    if models and not set(addresses) - {*WITHOUT_CALLS}:
+        # Perhaps the URL was forgotten, and a stand-in would pay.
+        raise UserError(f"the model {models} is to judge, and {urls} asks no model; give its URL")
     return list(zip(addresses, names))
+
+
+def cache_path(config: Config) -> Path:
+    """Where the answers of judges are kept: beside the run's folder, so that runs share them."""
+    # Resolved, because "." has no parent by name.
+    folder = Path(config.resume or config.out or "runs/run").resolve()
+    return folder.parent / "judge_cache.sqlite"
 
 
 def judge_kinds(urls: str) -> list[str]:
@@ -1156,12 +1195,9 @@ def judge_kinds(urls: str) -> list[str]:
 
 def judge_at(config: Config, urls: str, models: str):
     """The judge at these URLs, with commas between several: a panel. Raises JudgeError."""
-    # Answers are cached beside the run's folder: runs that are compared share them. Resolved,
-    # because "." has no parent by name.
-    folder = Path(config.resume or config.out or "runs/run").resolve()
     options = {
         "k": config.judge_k,
-        "cache_path": str(folder.parent / "judge_cache.sqlite"),
+        "cache_path": str(cache_path(config)),
         "rpm": config.judge_rpm,
         "tpm": config.judge_tpm,
     }
@@ -1300,7 +1336,7 @@ def memory_knobs(config: Config, world: int) -> list[str]:
         knobs.append("less --vllm_memory")
     if world == 1 and not config.lora_rank:
         knobs.append("several cards (torchrun)")
-    return [*knobs, "less --pass_tokens", "a smaller --model"]
+    return [*knobs, "less --pass_tokens or --max_new_tokens", "a smaller --model"]
 
 
 # ---------------------------------------------------------------------- loading
@@ -1375,8 +1411,8 @@ def choose_prompts(
     validation = []
     if config.method == "arlrr":
         if len(examples) <= config.validation:
-            why = f"only {len(examples)} training prompts"
-            raise UserError(f"--validation {config.validation}: {why}; at least one must be left")
+            why = f"only {len(examples)} training prompts, of which some must be left"
+            raise UserError(f"--validation {config.validation}: {why}; give fewer, or more rows")
         last_first, rest = hold_back(examples[::-1], config.validation)
         validation = last_first[::-1]
         examples = rest[::-1]
@@ -2185,6 +2221,7 @@ def stopped(folder: RunFolder, stop: Stop) -> int:
     advice = "nothing is saved yet"
     if (folder.path / "config.json").exists():
         advice = f"continue with: python train.py --resume {folder.path}"
+        advice += f"\nwhat there is so far: python tools/report.py {folder.path}"
     say(f"\nstopped; {advice}")
     return 128 + stop.signal
 
@@ -2437,6 +2474,8 @@ def train_in(folder: RunFolder, config: Config, given: dict, stop: Stop) -> int:
     folder.write_start(run)
     announce(run, folder.path)
     was_finished = step >= config.steps
+    if was_finished:
+        say(f"all {step} steps are done; --steps {2 * step} would go on")
     if unfinished:
         # Its update is in the checkpoint, its rows as well; what is missing is the evaluation.
         folder.append("samples.jsonl", unfinished["samples"])

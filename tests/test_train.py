@@ -243,6 +243,19 @@ def test_a_folder_with_files_of_such_names_is_not_taken(tiny, few, tmp_path, cap
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_line_per_step_says_how_many_groups_taught_nothing(tiny, few, forms, tmp_path, capsys):
+    """And which class was optimised."""
+    flags = ["--method", "arlrr", "--schedule", "cyclic", "--stage", "1", "--data", forms, "--validation", "2"]
+    assert run(tiny, few, tmp_path / "run", *flags) == 0
+    printed = [line for line in capsys.readouterr().out.split("\n") if line.startswith("step ")]
+    rows = lines(tmp_path / "run" / "metrics.jsonl")[1:]
+    assert len(printed) == len(rows) == 3 and len({row["class"] for row in rows}) == 2
+    for line, row in zip(printed, rows):
+        alike = row["zero_std_groups"]
+        assert line.endswith(f"class {row['class']}")
+        assert (f"groups alike {alike}/2" in line) == (alike > 0)
+
+
 def test_only_its_own_checkpoints_are_deleted(tiny, few, tmp_path):
     out = tmp_path / "run"
     assert run(tiny, few, out) == 0
@@ -308,7 +321,8 @@ def test_a_run_that_is_cut_short_by_fewer_steps_says_so(tiny, few, tmp_path, mon
     assert train.main(["--resume", str(out), "--steps", "4"]) == 0
     capsys.readouterr()
     assert train.main(["--resume", str(out)]) == 0
-    assert "held-out score" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "held-out score" in printed and "all 4 steps are done; --steps 8 would go on" in printed
 
 
 def test_resume_refuses_to_mix_experiments(tiny, few, tmp_path, capsys):
@@ -398,6 +412,9 @@ def test_a_model_that_judges_may_have_moved(tiny, few, tmp_path, capsys):
     "flags, words",
     [
         (["--stepz", "3"], "unknown flag --stepz; did you mean --steps?"),
+        (["--learning_rate", "1e-5"], "unknown flag --learning_rate; did you mean --lr?"),
+        (["--judge_model", "gpt"], "the model gpt is to judge, and offline asks no model; give its URL"),
+        (["--method", "arlrr", "--validation", "200"], "--validation 200: only"),
         (["--steps", "many"], "invalid int value: 'many'"),
         (["--steps", "0"], "--steps 0: give at least 1"),
         (["--group_size", "1"], "give at least 2"),
@@ -783,7 +800,9 @@ def test_several_urls_are_a_panel(tiny, few, tmp_path, capsys):
         # Two servers are asked twice as much; the offline judge costs nothing.
         flags = ["--judge", f"{server.url},{server.url}", "--judge_model", "m,n", "--steps", "1"]
         assert run(tiny, few, tmp_path / "two", *flags) == 0
-        assert f"up to {2 * int(calls)} calls per step" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert f"up to {2 * int(calls)} calls per step" in printed
+        assert f"kept in {tmp_path / 'judge_cache.sqlite'} by the name m,n" in printed
     row = lines(tmp_path / "run" / "metrics.jsonl")[-1]
     assert 0 < row["judge_disagreement"] < 1
     scores = set()
