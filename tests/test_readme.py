@@ -11,6 +11,9 @@ import pytest
 from conftest import ROOT
 from test_train import SMALL, lines
 
+import rar
+import train
+
 README = (ROOT / "README.md").read_text(encoding="utf8")
 EVIDENCE = (ROOT / "tests" / "evidence" / "README.md").read_text(encoding="utf8")
 BOTH = README + EVIDENCE
@@ -30,6 +33,16 @@ def test_every_function_and_test_that_it_names_exists():
     assert len(tests) >= 3
     for file, test in tests:
         assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf8"), (file, test)
+
+
+def test_its_row_is_read_and_trained_on(few, tiny, tmp_path):
+    [row] = re.findall(r"```json\n(.+?)\n```", README, re.S)
+    rows = [row, row.replace("nosebleed", "cold")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n", encoding="utf8")
+    examples = rar.read_examples(tmp_path / "rows.jsonl")
+    assert [(c.weight, bool(c.check), c.category) for c in examples[0].rubric] == [(5, False, "Essential"), (3, True, "Important"), (-4, False, "Pitfall")]
+    flags = ["--model", str(tiny), "--data", str(tmp_path / "rows.jsonl"), *SMALL, "--steps", "1", "--out", str(tmp_path / "run")]
+    assert train.main(flags) == 0
 
 
 def test_every_file_that_it_names_is_there():
