@@ -36,7 +36,7 @@ def test_every_function_and_test_that_it_names_exists():
 
 
 def test_its_row_is_read_and_trained_on(few, tiny, tmp_path):
-    [row] = re.findall(r"```json\n(.+?)\n```", README, re.S)
+    [row] = re.findall(r"```json\n(.+?)\n```", README, re.DOTALL)
     rows = [row, row.replace("nosebleed", "cold")]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n", encoding="utf8")
     examples = rar.read_examples(tmp_path / "rows.jsonl")
