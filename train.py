@@ -217,7 +217,7 @@ class Config:
             self.lr = 1e-3 if self.lora_rank else 1e-4
 
         # vLLM's kernels give other log-probs than the trainer's, and so does a policy one update
-        # older; torch's sampler and the trainer agree.
+        # older; torch's sampler and the trainer agree (in bfloat16 to a few thousandths).
         if self.tis_cap < 0:
             self.tis_cap = 0.0
             if self.sampler != "torch" or self.judge_ahead:
