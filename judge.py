@@ -1014,10 +1014,11 @@ def take_apart(status: int, headers: dict, body: bytes) -> Reply:
     # A list or a number is no reply; from here on it is one without any field.
     value = value if isinstance(value, dict) else {}
 
-    # Gateways pass on an error of the server behind them with a status of 200.
+    # Gateways pass on an error of the server behind them with a status of 200. Others send the
+    # field always: beside an answer an error without words, as {"code": 0, "message": ""}, is none.
     error = value.get("error")
     words = server_words(text, error)
-    if status == 200 and error:
+    if status == 200 and error and (words or not value.get("choices")):
         status = error_status(error)
     if status == 200:
         return read_completion(value, words)
