@@ -358,6 +358,10 @@ class LLMJudge:
         if not model:
             message = "--judge needs --judge_model: the name under which the server knows its model"
             raise JudgeError(message)
+        # Outside of these no question would be asked, and all would be missing in silence.
+        if k < 0 or workers < 1:
+            message = f"k {k}, workers {workers}: give k of 0 (all) or more, and 1 worker or more"
+            raise JudgeError(message)
         self.model = model
         self.k = k
         self.max_missing = max_missing

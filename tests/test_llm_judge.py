@@ -227,6 +227,14 @@ def test_all_in_one_sends_each_response_once():
             assert body["messages"][1]["content"].count("Statement number") == 8
 
 
+@pytest.mark.parametrize("setting", [{"k": -1}, {"workers": 0}, {"workers": -1}])
+def test_a_setting_by_which_nothing_is_asked_is_refused(setting):
+    [(name, value)] = setting.items()
+    with pytest.raises(JudgeError, match=f"{name} {value}.*: give ") as error:
+        LLMJudge("http://localhost:8000/v1", "model", **setting)
+    assert "\n" not in str(error.value)
+
+
 def test_whole_prompts_are_asked_one_by_one():
     class Rates(JudgeServer):
         def verdict(self, body):
