@@ -889,7 +889,9 @@ def question_key(example: Example) -> int:
 
 # ------------------------------------------------------------------------- reading a row
 
-# Far above any rubric, and far below where a sum of weights overflows to infinity.
+# Far outside of any rubric. Within them points and their squares stay finite in 32 bits, although
+# a penalty is divided by the sum of the positive weights.
+MIN_WEIGHT = 1e-6
 MAX_WEIGHT = 1e9
 
 
@@ -1114,8 +1116,8 @@ def parse_criterion(item: object, where: str) -> Criterion:
 
     # Python counts true and false among its integers; here they are no numbers.
     weight = first_value(item, "weight", "points")
-    if type(weight) not in (int, float) or not 0 < abs(weight) <= MAX_WEIGHT:
-        rule = "give a number other than 0, at most 1e9 in size (negative: bad when met)"
+    if type(weight) not in (int, float) or not MIN_WEIGHT <= abs(weight) <= MAX_WEIGHT:
+        rule = "give a number from 1e-6 to at most 1e9 in size (negative: bad when met)"
         raise DataError(f"{where}: weight {shorten(weight)}; {rule}")
 
     # HealthBench keeps the axis in a tag "axis:...".
