@@ -224,9 +224,10 @@ def read_answer(text: str, questions: list[Question], is_cut: bool = False) -> l
     One question: the last JSON object in the text that holds its key. Several: by the exact names
     S1, S2, ... Python's True and False are read as JSON's.
 
-    What does not count: objects in thoughts (<think>); any object that a later answer in broken
-    JSON follows (the later one was meant); with is_cut, where the answer broke off, any object that
-    more text follows (it was an example or a draft).
+    What does not count: objects in thoughts (<think>); an object that gives a name twice, which is
+    broken JSON here; any object that a later answer in broken JSON follows (the later one was
+    meant); with is_cut, where the answer broke off, any object that more text follows (it was an
+    example or a draft).
     """
     # A single statement has no name to repeat, so a model cannot get it wrong.
     if len(questions) == 1:
@@ -889,7 +890,8 @@ def find_objects(text: str, key: str | None) -> tuple[list[Span], int]:
             # Nested so deep it is no answer; every further try would be as slow.
             return [], broken
         except ValueError as error:
-            size = getattr(error, "pos", 0)
+            # An error without a place comes from our own rules, anywhere in the rest.
+            size = getattr(error, "pos", len(text) - start)
             if not OUR_FORM.match(text, start):
                 broken = min(broken, start)
 
@@ -942,8 +944,23 @@ def refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
 
 
+def refuse_repeats(pairs: list[tuple[str, object]]) -> dict:
+    """The object of these names and values. Raises ValueError for a name given twice.
+
+    For `object_pairs_hook`: Python's reader would take the last one, and which was meant is open.
+    """
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = Counter(name for name, _ in pairs)
+        name = names.most_common(1)[0][0]
+        raise ValueError(f"the name {printable(name)[:60]!r} is given twice in one object")
+    return value
+
+
 # strict=False: a raw newline inside a string has only one reading.
-DECODER = json.JSONDecoder(parse_constant=refuse_constant, strict=False)
+DECODER = json.JSONDecoder(
+    object_pairs_hook=refuse_repeats, parse_constant=refuse_constant, strict=False
+)
 
 
 # ------------------------------------------------------------------ a server's reply

@@ -49,6 +49,7 @@ from judge import (
     fenced,
     fill,
     parse_check,
+    refuse_repeats,
     render_conversation,
 )
 
@@ -751,6 +752,9 @@ FOREIGN_SUFFIXES = (".parquet", ".csv", ".tsv")
 
 JSON_LINES = "a line of JSON; each line must hold one JSON object (UTF-8)"
 JSON_LIST = "JSON; a .json file must hold one list of objects (UTF-8)"
+# Of "weight": 5, "weight": -5 the last would count, and the sign would be a guess. One decoder for
+# all: `json.loads` would make one for every line.
+DECODER = json.JSONDecoder(object_pairs_hook=refuse_repeats)
 
 
 class DataError(ValueError):
@@ -773,7 +777,8 @@ def shorten(value: object) -> str:
 def parse_json(data: bytes, where: str, expected: str = JSON_LINES) -> object:
     """The value of one piece of JSON. Raises DataError, which says what was expected."""
     try:
-        return json.loads(data)
+        # Some editors begin a file with the mark of the byte order.
+        return DECODER.decode(data.decode("utf-8-sig", "surrogatepass"))
     except (ValueError, RecursionError) as error:
         # RecursionError: a thousand brackets within each other are no row either.
         raise DataError(f"{where}: not {expected}: {error}") from None

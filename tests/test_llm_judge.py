@@ -1209,6 +1209,11 @@ def test_a_first_answer_without_a_verdict_is_quoted_on_one_line():
         ('{"met": null}', None),
         ('{"met": NaN}', None),
         ("{'met': true}", None),
+        ('{"met": true, "met": false}', None),
+        ('{"met": true, "why": "a", "met": true}', None),
+        ('{"met": true}. Rather: {"met": true, "met": false}', None),
+        ('{"met": true, "met": false, "why": {"met": true}}', None),
+        ('{"result": {"met": true}, "result": {"met": false}}', None),
         ('{"met": true,}', None),
         ('{"met": tr', None),
         ('The format is {"met": true}. My answer: {"reason": "b", "met": fal', None),
@@ -1291,8 +1296,21 @@ def test_ratings_are_checked_against_their_scale():
     ask = [Question("", "", prompt="prompt", key="rating", scale=(1, 10))]
     for text, score in (('{"rating": 10}', 1.0), ('{"rating": 1}', 0.0), ('{"rating": 5.5}', 0.5)):
         assert read_answer(text, ask)[0].score == score
-    for bad in ("0", "11", '"7"', "true", "NaN", "1e999", "Infinity", "-Infinity", "9" * 5000):
+    for bad in ("0", "11", '"7"', '9, "rating": 1', "true", "NaN", "1e999", "Infinity", "-Infinity", "9" * 5000):
         assert read_answer('{"rating": ' + bad + "}", ask)[0].score is None
+
+
+def test_an_answer_that_contradicts_itself_is_asked_for_again():
+    class Wavers(JudgeServer):
+        def verdict(self, body):
+            text = super().verdict(body)
+            return text.replace('"met"', '"met": true, "met"', 1) if len(self.bodies) < 2 else text
+
+    for k in (1, 0):
+        with Wavers() as server:
+            asking = client(server, k=k, workers=1)
+            assert right(questions(3), asking.ask(questions(3))) == (True, 0)
+            assert asking.take_stats()["judge_asked_again"] == 1
 
 
 def test_several_verdicts_are_matched_by_exact_name_and_missing_on_their_own():
@@ -1337,7 +1355,9 @@ def test_no_answer_holds_the_interpreter():
         "{", '{"', '{"a":', '{"met"', '{"met":', '{"met": [', "[", '"', "\\", "{}", '{"a":1,', "</think>",
         '{"a": 1} ', "<think>{\"", '{"a":[1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,', ': True ', '{ ', "é{\"", "🙂{\"a\":",
     ]  # fmt: skip
-    for piece in pieces:
+    # Whole objects, and in the end one that gives a name twice spoils all that is around it.
+    repeated = '{"a": [' * 300 + '{"b": 1}, ' * 4_000 + '{"met": 1, "met": 1}'
+    for piece in [*pieces, repeated]:
         text = piece * (50_000 // len(piece))
         for asked in (questions(1), questions(3)):
             verdicts = read_soon(text, asked)

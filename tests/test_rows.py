@@ -145,6 +145,20 @@ def test_the_most_unequal_weights_allowed_give_finite_advantages(tmp_path, metho
     assert advantages == pytest.approx([-1.0, 1.0])
 
 
+@pytest.mark.parametrize("name", ["weight", "text", "rubric", "id", "role", "tags", "x" * 500])
+def test_a_name_given_twice_is_refused_with_its_line(tmp_path, name):
+    """Of "weight": 5, "weight": -5 the last counted."""
+    message = {"role": "user", "content": "Cold?"}
+    line = json.dumps(with_criterion(tags=[]) | {"prompt": [message], "x" * 500: 1})
+    twice = line.replace(f'"{name}":', f'"{name}": null, "{name}":', 1)
+    assert twice != line
+    said = refusal(write(tmp_path / "a.jsonl", line, twice))
+    assert "a.jsonl:2: " in said and f"name '{name[:60]}' is given twice" in said
+    listed = tmp_path / "a.json"
+    listed.write_text(f"[{twice}]")
+    assert f"name '{name[:60]}' is given twice" in refusal(listed)
+
+
 def test_numbers_of_thousands_of_digits_are_refused(tmp_path):
     line = json.dumps(with_criterion(weight=77777)).replace("77777", "7" * 5000)
     assert "a.jsonl:1: " in refusal(write(tmp_path / "a.jsonl", line))
