@@ -42,6 +42,7 @@ from judge import (
     AlignmentJudge,
     JudgeError,
     LexicalJudge,
+    Panel,
     Question,
     Verdict,
     boxed_text,
@@ -433,7 +434,8 @@ class RubricReward:
     def __init__(self, judge, config):
         """judge: see judge.py. config: any object with `method` and `advantage`.
 
-        Raises JudgeError when the method asks for an opinion and the judge only counts words.
+        Raises JudgeError when the method asks for an opinion and the judge, or one of a panel,
+        only counts words.
         """
         self.judge = judge
         self.config = config
@@ -444,8 +446,10 @@ class RubricReward:
         if config.method in DESIGNS:
             self.design = DESIGNS[config.method]
 
-        # Said before the first step, not by the first question.
-        if self.design.needs_model and isinstance(judge, (AlignmentJudge, LexicalJudge)):
+        # Said before the first step, not by the first question. A panel asks each of its judges.
+        asked = judge.judges if isinstance(judge, Panel) else [judge]
+        counts_words = any(isinstance(one, (AlignmentJudge, LexicalJudge)) for one in asked)
+        if self.design.needs_model and counts_words:
             need = "needs a language model's opinion; give --judge URL and --judge_model NAME"
             raise JudgeError(f"--method {config.method} {need}")
 
