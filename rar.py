@@ -723,9 +723,7 @@ def correlation(a: list[float], b: list[float]) -> float:
     return statistics.correlation(a, b)
 
 
-def bootstrap(
-    values: list[float], seed: int = 0, resamples: int = 2000
-) -> tuple[float, float]:
+def bootstrap(values: list[float], seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
     """95 % percentile interval of the mean over resampled values; repeatable by its seed.
 
     >>> bootstrap([0.0, 1.0] * 50)
