@@ -2118,30 +2118,39 @@ class Cache:
 class Panel:
     """Several judges as one: each verdict is the mean of those given.
 
-    >>> panel = Panel([LexicalJudge(), LexicalJudge()])
+    >>> class Denier(LexicalJudge):
+    ...     def ask(self, questions, show_progress=False):
+    ...         return [Verdict(0.0)] * len(questions)
+    >>> panel = Panel([LexicalJudge(), Denier()])
     >>> panel.ask([Question("", "Rest well.", "Mentions rest.")])[0].score
-    1.0
+    0.5
     >>> panel.take_stats()["judge_disagreement"]
-    0.0
+    1.0
     """
 
     def __init__(self, judges: list):
         """judges: at least one; where rubrics have to be written, the first that can write does.
 
-        Raises JudgeError when two of them would share their cached answers.
+        Raises JudgeError when two of them could only agree: models of one name, which share their
+        cached answers, and offline judges of one kind.
         """
         self.judges = judges
         self.split = 0
         self.compared = 0
 
-        # Answers are cached by the model's name: two servers with one name would agree always.
-        place_of = {}
+        # The cache knows a model by its name, wherever it is. A judge of one's own may come twice.
+        places = {}
         for judge in judges:
             if isinstance(judge, LLMJudge):
-                place = place_of.setdefault(judge.model, judge.shown)
-                if place != judge.shown:
-                    message = f"two judges are called {judge.model}, at {place} and {judge.shown}"
-                    raise JudgeError(message + "; start each server with a name of its own")
+                name, place = judge.model, f"at {judge.shown}"
+            elif type(judge) in (AlignmentJudge, LexicalJudge):
+                name, place = type(judge).__name__, "offline"
+            else:
+                continue
+            if name in places:
+                message = f"the panel has {name} twice, {places[name]} and {place}: it could only"
+                raise JudgeError(message + " agree with itself; give judges of different names")
+            places[name] = place
 
         # An offline judge has no `write`, and methods look for it.
         for judge in reversed(judges):

@@ -1817,8 +1817,11 @@ def test_a_panel_gives_the_mean_and_counts_disagreement():
 
 def test_a_panel_of_models_adds_up_what_it_costs():
     with JudgeServer() as one, JudgeServer() as other:
-        with pytest.raises(JudgeError, match="two judges are called model"):
-            Panel([client(one), client(other)])
+        for second in (client(other), client(one), client(one, k=0)):
+            with pytest.raises(JudgeError, match="the panel has model twice, at http"):
+                Panel([client(one), LexicalJudge(), second])
+        with pytest.raises(JudgeError, match="the panel has LexicalJudge twice"):
+            Panel([LexicalJudge(), client(one), LexicalJudge()])
         panel = Panel([client(one), LLMJudge(other.url, "second", patience=20)])
         assert right(questions(6), panel.ask(questions(6))) == (True, 0)
         stats = panel.take_stats()
