@@ -1200,7 +1200,12 @@ REJECTIONS = 20  # things in a row, without an answer between them: then the jud
 ODD_REPLIES = 3  # in a row to one request
 LONGEST_WAIT = 30  # seconds between two tries, also where the server asks for more
 SHORTEST_KEY = 8  # characters; a shorter key is a stand-in, and may be a part of any word
-CONTEXT_WORDS = re.compile(r"context (?:length|size)\D{0,30}(\d{3,8})", re.IGNORECASE)
+# "context length is 4096 tokens", "context size (4096 tokens)"; not "context length (128k tokens)",
+# "context length of 128,000" or "context length for Llama-405B is ...".
+CONTEXT_WORDS = re.compile(
+    r"context (?:length|size)(?: is| of| of only|:| =)? \(?(\d{3,8})(?![.,]?\w| ?k\b| \d)",
+    re.IGNORECASE,
+)
 # Where servers tell a model's context length in their list of models.
 CONTEXT_KEYS = ("max_model_len", "loaded_context_length", "context_length", "context_window")
 
@@ -1249,6 +1254,7 @@ class ChatServer:
         self.token_field = "max_tokens"
         self.sends_temperature = True
         self.context = 0  # tokens; 0 where it is not known
+        self.answered_tokens = 0  # the largest prompt and answer that a request was granted
         self.models = []
 
         # The evidence by which a refusal of one question and of the judge are told apart.
@@ -1671,8 +1677,10 @@ class ChatServer:
 
     def learn_context(self, words: str) -> None:
         """Notes the context's length where a server tells it in a refusal."""
+        # The number may be another one. A context that is too small would spoil all later answers,
+        # and an unknown one costs a refusal now and then: what was granted before must fit.
         match = CONTEXT_WORDS.search(words)
-        if match and not self.context:
+        if match and not self.context and int(match[1]) >= self.answered_tokens:
             self.context = int(match[1])
 
     # ---- accounting
@@ -1687,6 +1695,8 @@ class ChatServer:
                 self.is_given_up = False
             if reply.kind == "answer":
                 self.rejected.clear()
+                granted = reply.prompt_tokens + body[self.token_field]
+                self.answered_tokens = max(self.answered_tokens, granted)
 
             # What the probe costs is not the batch's.
             if reply.status == 200 and reply.kind != "odd" and self.profile:

@@ -980,6 +980,47 @@ def test_a_call_asks_for_no_more_tokens_than_the_context_has(tells):
         assert len(server.bodies) == before + 1
 
 
+@pytest.mark.parametrize(
+    "words, context",
+    [
+        ("maximum context length is 4096 tokens. However, you requested 5000", 4096),
+        ("maximum context length of 131072 tokens", 131072),
+        ("the available context size (8192 tokens), try increasing it", 8192),
+        ("is loaded with context length of only 4096.", 4096),
+        ("exceeds the context length: 4096", 4096),
+        ("context length (128k tokens)", 0),
+        ("context length of 128 k tokens", 0),
+        ("context length is 128,000 tokens", 0),
+        ("context length is 999 000 tokens", 0),
+        ("context length of 1048.576 thousand tokens", 0),
+        ("context length for Llama-405B is 131072", 0),
+        ("context length exceeded by 900 tokens", 0),
+        ("context length is 128 thousand tokens", 0),
+        ("context size is 600 (of a page)", 0),
+    ],
+)
+def test_one_long_prompt_does_not_shorten_all_later_answers(words, context):
+    """What a refusal tells is learned only where it is no other number, and not too small."""
+
+    class Server(JudgeServer):
+        async def answer(self, head, body):
+            if "long long" in body["messages"][-1]["content"]:
+                return http(400, {"error": {"message": words}})
+            self.usage = {"prompt_tokens": 200, "completion_tokens": 20}
+            return await super().answer(head, body)
+
+        def faulty(self, fault, text):
+            return raw(200, completion(text, usage=self.usage))
+
+    with Server() as server:
+        asking = client(server, workers=1, max_missing=1.0)
+        long = Question("Q", "long " * 500, "Statement number 3.")
+        assert asking.ask([long]) == [(None, "too_long")]
+        assert asking.server.context == context
+        assert right(questions(8), asking.ask(questions(8))) == (True, 0)
+        assert {body["max_tokens"] for body in server.bodies[-8:]} == {512}
+
+
 def test_an_answer_that_was_cut_off_is_asked_for_again_within_the_context():
     class Server(Short):
         context = 1500
