@@ -346,7 +346,7 @@ class LLMJudge:
         rpm: float = 0,
         tpm: float = 0,
     ):
-        """url: base URL such as http://localhost:8000/v1; a user name and password may be in it.
+        """url: base URL such as http://localhost:8000/v1; a login and a query may be in it.
 
         k: statements per call, 0 for all of a response's (at HealthBench's sizes an eighth of the
         text, at the price of verdicts that may lean on each other). max_tokens: of an answer, per
@@ -1146,7 +1146,7 @@ def read_refusal(status: int, headers: dict, words: str) -> Reply:
     if QUOTA_WORDS.search(words) or status in (401, 402, 403, 404, 405, 407, 410):
         return Reply("denied", words, status)
     if 300 <= status < 400:
-        place = printable(headers.get("location", "")[:200])
+        place = printable(headers.get("location", ""))
         return Reply("denied", words or f"moved to {place}", status)
 
     if status < 200 or status in (408, 409, 425, 429) or 500 <= status < 600:
@@ -1199,7 +1199,7 @@ RESCUES = 8  # answers in a row that only plain text gave: then structured outpu
 REJECTIONS = 20  # things in a row, without an answer between them: then the judge is at fault
 ODD_REPLIES = 3  # in a row to one request
 LONGEST_WAIT = 30  # seconds between two tries, also where the server asks for more
-SHORTEST_KEY = 8  # characters; a shorter key is a stand-in, and may be a part of any word
+SHORTEST_SECRET = 8  # characters; a shorter one is a stand-in, and may be a part of any word
 # "context length is 4096 tokens", "context size (4096 tokens)"; not "context length (128k tokens)",
 # "context length of 128,000" or "context length for Llama-405B is ...".
 CONTEXT_WORDS = re.compile(
@@ -1241,11 +1241,14 @@ class ChatServer:
         elif self.address.basic:
             self.headers["Authorization"] = f"Basic {self.address.basic}"
 
-        # What is never shown. A short key is none.
-        self.secrets = [secret for secret in self.address.secrets if secret]
-        self.masks_key = len(self.key) >= SHORTEST_KEY
-        if self.masks_key:
-            self.secrets.append(self.key)
+        # What is never shown, whichever of them was sent. A short password is left in an answer,
+        # where it may be a word, but in no line of ours.
+        proxy = find_proxy(self.address)
+        passwords = self.address.passwords + (proxy.passwords if proxy else [])
+        secrets = [self.key] + self.address.secrets + (proxy.secrets if proxy else [])
+        long = [secret for secret in secrets + passwords if len(secret) >= SHORTEST_SECRET]
+        self.in_answers = any_form(long)
+        self.in_lines = any_form(long + passwords)
 
         # What the first call finds out about the server.
         self.profile = ""
@@ -1480,10 +1483,10 @@ class ChatServer:
         finally:
             self.idle.append(connection)
 
-        # A server may repeat our header in an error, or even in an answer.
-        if self.masks_key:
-            content = content.replace(self.key.encode(), b"***")
-        return status, headers, content
+        # A server may repeat our header in an error, or even in an answer. Here, before anything is
+        # read or cut, nothing is missed. What is no text comes back as it was.
+        text = self.in_answers.sub("***", content.decode("utf8", "surrogateescape"))
+        return status, headers, text.encode("utf8", "surrogateescape")
 
     # ---- refusals: of this question, or of the judge
 
@@ -1519,10 +1522,8 @@ class ChatServer:
         return f"({reply.status}): {words}" if reply.status else words
 
     def hide(self, text: str) -> str:
-        """The text without key, password and login."""
-        for secret in self.secrets:
-            text = text.replace(secret, "***")
-        return text
+        """The text without key, password, login and the URL's query."""
+        return self.in_lines.sub("***", text)
 
     def mend(self, status: int, words: str) -> str:
         """What most likely helps, as the end of an error's line."""
@@ -1759,6 +1760,25 @@ def read_key() -> str:
     return key
 
 
+def any_form(secrets: list[str]) -> re.Pattern:
+    r"""Finds any of the texts as it is, escaped as in a URL, or as in JSON inside of JSON.
+
+    >>> any_form(["a/b"]).sub("***", r"a/b A%2fB a\/b \u0061\\/b ab")
+    '*** *** *** *** ab'
+    """
+    forms = []
+    # The longest first: one may begin with another.
+    for secret in sorted(set(secrets) - {""}, key=len, reverse=True):
+        form = ""
+        for sign in secret:
+            # Backslashes double with every layer of JSON; seven are three layers.
+            number = ord(sign)
+            form += rf"\\{{0,7}}(?:{re.escape(sign)}|u{number:04x}|%{number:02x})"
+        forms.append(form)
+    # Without any, a pattern that is found nowhere.
+    return re.compile("|".join(forms) or "(?!)", re.IGNORECASE)
+
+
 def estimate_tokens(messages: list[dict], characters_per_token: int) -> int:
     """A guess at the tokens of some messages."""
     return sum(len(message["content"]) for message in messages) // characters_per_token
@@ -1816,7 +1836,6 @@ class Address:
         self.shown = printable(without_password(url)).rstrip("/")
         credentials = url.partition("://")[2].rpartition("@")[0]
         user, _, password = credentials.partition(":")
-        self.secrets = []
 
         # Only the part without credentials is parsed: a password may hold any character.
         scheme, _, rest = url.partition("://")
@@ -1843,10 +1862,16 @@ class Address:
         self.basic = ""
         if credentials:
             # Whoever escapes a sign in a password writes %40 for @.
-            decoded = urllib.parse.unquote(password)
-            pair = f"{urllib.parse.unquote(user)}:{decoded}"
+            pair = urllib.parse.unquote(user) + ":" + urllib.parse.unquote(password)
             self.basic = base64.b64encode(pair.encode("utf8")).decode()
-            self.secrets = [password, decoded, self.basic]
+
+        # Some servers take their key as the user or in the query, and repeat it as it came or
+        # without its escapes.
+        hidden = [credentials, user, parts.query]
+        for part in parts.query.split("&"):
+            hidden.append(part.split("=", 1)[-1])
+        self.secrets = hidden + [urllib.parse.unquote(text) for text in hidden]
+        self.passwords = [password, urllib.parse.unquote(password), self.basic]
 
 
 def find_proxy(address: Address) -> Address | None:

@@ -1126,6 +1126,98 @@ def test_a_key_in_an_answer_is_not_stored(monkeypatch, tmp_path):
         assert b"sk-very" not in file.read_bytes()
 
 
+def php(text):
+    """The text as PHP writes it in JSON."""
+    return text.replace("/", r"\/")
+
+
+def numbered(text):
+    """The text in JSON that writes every sign as its number."""
+    return "".join(f"\\u{ord(sign):04X}" for sign in text)
+
+
+FORMS = {"plain": str, "php": php, "numbered": numbered, "url": lambda text: text.replace("/", "%2F")}
+
+
+@pytest.mark.parametrize("layer", ["answer", "reply"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["key", "login", "user", "query", "proxy"])
+def test_no_secret_comes_back_in_an_answer(monkeypatch, tmp_path, capsys, kind, form, layer):
+    """Whatever was sent and however JSON escapes it: not in a reason, a written object, the cache."""
+    secret = "very/secret-12?3"
+
+    class Echo(JudgeServer):
+        def verdict(self, body):
+            if layer == "reply" or is_probe(body):
+                return super().verdict(body)
+            return super().verdict(body).replace("by its hash", self.echo(""))
+
+        def faulty(self, fault, text):
+            whole = super().faulty(fault, text)
+            if layer == "answer":
+                return whole
+            # In the reply's own JSON, as a server writes it.
+            body = whole.partition(b"\r\n\r\n")[2].decode()
+            return raw(200, body.replace("by its hash", self.echo("sent ")).encode())
+
+        def echo(self, before):
+            sent = re.search(r"(?i)authorization: \w+ (\S+)|$", self.headers[-1])[1] or ""
+            line = self.headers[-1].partition("\r\n")[0]
+            words = [secret, sent, line]
+            with suppress(ValueError):
+                words.append(base64.b64decode(sent).decode())
+            return before + " ".join(FORMS[form](word) for word in words)
+
+    with Echo() as server:
+        url = server.url
+        if kind == "key":
+            monkeypatch.setenv("JUDGE_API_KEY", secret)
+        elif kind == "login":
+            url = url.replace("//", f"//me:{secret}@")
+        elif kind == "user":
+            url = url.replace("//", f"//{secret}@")
+        elif kind == "query":
+            url += "?a=1&key=" + secret.replace("?", "%3F")
+        else:
+            monkeypatch.setenv("HTTP_PROXY", url.replace("//", f"//me:{secret}@"))
+            monkeypatch.setenv("NO_PROXY", "localhost")
+            url = "http://judge.invalid/v1"
+        asking = LLMJudge(url, "model", patience=5, cache_path=str(tmp_path / "cache.sqlite"))
+        asked = questions(2)
+        verdicts = asking.ask(asked)
+        written = asking.write(["a"], lambda index, value: value)
+    assert right(asked, verdicts) == (True, 0)
+    shown = repr(verdicts) + repr(written) + asking.probe() + str(capsys.readouterr())
+    assert "***" in verdicts[0].reason and "***" in shown
+    for file in tmp_path.iterdir():
+        shown += file.read_bytes().decode("latin1")
+    basic = base64.b64encode(f"me:{secret}".encode()).decode()
+    for part in ("secret-12", numbered("secret-12"), basic, basic[4:-4]):
+        assert part not in shown
+
+
+@pytest.mark.parametrize("before", ["", "x" * 190, "x" * 280])
+@pytest.mark.parametrize("value", ["QSECRET123", "Q/SECRET123", "Q%2FSECRET123", "QSECRET==="])
+def test_a_key_in_the_urls_query_is_used_and_never_shown(value, before):
+    class Names(JudgeServer):
+        """Names what was asked for, and the key alone, as servers and proxies do."""
+
+        async def answer(self, head, body):
+            path = head.split(" ")[1]
+            assert path.endswith(f"?v=1&key={value}")
+            if self.status == 308:
+                return raw(308, b"", f"Location: https://elsewhere.example/{before}{path}\r\n")
+            words = f"{before} POST {path} {value} {value.replace('%2F', '/')}"
+            return http(self.status, {"error": {"message": words}})
+
+    for status in (308, 404, 401, 500):
+        with Names(status=status) as server, pytest.raises(JudgeError) as error:
+            asking = LLMJudge(f"{server.url}?v=1&key={value}", "model", patience=0.2)
+            asking.probe()
+        assert "SECRET" not in str(error.value)
+        assert f"({status})" in str(error.value)
+
+
 @pytest.mark.parametrize("around", ["{}\n", " {}\r\n", "\t{}"])
 def test_a_key_with_a_line_break_around_it_is_used_without_it(monkeypatch, around):
     monkeypatch.setenv("JUDGE_API_KEY", around.format(SECRET))
