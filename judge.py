@@ -224,9 +224,10 @@ def read_answer(text: str, questions: list[Question], is_cut: bool = False) -> l
     One question: the last JSON object in the text that holds its key. Several: by the exact names
     S1, S2, ... Python's True and False are read as JSON's.
 
-    What does not count: objects in thoughts (<think>); any object that a later answer in broken
-    JSON follows (the later one was meant); with is_cut, where the answer broke off, any object that
-    more text follows (it was an example or a draft).
+    What does not count: objects in thoughts (<think>); an object that gives a name twice, which is
+    broken JSON here; any object that a later answer in broken JSON follows (the later one was
+    meant); with is_cut, where the answer broke off, any object that more text follows (it was an
+    example or a draft).
     """
     # A single statement has no name to repeat, so a model cannot get it wrong.
     if len(questions) == 1:
@@ -345,7 +346,7 @@ class LLMJudge:
         rpm: float = 0,
         tpm: float = 0,
     ):
-        """url: base URL such as http://localhost:8000/v1; a user name and password may be in it.
+        """url: base URL such as http://localhost:8000/v1; a login and a query may be in it.
 
         k: statements per call, 0 for all of a response's (at HealthBench's sizes an eighth of the
         text, at the price of verdicts that may lean on each other). max_tokens: of an answer, per
@@ -357,6 +358,10 @@ class LLMJudge:
         # Servers with one model take any name, others none but the right one.
         if not model:
             message = "--judge needs --judge_model: the name under which the server knows its model"
+            raise JudgeError(message)
+        # Outside of these no question would be asked, and all would be missing in silence.
+        if k < 0 or workers < 1:
+            message = f"k {k}, workers {workers}: give k of 0 (all) or more, and 1 worker or more"
             raise JudgeError(message)
         self.model = model
         self.k = k
@@ -885,7 +890,8 @@ def find_objects(text: str, key: str | None) -> tuple[list[Span], int]:
             # Nested so deep it is no answer; every further try would be as slow.
             return [], broken
         except ValueError as error:
-            size = getattr(error, "pos", 0)
+            # An error without a place comes from our own rules, anywhere in the rest.
+            size = getattr(error, "pos", len(text) - start)
             if not OUR_FORM.match(text, start):
                 broken = min(broken, start)
 
@@ -938,8 +944,23 @@ def refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
 
 
+def refuse_repeats(pairs: list[tuple[str, object]]) -> dict:
+    """The object of these names and values. Raises ValueError for a name given twice.
+
+    For `object_pairs_hook`: Python's reader would take the last one, and which was meant is open.
+    """
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = Counter(name for name, _ in pairs)
+        name = names.most_common(1)[0][0]
+        raise ValueError(f"the name {printable(name)[:60]!r} is given twice in one object")
+    return value
+
+
 # strict=False: a raw newline inside a string has only one reading.
-DECODER = json.JSONDecoder(parse_constant=refuse_constant, strict=False)
+DECODER = json.JSONDecoder(
+    object_pairs_hook=refuse_repeats, parse_constant=refuse_constant, strict=False
+)
 
 
 # ------------------------------------------------------------------ a server's reply
@@ -1014,10 +1035,11 @@ def take_apart(status: int, headers: dict, body: bytes) -> Reply:
     # A list or a number is no reply; from here on it is one without any field.
     value = value if isinstance(value, dict) else {}
 
-    # Gateways pass on an error of the server behind them with a status of 200.
+    # Gateways pass on an error of the server behind them with a status of 200. Others send the
+    # field always: beside an answer an error without words, as {"code": 0, "message": ""}, is none.
     error = value.get("error")
     words = server_words(text, error)
-    if status == 200 and error:
+    if status == 200 and error and (words or not value.get("choices")):
         status = error_status(error)
     if status == 200:
         return read_completion(value, words)
@@ -1124,7 +1146,7 @@ def read_refusal(status: int, headers: dict, words: str) -> Reply:
     if QUOTA_WORDS.search(words) or status in (401, 402, 403, 404, 405, 407, 410):
         return Reply("denied", words, status)
     if 300 <= status < 400:
-        place = printable(headers.get("location", "")[:200])
+        place = printable(headers.get("location", ""))
         return Reply("denied", words or f"moved to {place}", status)
 
     if status < 200 or status in (408, 409, 425, 429) or 500 <= status < 600:
@@ -1177,8 +1199,13 @@ RESCUES = 8  # answers in a row that only plain text gave: then structured outpu
 REJECTIONS = 20  # things in a row, without an answer between them: then the judge is at fault
 ODD_REPLIES = 3  # in a row to one request
 LONGEST_WAIT = 30  # seconds between two tries, also where the server asks for more
-SHORTEST_KEY = 8  # characters; a shorter key is a stand-in, and may be a part of any word
-CONTEXT_WORDS = re.compile(r"context (?:length|size)\D{0,30}(\d{3,8})", re.IGNORECASE)
+SHORTEST_SECRET = 8  # characters; a shorter one is a stand-in, and may be a part of any word
+# "context length is 4096 tokens", "context size (4096 tokens)"; not "context length (128k tokens)",
+# "context length of 128,000" or "context length for Llama-405B is ...".
+CONTEXT_WORDS = re.compile(
+    r"context (?:length|size)(?: is| of| of only|:| =)? \(?(\d{3,8})(?![.,]?\w| ?k\b| \d)",
+    re.IGNORECASE,
+)
 # Where servers tell a model's context length in their list of models.
 CONTEXT_KEYS = ("max_model_len", "loaded_context_length", "context_length", "context_window")
 
@@ -1214,11 +1241,14 @@ class ChatServer:
         elif self.address.basic:
             self.headers["Authorization"] = f"Basic {self.address.basic}"
 
-        # What is never shown. A short key is none.
-        self.secrets = [secret for secret in self.address.secrets if secret]
-        self.masks_key = len(self.key) >= SHORTEST_KEY
-        if self.masks_key:
-            self.secrets.append(self.key)
+        # What is never shown, whichever of them was sent. A short password is left in an answer,
+        # where it may be a word, but in no line of ours.
+        proxy = find_proxy(self.address)
+        passwords = self.address.passwords + (proxy.passwords if proxy else [])
+        secrets = [self.key] + self.address.secrets + (proxy.secrets if proxy else [])
+        long = [secret for secret in secrets + passwords if len(secret) >= SHORTEST_SECRET]
+        self.in_answers = any_form(long)
+        self.in_lines = any_form(long + passwords)
 
         # What the first call finds out about the server.
         self.profile = ""
@@ -1227,6 +1257,7 @@ class ChatServer:
         self.token_field = "max_tokens"
         self.sends_temperature = True
         self.context = 0  # tokens; 0 where it is not known
+        self.answered_tokens = 0  # the largest prompt and answer that a request was granted
         self.models = []
 
         # The evidence by which a refusal of one question and of the judge are told apart.
@@ -1452,10 +1483,10 @@ class ChatServer:
         finally:
             self.idle.append(connection)
 
-        # A server may repeat our header in an error, or even in an answer.
-        if self.masks_key:
-            content = content.replace(self.key.encode(), b"***")
-        return status, headers, content
+        # A server may repeat our header in an error, or even in an answer. Here, before anything is
+        # read or cut, nothing is missed. What is no text comes back as it was.
+        text = self.in_answers.sub("***", content.decode("utf8", "surrogateescape"))
+        return status, headers, text.encode("utf8", "surrogateescape")
 
     # ---- refusals: of this question, or of the judge
 
@@ -1491,10 +1522,8 @@ class ChatServer:
         return f"({reply.status}): {words}" if reply.status else words
 
     def hide(self, text: str) -> str:
-        """The text without key, password and login."""
-        for secret in self.secrets:
-            text = text.replace(secret, "***")
-        return text
+        """The text without key, password, login and the URL's query."""
+        return self.in_lines.sub("***", text)
 
     def mend(self, status: int, words: str) -> str:
         """What most likely helps, as the end of an error's line."""
@@ -1649,8 +1678,10 @@ class ChatServer:
 
     def learn_context(self, words: str) -> None:
         """Notes the context's length where a server tells it in a refusal."""
+        # The number may be another one. A context that is too small would spoil all later answers,
+        # and an unknown one costs a refusal now and then: what was granted before must fit.
         match = CONTEXT_WORDS.search(words)
-        if match and not self.context:
+        if match and not self.context and int(match[1]) >= self.answered_tokens:
             self.context = int(match[1])
 
     # ---- accounting
@@ -1665,6 +1696,8 @@ class ChatServer:
                 self.is_given_up = False
             if reply.kind == "answer":
                 self.rejected.clear()
+                granted = reply.prompt_tokens + body[self.token_field]
+                self.answered_tokens = max(self.answered_tokens, granted)
 
             # What the probe costs is not the batch's.
             if reply.status == 200 and reply.kind != "odd" and self.profile:
@@ -1727,6 +1760,25 @@ def read_key() -> str:
     return key
 
 
+def any_form(secrets: list[str]) -> re.Pattern:
+    r"""Finds any of the texts as it is, escaped as in a URL, or as in JSON inside of JSON.
+
+    >>> any_form(["a/b"]).sub("***", r"a/b A%2fB a\/b \u0061\\/b ab")
+    '*** *** *** *** ab'
+    """
+    forms = []
+    # The longest first: one may begin with another.
+    for secret in sorted(set(secrets) - {""}, key=len, reverse=True):
+        form = ""
+        for sign in secret:
+            # Backslashes double with every layer of JSON; seven are three layers.
+            number = ord(sign)
+            form += rf"\\{{0,7}}(?:{re.escape(sign)}|u{number:04x}|%{number:02x})"
+        forms.append(form)
+    # Without any, a pattern that is found nowhere.
+    return re.compile("|".join(forms) or "(?!)", re.IGNORECASE)
+
+
 def estimate_tokens(messages: list[dict], characters_per_token: int) -> int:
     """A guess at the tokens of some messages."""
     return sum(len(message["content"]) for message in messages) // characters_per_token
@@ -1784,7 +1836,6 @@ class Address:
         self.shown = printable(without_password(url)).rstrip("/")
         credentials = url.partition("://")[2].rpartition("@")[0]
         user, _, password = credentials.partition(":")
-        self.secrets = []
 
         # Only the part without credentials is parsed: a password may hold any character.
         scheme, _, rest = url.partition("://")
@@ -1811,10 +1862,16 @@ class Address:
         self.basic = ""
         if credentials:
             # Whoever escapes a sign in a password writes %40 for @.
-            decoded = urllib.parse.unquote(password)
-            pair = f"{urllib.parse.unquote(user)}:{decoded}"
+            pair = urllib.parse.unquote(user) + ":" + urllib.parse.unquote(password)
             self.basic = base64.b64encode(pair.encode("utf8")).decode()
-            self.secrets = [password, decoded, self.basic]
+
+        # Some servers take their key as the user or in the query, and repeat it as it came or
+        # without its escapes.
+        hidden = [credentials, user, parts.query]
+        for part in parts.query.split("&"):
+            hidden.append(part.split("=", 1)[-1])
+        self.secrets = hidden + [urllib.parse.unquote(text) for text in hidden]
+        self.passwords = [password, urllib.parse.unquote(password), self.basic]
 
 
 def find_proxy(address: Address) -> Address | None:
@@ -2096,30 +2153,39 @@ class Cache:
 class Panel:
     """Several judges as one: each verdict is the mean of those given.
 
-    >>> panel = Panel([LexicalJudge(), LexicalJudge()])
+    >>> class Denier(LexicalJudge):
+    ...     def ask(self, questions, show_progress=False):
+    ...         return [Verdict(0.0)] * len(questions)
+    >>> panel = Panel([LexicalJudge(), Denier()])
     >>> panel.ask([Question("", "Rest well.", "Mentions rest.")])[0].score
-    1.0
+    0.5
     >>> panel.take_stats()["judge_disagreement"]
-    0.0
+    1.0
     """
 
     def __init__(self, judges: list):
         """judges: at least one; where rubrics have to be written, the first that can write does.
 
-        Raises JudgeError when two of them would share their cached answers.
+        Raises JudgeError when two of them could only agree: models of one name, which share their
+        cached answers, and offline judges of one kind.
         """
         self.judges = judges
         self.split = 0
         self.compared = 0
 
-        # Answers are cached by the model's name: two servers with one name would agree always.
-        place_of = {}
+        # The cache knows a model by its name, wherever it is. A judge of one's own may come twice.
+        places = {}
         for judge in judges:
             if isinstance(judge, LLMJudge):
-                place = place_of.setdefault(judge.model, judge.shown)
-                if place != judge.shown:
-                    message = f"two judges are called {judge.model}, at {place} and {judge.shown}"
-                    raise JudgeError(message + "; start each server with a name of its own")
+                name, place = judge.model, f"at {judge.shown}"
+            elif type(judge) in (AlignmentJudge, LexicalJudge):
+                name, place = type(judge).__name__, "offline"
+            else:
+                continue
+            if name in places:
+                message = f"the panel has {name} twice, {places[name]} and {place}: it could only"
+                raise JudgeError(message + " agree with itself; give judges of different names")
+            places[name] = place
 
         # An offline judge has no `write`, and methods look for it.
         for judge in reversed(judges):

@@ -42,6 +42,7 @@ from judge import (
     AlignmentJudge,
     JudgeError,
     LexicalJudge,
+    Panel,
     Question,
     Verdict,
     boxed_text,
@@ -49,6 +50,7 @@ from judge import (
     fenced,
     fill,
     parse_check,
+    refuse_repeats,
     render_conversation,
 )
 
@@ -432,7 +434,8 @@ class RubricReward:
     def __init__(self, judge, config):
         """judge: see judge.py. config: any object with `method` and `advantage`.
 
-        Raises JudgeError when the method asks for an opinion and the judge only counts words.
+        Raises JudgeError when the method asks for an opinion and the judge, or one of a panel,
+        only counts words.
         """
         self.judge = judge
         self.config = config
@@ -443,8 +446,10 @@ class RubricReward:
         if config.method in DESIGNS:
             self.design = DESIGNS[config.method]
 
-        # Said before the first step, not by the first question.
-        if self.design.needs_model and isinstance(judge, (AlignmentJudge, LexicalJudge)):
+        # Said before the first step, not by the first question. A panel asks each of its judges.
+        asked = judge.judges if isinstance(judge, Panel) else [judge]
+        counts_words = any(isinstance(one, (AlignmentJudge, LexicalJudge)) for one in asked)
+        if self.design.needs_model and counts_words:
             need = "needs a language model's opinion; give --judge URL and --judge_model NAME"
             raise JudgeError(f"--method {config.method} {need}")
 
@@ -718,9 +723,7 @@ def correlation(a: list[float], b: list[float]) -> float:
     return statistics.correlation(a, b)
 
 
-def bootstrap(
-    values: list[float], seed: int = 0, resamples: int = 2000
-) -> tuple[float, float]:
+def bootstrap(values: list[float], seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
     """95 % percentile interval of the mean over resampled values; repeatable by its seed.
 
     >>> bootstrap([0.0, 1.0] * 50)
@@ -751,6 +754,9 @@ FOREIGN_SUFFIXES = (".parquet", ".csv", ".tsv")
 
 JSON_LINES = "a line of JSON; each line must hold one JSON object (UTF-8)"
 JSON_LIST = "JSON; a .json file must hold one list of objects (UTF-8)"
+# Of "weight": 5, "weight": -5 the last would count, and the sign would be a guess. One decoder for
+# all: `json.loads` would make one for every line.
+DECODER = json.JSONDecoder(object_pairs_hook=refuse_repeats)
 
 
 class DataError(ValueError):
@@ -773,7 +779,8 @@ def shorten(value: object) -> str:
 def parse_json(data: bytes, where: str, expected: str = JSON_LINES) -> object:
     """The value of one piece of JSON. Raises DataError, which says what was expected."""
     try:
-        return json.loads(data)
+        # Some editors begin a file with the mark of the byte order.
+        return DECODER.decode(data.decode("utf-8-sig", "surrogatepass"))
     except (ValueError, RecursionError) as error:
         # RecursionError: a thousand brackets within each other are no row either.
         raise DataError(f"{where}: not {expected}: {error}") from None
@@ -889,7 +896,9 @@ def question_key(example: Example) -> int:
 
 # ------------------------------------------------------------------------- reading a row
 
-# Far above any rubric, and far below where a sum of weights overflows to infinity.
+# Far outside of any rubric. Within them points and their squares stay finite in 32 bits, although
+# a penalty is divided by the sum of the positive weights.
+MIN_WEIGHT = 1e-6
 MAX_WEIGHT = 1e9
 
 
@@ -1114,8 +1123,8 @@ def parse_criterion(item: object, where: str) -> Criterion:
 
     # Python counts true and false among its integers; here they are no numbers.
     weight = first_value(item, "weight", "points")
-    if type(weight) not in (int, float) or not 0 < abs(weight) <= MAX_WEIGHT:
-        rule = "give a number other than 0, at most 1e9 in size (negative: bad when met)"
+    if type(weight) not in (int, float) or not MIN_WEIGHT <= abs(weight) <= MAX_WEIGHT:
+        rule = "give a number from 1e-6 to at most 1e9 in size (negative: bad when met)"
         raise DataError(f"{where}: weight {shorten(weight)}; {rule}")
 
     # HealthBench keeps the axis in a tag "axis:...".

@@ -30,6 +30,8 @@ FAULTS = {
     "huge": "transport",
     "error_in_200": "transport",
     "error_text_in_200": "transport",
+    "error_beside_choices": "transport",
+    "error_of_zero_alone": "transport",
     "wait_for_ages": "transport",
     "early_hints": "transport",
     # The server answers, but not as a judge does.
@@ -86,6 +88,11 @@ FAULTS = {
     "broken_utf8": "",
     "other_choice": "",
     "empty_refusal": "",
+    "error_of_zero": "",
+    "error_of_nulls": "",
+    "blank_error": "",
+    "empty_error": "",
+    "null_error": "",
 }
 for status in (408, 409, 425, 502, 504, 520, 529, 599):
     FAULTS[f"status_{status}"] = "transport"
@@ -261,6 +268,9 @@ class JudgeServer:
             return raw(206, completion(text))
         if fault.startswith("status_"):
             return http(int(fault.removeprefix("status_")), TRY_AGAIN)
+        if fault in EMPTY_ERRORS:
+            whole = json.loads(completion(text))
+            return http(200, whole | {"error": EMPTY_ERRORS[fault]})
         if fault in USAGES:
             return raw(200, completion(text, usage=USAGES[fault]))
         if fault in ("number_finish", "other_choice", "empty_refusal"):
@@ -423,6 +433,8 @@ STATUSES = {
     "wait_for_ages": (429, {}, "Retry-After: Wed, 21 Oct 999999999999 07:28:00 GMT\r\n"),
     "error_in_200": (200, {"error": {"code": 429, "message": "slow down"}}, ""),
     "error_text_in_200": (200, {"error": "overloaded"}, ""),
+    "error_beside_choices": (200, {"choices": [{}], "error": {"message": "overloaded"}}, ""),
+    "error_of_zero_alone": (200, {"error": {"code": 0, "message": ""}}, ""),
     "filter_status": (400, {"error": {"code": "content_filter", "message": "no"}}, ""),
     "too_long": (400, {"error": {"message": LONG}}, ""),
     "no_choices": (200, {"choices": None}, ""),
@@ -439,6 +451,13 @@ USAGES = {
     "list_usage": [1, 2],
     "nan_usage": {"prompt_tokens": float("nan"), "completion_tokens": 1e300},
     "negative_usage": {"prompt_tokens": -5, "completion_tokens": True},
+}
+EMPTY_ERRORS = {
+    "error_of_zero": {"code": 0, "message": ""},
+    "error_of_nulls": {"code": None, "message": None, "type": ""},
+    "blank_error": " ",
+    "empty_error": {},
+    "null_error": None,
 }
 RAW_BODIES = {
     "no_json": b"<html>proxy error</html>",

@@ -227,6 +227,14 @@ def test_all_in_one_sends_each_response_once():
             assert body["messages"][1]["content"].count("Statement number") == 8
 
 
+@pytest.mark.parametrize("setting", [{"k": -1}, {"workers": 0}, {"workers": -1}])
+def test_a_setting_by_which_nothing_is_asked_is_refused(setting):
+    [(name, value)] = setting.items()
+    with pytest.raises(JudgeError, match=f"{name} {value}.*: give ") as error:
+        LLMJudge("http://localhost:8000/v1", "model", **setting)
+    assert "\n" not in str(error.value)
+
+
 def test_whole_prompts_are_asked_one_by_one():
     class Rates(JudgeServer):
         def verdict(self, body):
@@ -972,6 +980,47 @@ def test_a_call_asks_for_no_more_tokens_than_the_context_has(tells):
         assert len(server.bodies) == before + 1
 
 
+@pytest.mark.parametrize(
+    "words, context",
+    [
+        ("maximum context length is 4096 tokens. However, you requested 5000", 4096),
+        ("maximum context length of 131072 tokens", 131072),
+        ("the available context size (8192 tokens), try increasing it", 8192),
+        ("is loaded with context length of only 4096.", 4096),
+        ("exceeds the context length: 4096", 4096),
+        ("context length (128k tokens)", 0),
+        ("context length of 128 k tokens", 0),
+        ("context length is 128,000 tokens", 0),
+        ("context length is 999 000 tokens", 0),
+        ("context length of 1048.576 thousand tokens", 0),
+        ("context length for Llama-405B is 131072", 0),
+        ("context length exceeded by 900 tokens", 0),
+        ("context length is 128 thousand tokens", 0),
+        ("context size is 600 (of a page)", 0),
+    ],
+)
+def test_one_long_prompt_does_not_shorten_all_later_answers(words, context):
+    """What a refusal tells is learned only where it is no other number, and not too small."""
+
+    class Server(JudgeServer):
+        async def answer(self, head, body):
+            if "long long" in body["messages"][-1]["content"]:
+                return http(400, {"error": {"message": words}})
+            self.usage = {"prompt_tokens": 200, "completion_tokens": 20}
+            return await super().answer(head, body)
+
+        def faulty(self, fault, text):
+            return raw(200, completion(text, usage=self.usage))
+
+    with Server() as server:
+        asking = client(server, workers=1, max_missing=1.0)
+        long = Question("Q", "long " * 500, "Statement number 3.")
+        assert asking.ask([long]) == [(None, "too_long")]
+        assert asking.server.context == context
+        assert right(questions(8), asking.ask(questions(8))) == (True, 0)
+        assert {body["max_tokens"] for body in server.bodies[-8:]} == {512}
+
+
 def test_an_answer_that_was_cut_off_is_asked_for_again_within_the_context():
     class Server(Short):
         context = 1500
@@ -1075,6 +1124,98 @@ def test_a_key_in_an_answer_is_not_stored(monkeypatch, tmp_path):
     assert verdict.reason == "***"
     for file in tmp_path.iterdir():
         assert b"sk-very" not in file.read_bytes()
+
+
+def php(text):
+    """The text as PHP writes it in JSON."""
+    return text.replace("/", r"\/")
+
+
+def numbered(text):
+    """The text in JSON that writes every sign as its number."""
+    return "".join(f"\\u{ord(sign):04X}" for sign in text)
+
+
+FORMS = {"plain": str, "php": php, "numbered": numbered, "url": lambda text: text.replace("/", "%2F")}
+
+
+@pytest.mark.parametrize("layer", ["answer", "reply"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["key", "login", "user", "query", "proxy"])
+def test_no_secret_comes_back_in_an_answer(monkeypatch, tmp_path, capsys, kind, form, layer):
+    """Whatever was sent and however JSON escapes it: not in a reason, a written object, the cache."""
+    secret = "very/secret-12?3"
+
+    class Echo(JudgeServer):
+        def verdict(self, body):
+            if layer == "reply" or is_probe(body):
+                return super().verdict(body)
+            return super().verdict(body).replace("by its hash", self.echo(""))
+
+        def faulty(self, fault, text):
+            whole = super().faulty(fault, text)
+            if layer == "answer":
+                return whole
+            # In the reply's own JSON, as a server writes it.
+            body = whole.partition(b"\r\n\r\n")[2].decode()
+            return raw(200, body.replace("by its hash", self.echo("sent ")).encode())
+
+        def echo(self, before):
+            sent = re.search(r"(?i)authorization: \w+ (\S+)|$", self.headers[-1])[1] or ""
+            line = self.headers[-1].partition("\r\n")[0]
+            words = [secret, sent, line]
+            with suppress(ValueError):
+                words.append(base64.b64decode(sent).decode())
+            return before + " ".join(FORMS[form](word) for word in words)
+
+    with Echo() as server:
+        url = server.url
+        if kind == "key":
+            monkeypatch.setenv("JUDGE_API_KEY", secret)
+        elif kind == "login":
+            url = url.replace("//", f"//me:{secret}@")
+        elif kind == "user":
+            url = url.replace("//", f"//{secret}@")
+        elif kind == "query":
+            url += "?a=1&key=" + secret.replace("?", "%3F")
+        else:
+            monkeypatch.setenv("HTTP_PROXY", url.replace("//", f"//me:{secret}@"))
+            monkeypatch.setenv("NO_PROXY", "localhost")
+            url = "http://judge.invalid/v1"
+        asking = LLMJudge(url, "model", patience=5, cache_path=str(tmp_path / "cache.sqlite"))
+        asked = questions(2)
+        verdicts = asking.ask(asked)
+        written = asking.write(["a"], lambda index, value: value)
+    assert right(asked, verdicts) == (True, 0)
+    shown = repr(verdicts) + repr(written) + asking.probe() + str(capsys.readouterr())
+    assert "***" in verdicts[0].reason and "***" in shown
+    for file in tmp_path.iterdir():
+        shown += file.read_bytes().decode("latin1")
+    basic = base64.b64encode(f"me:{secret}".encode()).decode()
+    for part in ("secret-12", numbered("secret-12"), basic, basic[4:-4]):
+        assert part not in shown
+
+
+@pytest.mark.parametrize("before", ["", "x" * 190, "x" * 280])
+@pytest.mark.parametrize("value", ["QSECRET123", "Q/SECRET123", "Q%2FSECRET123", "QSECRET==="])
+def test_a_key_in_the_urls_query_is_used_and_never_shown(value, before):
+    class Names(JudgeServer):
+        """Names what was asked for, and the key alone, as servers and proxies do."""
+
+        async def answer(self, head, body):
+            path = head.split(" ")[1]
+            assert path.endswith(f"?v=1&key={value}")
+            if self.status == 308:
+                return raw(308, b"", f"Location: https://elsewhere.example/{before}{path}\r\n")
+            words = f"{before} POST {path} {value} {value.replace('%2F', '/')}"
+            return http(self.status, {"error": {"message": words}})
+
+    for status in (308, 404, 401, 500):
+        with Names(status=status) as server, pytest.raises(JudgeError) as error:
+            asking = LLMJudge(f"{server.url}?v=1&key={value}", "model", patience=0.2)
+            asking.probe()
+        assert "SECRET" not in str(error.value)
+        assert f"({status})" in str(error.value)
 
 
 @pytest.mark.parametrize("around", ["{}\n", " {}\r\n", "\t{}"])
@@ -1201,6 +1342,11 @@ def test_a_first_answer_without_a_verdict_is_quoted_on_one_line():
         ('{"met": null}', None),
         ('{"met": NaN}', None),
         ("{'met': true}", None),
+        ('{"met": true, "met": false}', None),
+        ('{"met": true, "why": "a", "met": true}', None),
+        ('{"met": true}. Rather: {"met": true, "met": false}', None),
+        ('{"met": true, "met": false, "why": {"met": true}}', None),
+        ('{"result": {"met": true}, "result": {"met": false}}', None),
         ('{"met": true,}', None),
         ('{"met": tr', None),
         ('The format is {"met": true}. My answer: {"reason": "b", "met": fal', None),
@@ -1283,8 +1429,21 @@ def test_ratings_are_checked_against_their_scale():
     ask = [Question("", "", prompt="prompt", key="rating", scale=(1, 10))]
     for text, score in (('{"rating": 10}', 1.0), ('{"rating": 1}', 0.0), ('{"rating": 5.5}', 0.5)):
         assert read_answer(text, ask)[0].score == score
-    for bad in ("0", "11", '"7"', "true", "NaN", "1e999", "Infinity", "-Infinity", "9" * 5000):
+    for bad in ("0", "11", '"7"', '9, "rating": 1', "true", "NaN", "1e999", "Infinity", "-Infinity", "9" * 5000):
         assert read_answer('{"rating": ' + bad + "}", ask)[0].score is None
+
+
+def test_an_answer_that_contradicts_itself_is_asked_for_again():
+    class Wavers(JudgeServer):
+        def verdict(self, body):
+            text = super().verdict(body)
+            return text.replace('"met"', '"met": true, "met"', 1) if len(self.bodies) < 2 else text
+
+    for k in (1, 0):
+        with Wavers() as server:
+            asking = client(server, k=k, workers=1)
+            assert right(questions(3), asking.ask(questions(3))) == (True, 0)
+            assert asking.take_stats()["judge_asked_again"] == 1
 
 
 def test_several_verdicts_are_matched_by_exact_name_and_missing_on_their_own():
@@ -1329,7 +1488,9 @@ def test_no_answer_holds_the_interpreter():
         "{", '{"', '{"a":', '{"met"', '{"met":', '{"met": [', "[", '"', "\\", "{}", '{"a":1,', "</think>",
         '{"a": 1} ', "<think>{\"", '{"a":[1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,', ': True ', '{ ', "é{\"", "🙂{\"a\":",
     ]  # fmt: skip
-    for piece in pieces:
+    # Whole objects, and in the end one that gives a name twice spoils all that is around it.
+    repeated = '{"a": [' * 300 + '{"b": 1}, ' * 4_000 + '{"met": 1, "met": 1}'
+    for piece in [*pieces, repeated]:
         text = piece * (50_000 // len(piece))
         for asked in (questions(1), questions(3)):
             verdicts = read_soon(text, asked)
@@ -1789,8 +1950,11 @@ def test_a_panel_gives_the_mean_and_counts_disagreement():
 
 def test_a_panel_of_models_adds_up_what_it_costs():
     with JudgeServer() as one, JudgeServer() as other:
-        with pytest.raises(JudgeError, match="two judges are called model"):
-            Panel([client(one), client(other)])
+        for second in (client(other), client(one), client(one, k=0)):
+            with pytest.raises(JudgeError, match="the panel has model twice, at http"):
+                Panel([client(one), LexicalJudge(), second])
+        with pytest.raises(JudgeError, match="the panel has LexicalJudge twice"):
+            Panel([LexicalJudge(), client(one), LexicalJudge()])
         panel = Panel([client(one), LLMJudge(other.url, "second", patience=20)])
         assert right(questions(6), panel.ask(questions(6))) == (True, 0)
         stats = panel.take_stats()

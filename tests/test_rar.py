@@ -12,7 +12,7 @@ from conftest import HEALTHBENCH
 from judge_server import JudgeServer
 
 import rar
-from judge import LexicalJudge, LLMJudge, Verdict
+from judge import JudgeError, LexicalJudge, LLMJudge, Panel, Verdict, offline_judge
 from rar import Criterion, DataError, Example, Group, group_rewards
 
 SUMS = {"explicit": rar.explicit_reward, "points": rar.points_reward}
@@ -212,6 +212,17 @@ def test_one_flat_batch_and_a_model_is_asked_identical_questions_once():
         assert sizes == [4 * judged] and len(server.bodies) == 3 * judged
     assert first.rollouts[0].verdicts == first.rollouts[1].verdicts
     assert [v.score for v in first.rollouts[0].verdicts][2] == 1.0
+
+
+@pytest.mark.parametrize("offline", [LexicalJudge, offline_judge])
+def test_a_panel_is_asked_for_an_opinion_only_if_all_of_it_has_one(offline):
+    model = LLMJudge("http://127.0.0.1:9/v1", "m")
+    other = LLMJudge("http://127.0.0.1:9/v1", "other")
+    for judges in ([model, offline()], [offline(), model]):
+        with pytest.raises(JudgeError, match="--method likert needs a language model's opinion"):
+            method_of(Panel(judges), "likert")
+        method_of(Panel(judges), "points")
+    method_of(Panel([model, other]), "likert")
 
 
 def test_a_check_is_decided_whichever_judge_is_used():

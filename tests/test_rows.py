@@ -120,10 +120,43 @@ def test_an_id_of_zero_is_an_id(tmp_path):
 # ------------------------------------------------------------------------- hostile values
 
 
-@pytest.mark.parametrize("weight", [1e308, -1e308, 1e10, 10**400, -(10**4000)])
-def test_weights_whose_sum_overflows_are_refused(tmp_path, weight):
+WEIGHTS = [1e308, -1e308, 1e10, 10**400, -(10**4000), 1e-300, -1e-300, 5e-324, 9e-7]
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_weights_that_overflow_summed_or_divided_are_refused(tmp_path, weight):
     path = write(tmp_path / "a.jsonl", with_criterion(weight=weight))
     assert "criterion 1: weight " in refusal(path)
+
+
+@pytest.mark.parametrize("method", ["points", "explicit"])
+def test_the_most_unequal_weights_allowed_give_finite_advantages(tmp_path, method):
+    items = [{"text": "Names rest.", "weight": rar.MIN_WEIGHT}]
+    for number in range(100):
+        items.append({"text": f"Names fault {number}.", "weight": -rar.MAX_WEIGHT})
+    example = read_one(tmp_path / "a.jsonl", {**GOOD, "rubric": items})
+    config = SimpleNamespace(method=method, advantage="std")
+    asked = rar.RubricReward(LexicalJudge(), config)
+
+    # One rollout commits every fault, the other none.
+    rewards = asked.aggregate(example.rubric, [[1.0] * 101, [1.0] + [0.0] * 100])
+    rollouts = [SimpleNamespace(reward=reward) for reward in rewards]
+    [advantages] = asked.advantages([rar.Group(example, rollouts)])
+    assert advantages == pytest.approx([-1.0, 1.0])
+
+
+@pytest.mark.parametrize("name", ["weight", "text", "rubric", "id", "role", "tags", "x" * 500])
+def test_a_name_given_twice_is_refused_with_its_line(tmp_path, name):
+    """Of "weight": 5, "weight": -5 the last counted."""
+    message = {"role": "user", "content": "Cold?"}
+    line = json.dumps(with_criterion(tags=[]) | {"prompt": [message], "x" * 500: 1})
+    twice = line.replace(f'"{name}":', f'"{name}": null, "{name}":', 1)
+    assert twice != line
+    said = refusal(write(tmp_path / "a.jsonl", line, twice))
+    assert "a.jsonl:2: " in said and f"name '{name[:60]}' is given twice" in said
+    listed = tmp_path / "a.json"
+    listed.write_text(f"[{twice}]")
+    assert f"name '{name[:60]}' is given twice" in refusal(listed)
 
 
 def test_numbers_of_thousands_of_digits_are_refused(tmp_path):
