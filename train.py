@@ -60,6 +60,7 @@ from judge import (
     LexicalJudge,
     LLMJudge,
     Panel,
+    Verdict,
     offline_judge,
     progress_bar,
     without_password,
@@ -766,6 +767,7 @@ def begin(config: Config, folder: Path, state: dict | None) -> Run:
         check_data(config, digests, state["data"])
     if config.method in ("arlrr", "axis_mean", "gdpo"):
         arlrr.check_classes(examples, config.class_by)
+        refuse_few(examples, config)
     template_kwargs = parse_template_kwargs(config.template_kwargs)
     judge = make_judge(config)
     eval_judge = make_eval_judge(config)
@@ -986,8 +988,10 @@ def announce(run: Run, folder: Path) -> None:
         # Who pays for calls wants to know before the first one.
         calls = 0.0
         for example in run.examples:
-            per_call = config.judge_k or len(example.rubric)
-            calls += math.ceil(len(example.rubric) / per_call)
+            # What is counted comes back as a verdict already.
+            items = run.method.questions(example, "", example.rubric)
+            n_asked = sum(not isinstance(item, Verdict) for item in items)
+            calls += math.ceil(n_asked / (config.judge_k or max(1, n_asked)))
         calls *= len(servers) * config.prompts_per_step * config.group_size / len(run.examples)
         say(
             f"judge {config.judge_model}: up to {calls:.0f} calls per step for the rollouts, "
@@ -1410,9 +1414,7 @@ def choose_prompts(
     # Held back for every schedule, so that all of them train on the same prompts.
     validation = []
     if config.method == "arlrr":
-        if len(examples) <= config.validation:
-            why = f"only {len(examples)} training prompts, of which some must be left"
-            raise UserError(f"--validation {config.validation}: {why}; give fewer, or more rows")
+        refuse_few(examples, config)
         last_first, rest = hold_back(examples[::-1], config.validation)
         validation = last_first[::-1]
         examples = rest[::-1]
@@ -1428,6 +1430,13 @@ def choose_prompts(
         why = "can learn from none of the training prompts (reference_likert needs references)"
         raise UserError(f"--method {config.method} {why}")
     return chosen, validation
+
+
+def refuse_few(examples: list[rar.Example], config: Config) -> None:
+    """Raises UserError when nothing would be left to train on."""
+    if config.method == "arlrr" and len(examples) <= config.validation:
+        why = f"only {len(examples)} training prompts, of which some must be left"
+        raise UserError(f"--validation {config.validation}: {why}; give fewer, or more rows")
 
 
 def start_engine(policy: Policy, config: Config, examples: list[rar.Example]) -> None:

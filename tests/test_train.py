@@ -10,6 +10,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -724,9 +725,13 @@ def test_the_learning_rate_warms_up_over_a_tenth_of_the_steps():
 
 
 def test_calls_of_the_judge_are_announced(tmp_path, capsys):
-    for k, calls in ((1, 4 * 8 * 3), (2, 4 * 8 * 2), (0, 4 * 8)):
-        config = train.Config(judge="http://x", judge_model="m", judge_k=k, steps=10)
-        train.announce(SimpleNamespace(config=config, examples=[COLD], heldout=[]), tmp_path)
+    """A criterion that is counted costs none, and an implicit reward is one question for all criteria."""
+    counted = rar.Criterion("Is short.", 1, check="words <= 9")
+    example = replace(COLD, rubric=[*COLD.rubric, counted])
+    for method, k, calls in (("points", 1, 4 * 8 * 3), ("points", 2, 4 * 8 * 2), ("explicit", 0, 4 * 8), ("implicit", 1, 4 * 8)):
+        config = train.Config(method=method, judge="http://x", judge_model="m", judge_k=k, steps=10, out=str(tmp_path / "run"))
+        run = SimpleNamespace(config=config, method=train.make_method(config, train.make_judge(config)), examples=[example], heldout=[])
+        train.announce(run, tmp_path)
         words = f"up to {calls} calls per step for the rollouts, {10 * calls} in all"
         assert words in capsys.readouterr().out
 
