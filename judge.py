@@ -617,6 +617,8 @@ class LLMJudge:
         reading = read(second, reading.value)
         if not reading.is_usable:
             kind = "truncated" if second.finish == "length" else "unparsable"
+            beginning = printable(second.text)[:100]
+            self.server.last_problem = f"the judge answered without a verdict: {beginning!r}"
             return Outcome(reading.value, kind, second)
         # An answer that was only too short says nothing against the schema.
         if request.response_format and not first_was_cut:
@@ -775,13 +777,16 @@ LONGEST_TEXT = 100_000
 # What chat templates mark turns with. The judge's own template decides which of them it takes for
 # the end of the user's turn, so the common ones are broken by a space after their first sign.
 CONTROL_TOKEN = re.compile(
-    r"""([<\[])(?=
+    r"""[<\[](?=
         [|｜]                                            # <|im_end|>, <|eot_id|>, <｜User｜>
-      | /?(?:s|bos|eos|pad|unk|mask)>                    # Llama 2, Mistral, Gemma
+      | [a-z_]{1,20}\|>                                  # Gemma 4: <turn|>, <channel|>
+      | /?(?:s|bos|eos|pad|unk|mask|sop|eop)>            # Llama 2, Mistral, Gemma, GLM
       | (?:start|end)_of_(?:turn|image)>                 # Gemma
-      | /?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]     # Mistral
+      | /?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|MODEL_SETTINGS|THINK)\]
+      | g?MASK\]                                         # GLM
       | <(?:/?SYS)>>                                     # Llama 2
-    )""",
+    ) | \](?=~!?b[\[\]]) | \[(?=e~\[)                     # MiniMax: ]~b]user, [e~[
+    """,
     re.VERBOSE | re.IGNORECASE,
 )
 
@@ -798,7 +803,7 @@ def clean(text: str) -> str:
     # JSON cannot carry half of a surrogate pair, and many servers end at a null byte.
     text = text.encode("utf8", "replace").decode("utf8")
     text = text.replace("\x00", "\ufffd")
-    return CONTROL_TOKEN.sub(r"\1 ", text)
+    return CONTROL_TOKEN.sub(r"\g<0> ", text)
 
 
 def printable(text: str) -> str:
@@ -1038,6 +1043,9 @@ def take_apart(status: int, headers: dict, body: bytes) -> Reply:
     # Gateways pass on an error of the server behind them with a status of 200. Others send the
     # field always: beside an answer an error without words, as {"code": 0, "message": ""}, is none.
     error = value.get("error")
+    if not error and value.get("object") == "error":
+        # The error itself, not in a field of its own.
+        error = value
     words = server_words(text, error)
     if status == 200 and error and (words or not value.get("choices")):
         status = error_status(error)
@@ -1198,6 +1206,8 @@ FORMAT_PATIENCE = 2  # the same while it is asked for structured output
 RESCUES = 8  # answers in a row that only plain text gave: then structured output is not used
 REJECTIONS = 20  # things in a row, without an answer between them: then the judge is at fault
 ODD_REPLIES = 3  # in a row to one request
+SCHEMA_ERRORS = 3  # replies of status 500 to one request: then it is asked in plain text
+SAID_AFTER = 10  # seconds without an answer, until that is said
 LONGEST_WAIT = 30  # seconds between two tries, also where the server asks for more
 SHORTEST_SECRET = 8  # characters; a shorter one is a stand-in, and may be a part of any word
 # "context length is 4096 tokens", "context size (4096 tokens)"; not "context length (128k tokens)",
@@ -1269,6 +1279,7 @@ class ChatServer:
         self.last_reply_at = time.monotonic()
         self.silent_since = None
         self.is_given_up = False
+        self.is_said = False
 
         # Connections outlive a batch: between two steps the server keeps them open.
         self.connections = []
@@ -1286,6 +1297,7 @@ class ChatServer:
         self.last_reply_at = time.monotonic()
         self.silent_since = None
         self.is_given_up = False
+        self.is_said = False
         self.last_problem = ""
 
         # All workers take from one iterator: results handed from thread to thread, one for each
@@ -1379,6 +1391,7 @@ class ChatServer:
         started = None
         wait = 0.1
         odd = 0
+        errors = 0
         while True:
             # To wait for our own limits is no sign of a fault, and costs no patience.
             if not self.wait_for_turn(body):
@@ -1407,6 +1420,12 @@ class ChatServer:
                 body[self.token_field] //= 2
                 continue
 
+            # Some fail at a schema that is larger than the probe's, and do not say that it is why.
+            if reply.status == 500:
+                errors += 1
+                if errors == SCHEMA_ERRORS and self.profile:
+                    body.pop("response_format", None)
+
             # A proxy's error page may be gone at the next try; a wrong address stays wrong.
             if reply.kind == "odd":
                 odd += 1
@@ -1425,6 +1444,8 @@ class ChatServer:
             # reply to anybody where that is older.
             silent_since = self.note_fault(sent)
             until = time.monotonic() + pause
+            if until - silent_since > SAID_AFTER:
+                self.say_silent(patience)
             if until - silent_since > self.patience:
                 self.is_given_up = True
             if until - min(started, silent_since) > patience:
@@ -1718,6 +1739,16 @@ class ChatServer:
                 # Others may have been answered while this request was on its way.
                 self.silent_since = max(sent, self.last_reply_at)
             return self.silent_since
+
+    def say_silent(self, patience: float) -> None:
+        """Says, once per batch, why nothing moves."""
+        with self.lock:
+            is_said = self.is_said
+            self.is_said = True
+        if not is_said:
+            what = f"asking again for up to {patience:.0f} s"
+            # Through tqdm: a line in the middle of a bar would be drawn over.
+            tqdm.write(f"the judge at {self.shown}: {self.last_problem}; {what}", file=sys.stderr)
 
     def count(self, name: str, number: int = 1) -> None:
         """Adds to one of the step's counters; many workers call it."""
