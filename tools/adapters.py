@@ -483,12 +483,14 @@ def verl_rows(examples: list[Example], split: str = "train") -> list[dict]:
     # verl wants a ground truth in every row; the reward here is found by the id alone.
     rows = []
     for index, example in enumerate(examples):
-        rows.append({
-            "data_source": "rubrics",
-            "prompt": example.prompt,
-            "reward_model": {"style": "rule", "ground_truth": example.reference},
-            "extra_info": {"id": example.id, "split": split, "index": index},
-        })
+        rows.append(
+            {
+                "data_source": "rubrics",
+                "prompt": example.prompt,
+                "reward_model": {"style": "rule", "ground_truth": example.reference},
+                "extra_info": {"id": example.id, "split": split, "index": index},
+            }
+        )
     return rows
 
 

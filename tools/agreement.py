@@ -135,9 +135,10 @@ def read_labels(path: str) -> list[dict]:
 def judge_labels(judge, rows: list[dict]) -> dict:
     """Agreement of a judge with human labels, and how far it leans on length.
 
-    kappa_ci: 95 % interval over questions, where the rows have several. length_bias: correlation of "the judge says met, the human does not" (+1; -1 for the reverse)
-    with the length of the response. For a language model also repeatability: the share of rows
-    with the same verdict when it is asked again without the cache.
+    kappa_ci: 95 % interval over questions, where the rows have several. length_bias: correlation of
+    "the judge says met, the human does not" (+1; -1 for the reverse) with the length of the
+    response. For a language model also repeatability: the share of rows with the same verdict when
+    it is asked again without the cache.
     """
     # Asked as in training: the same prompt, one statement about one response.
     questions = []
@@ -260,9 +261,7 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("labels", nargs="?", metavar="FILE", help="JSONL with labels of people")
     parser.add_argument("--judge", nargs="+", default=[], metavar="URL", help="base URLs")
     parser.add_argument("--judge_model", nargs="+", default=[], metavar="NAME", help="their models")

@@ -687,9 +687,7 @@ def draw_rates(axes, rates: PassRates, labels: list[str]) -> None:
     # pcolormesh and not imshow: cells stay shapes in the page, where a picture would be blocked.
     # What is nan it leaves out, and the grey shows through.
     axes.set_facecolor(GREY)
-    axes.pcolormesh(
-        table, cmap=colour_scale(), vmin=0, vmax=1, edgecolors="white", linewidth=0.6
-    )
+    axes.pcolormesh(table, cmap=colour_scale(), vmin=0, vmax=1, edgecolors="white", linewidth=0.6)
     # The first row on top, as in a table.
     axes.invert_yaxis()
     if len(columns) <= 6:
