@@ -18,7 +18,7 @@ import grpo
 import rar
 import train
 from judge import LexicalJudge
-from tools import compare
+from tools import adapters, agreement, compare, memory, report, write_rubrics
 
 FLAGS = (
     "--steps 2 --prompts_per_step 2 --group_size 3 --max_new_tokens 6 --eval_every 2 "
@@ -117,9 +117,7 @@ def test_the_table_shows_each_figure_and_the_prompts_behind_it():
 
 
 def test_one_prompt_has_no_interval():
-    metrics = rar.evaluate(
-        LexicalJudge(), [rar.Group(example("colds"), [answer("Rest, water.")])]
-    )
+    metrics = rar.evaluate(LexicalJudge(), [rar.Group(example("colds"), [answer("Rest, water.")])])
     assert "one prompt: no interval" in compare.metrics_table(metrics)
     assert "n 0   nothing was scored" in compare.metrics_table(metrics | {"eval_n": 0})
 
@@ -200,9 +198,7 @@ def test_a_model_judges_both(tiny, few, tmp_path, capsys, monkeypatch):
     assert line["difference"] == 0 and line["before"]["judge"] == "m"
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_cannot_be_evaluated(
-    tmp_path, capsys
-):
+def test_a_run_that_was_killed_before_its_first_checkpoint_cannot_be_evaluated(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     save(tmp_path / "run" / "metrics.jsonl", [{"step": 0}])
     assert compare.main([str(tmp_path / "run")]) == 2
@@ -236,10 +232,7 @@ def test_broken_answers_cost_one_line_and_status_2(tmp_path, capsys, content, wo
     assert compare.main([str(path), str(tmp_path / "good.jsonl")]) == 2
     said, error = capsys.readouterr()
     assert (
-        words in error
-        and error.startswith("compare.py: ")
-        and error.count("\n") == 1
-        and not said
+        words in error and error.startswith("compare.py: ") and error.count("\n") == 1 and not said
     )
 
 
@@ -267,10 +260,7 @@ def test_bad_flags_cost_one_line_and_status_2(tiny, few, capsys, flags, words):
     assert compare.main(flags) == 2
     said, error = capsys.readouterr()
     assert (
-        words in error
-        and error.startswith("compare.py: ")
-        and error.count("\n") == 1
-        and not said
+        words in error and error.startswith("compare.py: ") and error.count("\n") == 1 and not said
     )
 
 
@@ -323,3 +313,59 @@ def test_docstring_examples_and_help(capsys):
         compare.main(["--help"])
     assert left.value.code == 0
     assert "python tools/compare.py smollm2 RUN" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------- secrets
+
+
+LOGINS = [
+    "http://me:s3cretpw@localhost:9/v1",
+    "http://me:s3cretpw@localhost:9/v1\r",
+    "http://me:odd//s3cretpw\x1b@localhost:9",
+    "http://me:s3cretpw@one/v1,http://me:s3cretpw@two/v1",
+    "http://localhost:9/v1?key=s3cretpw",
+    "http://localhost:9/v1?key=a@s3cretpw",
+    "http://me:s3?s3cretpw@localhost",
+    "me:s3cretpw@localhost:9",
+]
+PLACES = [
+    (compare, ["smollm2", "--judge", "URL"]),
+    (compare, ["smollm2", "--judge", "URL", "--judge_model", "m\r"]),
+    (compare, ["URL"]),
+    (compare, ["URL", "a", "b"]),
+    (compare, ["smollm2", "--max_new_tokens=URL"]),
+    (compare, ["smollm2", "--eval_data", "URL"]),
+    (compare, ["smollm2", "--dtype", "URL"]),
+    (report, ["URL"]),
+    (report, ["nowhere", "--URL"]),
+    (report, ["nowhere", "--rubrics=URL"]),
+    (agreement, ["labels.jsonl", "URL", "--judge", "URL"]),
+    (agreement, ["URL"]),
+    (agreement, ["--cache", "URL"]),
+    (agreement, ["labels.jsonl", "--judge_k", "URL"]),
+    (memory, ["--cards", "URL"]),
+    (memory, ["--judge", "URL", "--stepps", "URL"]),
+    (memory, ["--judge", "URL", "--model", "URL"]),
+    (write_rubrics, ["URL", "--out", "o.jsonl", "--judge", "URL"]),
+    (write_rubrics, ["URL", "URL", "--out", "o.jsonl", "--judge", "URL", "--judge_model", "m"]),
+    (write_rubrics, ["q.jsonl", "--out", "URL", "--judge", "URL", "--judge_model", "m"]),
+    (adapters, ["URL", "--trainer", "trl", "--out", "o.jsonl"]),
+    (adapters, ["q.jsonl", "--trainer", "URL", "--out", "URL"]),
+]
+
+
+@pytest.mark.parametrize("login", LOGINS)
+@pytest.mark.parametrize(("tool", "words"), PLACES)
+def test_no_tool_prints_a_password_whatever_it_was_taken_for(
+    tool, words, login, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "q.jsonl").write_text('{"question": "Why?"}\n')
+    words = [word.replace("URL", login) for word in words]
+    try:
+        status = tool.main(words)
+    except SystemExit as ended:
+        status = ended.code
+    said, error = capsys.readouterr()
+    assert status == 2 and error.count("\n") == 1 and "s3cretpw" not in error + said

@@ -70,6 +70,7 @@ from rar import (
     read_examples,
 )
 from rler import RLER
+from tools.report import Parser, run_tool
 
 # ---------------------------------------------------------------------- what a completion says
 
@@ -497,9 +498,9 @@ def verl_rows(examples: list[Example], split: str = "train") -> list[dict]:
 # ---------------------------------------------------------------------- the command line
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Writes a data set for a trainer. Exit status 0, or 2 with one line on what is wrong."""
-    parser = argparse.ArgumentParser(
+def write_rows(argv: list[str] | None) -> None:
+    """Writes a data set for a trainer. Raises DataError, OSError."""
+    parser = Parser(
         prog="adapters.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -509,25 +510,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--split", default="train", help="verl: the name of the split [train]")
     parser.add_argument("--out", required=True, help="the JSONL file to write")
     args = parser.parse_args(argv)
-    try:
-        # Read first: a file with an error in it should leave nothing behind.
-        examples = read_examples(args.data)
 
+    # Read first: a file with an error in it should leave nothing behind.
+    examples = read_examples(args.data)
+    if args.trainer == "trl":
+        rows = trl_rows(examples)
+    else:
+        rows = verl_rows(examples, args.split)
+    try:
         # "x" never writes over a file that is there: it may be somebody's data.
-        if args.trainer == "trl":
-            rows = trl_rows(examples)
-        else:
-            rows = verl_rows(examples, args.split)
         with open(args.out, "x", encoding="utf8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     except FileExistsError:
-        print(f"adapters.py: {args.out}: is there already; name another file", file=sys.stderr)
-        return 2
-    except (DataError, OSError) as error:
-        print(f"adapters.py: {error}", file=sys.stderr)
-        return 2
+        raise DataError(f"{args.out}: is there already; name another file") from None
     print(f"{args.out}: {len(rows)} rows")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0, or 2 with one line that says what is wrong, where, and what to do."""
+    return run_tool("adapters.py", write_rows, argv)
 
 
 if __name__ == "__main__":

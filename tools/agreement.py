@@ -28,6 +28,7 @@ from judge import (
     offline_judge,
     render_conversation,
 )
+from tools import report
 
 RESAMPLES = 2000
 
@@ -251,11 +252,12 @@ def make_judges(args: argparse.Namespace) -> list[tuple]:
     return judges
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(report.Parser):
     """A parser whose errors are one line."""
 
     def error(self, message: str) -> None:
         """Ends the program with status 2."""
+        message = report.without_secrets(message, self.words)
         self.exit(2, f"agreement.py: {message}; --help shows how\n")
 
 
@@ -271,8 +273,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 2 after one line about what is wrong."""
+def agree(argv: list[str] | None) -> None:
+    """What the command line asks for. Raises OSError, ValueError, JudgeError."""
     parser = make_parser()
     args = parser.parse_args(argv)
     # Exactly one of the two, so that no argument is quietly ignored.
@@ -280,20 +282,20 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("give a file with labels, or --cache FILE")
     if args.export and not args.cache:
         parser.error("--export writes what is in --cache FILE")
+    if args.cache:
+        print_rows(show_cache(args.cache, args.export))
+        return
+    rows = read_labels(args.labels)
+    results = []
+    for name, judge in make_judges(args):
+        results.append({"judge": name} | judge_labels(judge, rows))
+    print_rows(results)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0, or 2 with one line that says what is wrong, where, and what to do."""
     # What a user can mend is one line; anything else is a fault of ours and keeps its traceback.
-    try:
-        if args.cache:
-            print_rows(show_cache(args.cache, args.export))
-            return 0
-        rows = read_labels(args.labels)
-        results = []
-        for name, judge in make_judges(args):
-            results.append({"judge": name} | judge_labels(judge, rows))
-        print_rows(results)
-    except (OSError, ValueError, JudgeError) as error:
-        print(f"agreement.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return report.run_tool("agreement.py", agree, argv, (OSError, ValueError, JudgeError))
 
 
 if __name__ == "__main__":

@@ -222,7 +222,7 @@ def read_config(args: argparse.Namespace) -> train.Config:
             continue
         problem = train.setting_problem(name, value)
         if problem:
-            raise DataError(f"--{name} {value}: {problem}")
+            raise DataError(f"--{name} {train.shown(name, value)}: {problem}")
     return train.Config(**settings)
 
 

@@ -18,13 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import grpo
 import train
 from rar import DataError
-from tools.report import run_tool
+from tools.report import Parser, run_tool
 
 
 def plan(argv: list[str] | None) -> None:
     """Prints the memory line. Raises UserError when the run cannot fit."""
     names = " ".join(f"--{entry.name}" for entry in fields(train.Config))
-    parser = train.Parser(
+    parser = Parser(
         prog="memory.py",
         description=__doc__,
         epilog=f"and every flag of train.py, see there: {names}",

@@ -1438,12 +1438,45 @@ def summarise(run_folder: Path) -> str:
 # ----------------------------------------------------------------------------- command line
 
 
+def without_secrets(text: str, words: list[str]) -> str:
+    """The text without users, passwords and queries of the URLs in a command line's words.
+
+    >>> without_secrets("no 'http://me:p@ss@host/v1?key=x'", ["--out=http://me:p@ss@host/v1?key=x"])
+    "no 'http://host/v1'"
+    """
+    secrets = []
+    for word in map(str, words):
+        # Of "--flag=URL" a message may hold the URL alone. The last @: a password may hold others.
+        for address in (word, word.partition("=")[2]):
+            scheme, separator, rest = address.partition("://")
+            login, at, host = (rest or scheme).rpartition("@")
+            # A query may hold an @ and a password a question mark: which one it is, nobody knows.
+            if separator and "?" in login:
+                secrets.append(rest)
+            # A path may hold an @ as well, but no password.
+            elif at and (separator or ":" in login):
+                secrets.append(login + at)
+            if separator:
+                secrets.append("".join(host.partition("?")[1:]))
+
+    for secret in filter(None, secrets):
+        # As it stands, as messages spell control characters, and as a path.
+        for spelling in (secret, printable(secret), repr(secret)[1:-1], str(Path(secret))):
+            text = text.replace(spelling, "")
+    return text
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse, whose errors are one line like all others."""
+    """argparse, whose errors are one line like all others, and hold no password."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse's; keeps the words for `error`, whose messages repeat them."""
+        self.words = sys.argv[1:] if args is None else args
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
         """Raises DataError."""
-        raise DataError(f"{message}; see --help")
+        raise DataError(f"{without_secrets(message, self.words)}; see --help")
 
 
 # A package that is not there names itself.
@@ -1460,7 +1493,9 @@ def run_tool(name: str, work, argv: list[str] | None, errors: tuple = ERRORS) ->
         # The reader has seen enough (`| head -1`). Python must not try to write the rest at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except errors as error:
-        line = " ".join(printable(str(error)).split())
+        # Whatever word was taken for a model or a file: what is printed may be kept.
+        words = sys.argv[1:] if argv is None else argv
+        line = " ".join(printable(without_secrets(str(error), words)).split())
         print(f"{name}: {line}", file=sys.stderr)
         return 2
     return 0
