@@ -106,8 +106,11 @@ def kappa_interval(pairs: list[tuple[float | None, bool]], questions: list[str])
 
 
 def read_labels(path: str) -> list[dict]:
-    """Rows with `response`, `criterion`, `met`. Raises ValueError: file, line and what to do."""
-    kinds = {"response": str, "criterion": str, "met": bool}
+    """Rows with `response`, `criterion`, `met`, `question` ("" where a row has none).
+
+    Raises ValueError: file, line and what to do.
+    """
+    kinds = {"response": str, "criterion": str, "met": bool, "question": str}
     rows = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -122,11 +125,13 @@ def read_labels(path: str) -> list[dict]:
 
             # A label that is no true or false would be counted as one of them.
             is_row = isinstance(row, dict)
+            if is_row:
+                row = {"question": ""} | row
             for key, kind in kinds.items():
                 is_row = is_row and isinstance(row.get(key), kind)
             if not is_row:
                 message = "needs the keys response, criterion and met (true or false)"
-                raise ValueError(f"{where}: {message}")
+                raise ValueError(f"{where}: {message}; question, where there is one, is a text")
             rows.append(row)
     if not rows:
         raise ValueError(f"{path}: no rows; give one JSON object per line")
