@@ -12,6 +12,7 @@ standard error the same as a table.
 import argparse
 import json
 import random
+import sqlite3
 import statistics
 import sys
 from collections.abc import Iterator
@@ -205,21 +206,46 @@ def answers_of(cache: Cache) -> Iterator[dict]:
         yield values | json.loads(answer)
 
 
-def show_cache(path: str, export: str | None) -> list[dict]:
-    """One row per model of a cache: calls and tokens. Writes all answers to `export`.
+class SavedCache(Cache):
+    """A cache that is only looked at: the file may be anybody's, and its answers are paid for."""
 
-    Raises OSError when there is no such file.
+    def open(self) -> sqlite3.Connection:
+        """The database, which nothing is written to."""
+        return sqlite3.connect(f"{Path(self.path).absolute().as_uri()}?mode=ro", uri=True)
+
+
+def show_cache(path: str, export: str | None) -> list[dict]:
+    """One row per model of a cache: calls and tokens. Writes all answers to a new file `export`.
+
+    Raises OSError when there is no such cache, or such an export already; ValueError when the file
+    is no cache.
     """
     # A look must not make an empty cache.
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    cache = Cache(path)
+    try:
+        cache = SavedCache(path)
+        rows = costs_of(cache)
+        if export:
+            export_answers(cache, export)
+    except sqlite3.Error as error:
+        raise ValueError(f"--cache {path}: not a judge's cache ({error})") from None
+    return rows
 
-    # Written as it is read: a weekend's answers need no memory.
-    if export:
-        with open(export, "w", encoding="utf8") as file:
+
+def export_answers(cache: Cache, export: str) -> None:
+    """Writes all answers of a cache to a new file. Raises OSError."""
+    # "x" never writes over a file that is there: it may be the cache itself.
+    try:
+        # Written as it is read: a weekend's answers need no memory.
+        with open(export, "x", encoding="utf8") as file:
             file.writelines(json.dumps(row) + "\n" for row in answers_of(cache))
+    except FileExistsError:
+        raise FileExistsError(f"--export {export}: is there already; name another") from None
 
+
+def costs_of(cache: Cache) -> list[dict]:
+    """One row per model of a cache: calls and tokens."""
     # By model, because each has its own price.
     rows = []
     query = "SELECT model, COUNT(*), SUM(prompt_tokens), SUM(completion_tokens) FROM answers"
