@@ -2367,9 +2367,15 @@ def demo() -> None:
 
 
 def merge(folder: str, out: str) -> None:
-    """Writes the policy of a LoRA run as a model of its own: transformers and vLLM load it."""
+    """Writes the policy of a LoRA run as a model of its own: transformers and vLLM load it.
+
+    Raises ValueError for a checkpoint without adapters, or a folder that holds anything.
+    """
     if base_model(folder) == folder:
         raise ValueError(f"{folder}: no {ADAPTER_CONFIG} there; give the checkpoint of a LoRA run")
+    # It may be another model, and transformers writes over that without asking.
+    if os.path.lexists(out) and not (os.path.isdir(out) and not os.listdir(out)):
+        raise ValueError(f"{out}: is there already; name a folder that is new or empty")
     model, tokenizer = load_policy(folder)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
