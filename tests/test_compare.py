@@ -6,6 +6,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -175,6 +176,56 @@ def test_two_models_are_compared_from_the_command_line(tiny, few, tmp_path, caps
             and line["judge"] == "offline"
         )
         assert Path(line["answers"]).parent == out
+
+
+TURNS = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n{% if enable_thinking is defined and not enable_thinking %}<think>"
+    "</think>{% else %}<think>{% endif %}"
+)
+
+
+def test_a_run_is_evaluated_as_it_evaluated_itself(tiny, few, tmp_path, capsys):
+    """Its template's arguments and its limit, unless a flag says otherwise; its start as well."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    (model / "chat_template.jinja").write_text(TURNS, encoding="utf8")
+    out = tmp_path / "run"
+    kwargs = '{"enable_thinking": false}'
+    flags = ["--model", str(model), "--eval_data", few, *SMALL, "--max_new_tokens", "9"]
+    assert train.main([*flags, "--template_kwargs", kwargs, "--lr", "0.05", "--out", str(out)]) == 0
+    rows = lines(out / "metrics.jsonl")
+    capsys.readouterr()
+
+    # From its folder or its checkpoint, and before it as well.
+    common = ["--eval_data", few, "--judge", "lexical", "--out", str(tmp_path / "answers")]
+    for name in (out, out / "checkpoint"):
+        assert compare.main([str(model), str(name), *common]) == 0
+        said = capsys.readouterr()
+        line = json.loads(said.out)
+        for part, logged in (("before", rows[0]), ("after", rows[-1])):
+            assert line[part]["eval_score"] == pytest.approx(logged["eval_score"], abs=1e-6)
+            assert line[part]["max_new_tokens"] == 9 and line[part]["template_kwargs"] == kwargs
+            assert all(row["text"] for row in lines(line[part]["answers"]))
+        assert said.err.count(f"(at most 9 tokens, template_kwargs {kwargs})") == 2
+
+    # Flags win: the thoughts of these answers are never closed. And a model alone takes them.
+    assert compare.main([str(out), *common, "--template_kwargs", "{}"]) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert line["max_new_tokens"] == 9 and not any(row["text"] for row in lines(line["answers"]))
+    flags = ["--template_kwargs", kwargs, "--max_new_tokens", "3"]
+    assert compare.main([str(model), *common, *flags]) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert line["max_new_tokens"] == 3 and all(row["text"] for row in lines(line["answers"]))
+
+    config = json.loads((out / "config.json").read_text())
+    for key, value in (("template_kwargs", "[1]"), ("max_new_tokens", "many"), ("dtype", 8)):
+        (out / "config.json").write_text(json.dumps(config | {key: value}))
+        assert compare.main([str(out), *common]) == 2
+        error = capsys.readouterr().err
+        assert key in error and error.count("\n") == 1
+    assert compare.main([str(model), *common, "--template_kwargs", "yes"]) == 2
+    assert "not a JSON object" in capsys.readouterr().err
 
 
 def test_a_model_judges_both(tiny, few, tmp_path, capsys, monkeypatch):

@@ -11,7 +11,9 @@ paired differences. Answers are greedy: the same weights score the same every ti
     python tools/compare.py eval-a.jsonl eval-b.jsonl              # answers of earlier evaluations
 
 A name is smollm2, a run's folder, a checkpoint, a hub id, or answers (.jsonl) that an evaluation
-saved. Tables go to stderr; stdout holds the one line, for a script to read.
+saved. A run answers with its own --max_new_tokens, --template_kwargs and --dtype, and so does a
+model that is compared with it; a flag that is given counts for both. Tables go to stderr; stdout
+holds the one line, for a script to read.
 """
 
 import argparse
@@ -33,11 +35,15 @@ from tools.report import (
     Parser,
     interval_text,
     printable,
+    read_config,
     read_number,
     read_text,
     run_tool,
     write_file,
 )
+
+# What a run's own evaluations are made with: its answers would be other ones without.
+OF_A_RUN = ("max_new_tokens", "template_kwargs", "dtype")
 
 # ----------------------------------------------------------------------------- saved answers
 
@@ -187,7 +193,8 @@ def evaluate_one(config: train.Config, name: str, judge) -> tuple[dict, list[dic
     # Data before the model: a bad row should cost no half minute.
     folder = checkpoint_folder(name)
     _, examples = train.read_data(config)
-    policy = train.Policy(str(folder), config.dtype)
+    template_kwargs = train.parse_template_kwargs(config.template_kwargs)
+    policy = train.Policy(str(folder), config.dtype, template_kwargs)
     examples = train.fitting(examples, policy, config.max_new_tokens, "held-out")
     metrics, groups = train.evaluate(policy, judge, examples, config.max_new_tokens)
 
@@ -197,33 +204,71 @@ def evaluate_one(config: train.Config, name: str, judge) -> tuple[dict, list[dic
     if train.is_first():
         write_file(path, train.json_lines(answers))
     data = config.eval_data or "data/heldout.jsonl"
-    say(f"{name} on {data}\n{metrics_table(metrics)}\nanswers: {path}")
+    how = f"at most {config.max_new_tokens} tokens"
+    if config.template_kwargs:
+        how += f", template_kwargs {config.template_kwargs}"
+    say(f"{name} on {data} ({how})\n{metrics_table(metrics)}\nanswers: {path}")
     # A score without them cannot be compared with another one.
     settings = {
         "model": name,
         "n": len(examples),
         "judge": config.judge_model or config.judge,
-        "max_new_tokens": config.max_new_tokens,
         "answers": str(path),
     }
+    for key in OF_A_RUN:
+        settings[key] = getattr(config, key)
     return settings | metrics, answers
 
 
 # ----------------------------------------------------------------------------- command line
 
 
-def read_config(args: argparse.Namespace) -> train.Config:
-    """The settings of an evaluation, checked like those of a run. Raises DataError."""
-    settings = {name: value for name, value in vars(args).items() if name != "model"}
+def read_configs(args: argparse.Namespace) -> list[train.Config]:
+    """The settings of each evaluation, checked like those of a run. Raises DataError, UserError."""
+    # An empty text is a flag that was not given.
+    given = {name: value for name, value in vars(args).items() if value != ""}
+    names = given.pop("model")
     # train.py's rules, one by one: an evaluation has no others.
-    for name, value in settings.items():
-        # An empty text is a flag that was not given.
-        if value == "":
-            continue
+    for name, value in given.items():
         problem = train.setting_problem(name, value)
         if problem:
             raise DataError(f"--{name} {train.shown(name, value)}: {problem}")
-    return train.Config(**settings)
+
+    of_names = [run_settings(name) for name in names]
+    runs = [settings for settings in of_names if settings]
+    configs = []
+    for settings in of_names:
+        # A model that is no run answers like the run that it is compared with.
+        if runs and not settings:
+            settings = runs[0]
+        config = train.Config(**(settings | given))
+        train.parse_template_kwargs(config.template_kwargs)
+        configs.append(config)
+    return configs
+
+
+def run_settings(name: str) -> dict:
+    """What a run is evaluated with, by its folder or a checkpoint; {} for all else.
+
+    Raises DataError.
+    """
+    folder = Path(name).absolute()
+    if folder.name.startswith("checkpoint") and (folder.parent / "metrics.jsonl").exists():
+        folder = folder.parent
+    # Only runs have a log.
+    if not (folder / "metrics.jsonl").exists():
+        return {}
+
+    saved = read_config(folder)
+    settings = {}
+    for key in OF_A_RUN:
+        # A run of an older version may lack one, whose default it then had.
+        if key in saved:
+            problem = train.setting_problem(key, saved[key])
+            if problem:
+                raise DataError(f"{folder / 'config.json'}: {key}: {problem}")
+            settings[key] = saved[key]
+    return settings
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -234,15 +279,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    # The trainer's defaults: a run's own evaluations are then repeated to the digit.
+    # The trainer's defaults; a run's own evaluations are repeated to the digit.
     defaults = train.Config()
+    of_a_run = {"default": argparse.SUPPRESS}
     add = parser.add_argument
     add("model", nargs="+", help="one model, run or file of answers, or two")
     add("--eval_data", default="", help="held-out prompts [data/heldout.jsonl]")
     add("--judge", default=defaults.judge, help="offline, lexical, or a server's URL [%(default)s]")
     add("--judge_model", default="", help="the model's name on that server")
-    add("--max_new_tokens", type=int, default=defaults.max_new_tokens, help="[%(default)s]")
-    add("--dtype", default=defaults.dtype, help="auto, float32 or bfloat16 [%(default)s]")
+    limit = f"length limit of an answer [the run's, or {defaults.max_new_tokens}]"
+    add("--max_new_tokens", type=int, help=limit, **of_a_run)
+    template = 'JSON for the chat template, such as {"enable_thinking": false} [the run\'s]'
+    add("--template_kwargs", help=template, **of_a_run)
+    dtype = f"auto, float32 or bfloat16 [the run's, or {defaults.dtype}]"
+    add("--dtype", help=dtype, **of_a_run)
     add("--out", default="", help="folder of the answers [beside the checkpoint, or runs]")
     args = parser.parse_args(argv)
     if len(args.model) > 2:
@@ -265,14 +315,16 @@ def check_names(names: list[str], out: str) -> None:
 def evaluate_all(argv: list[str] | None) -> None:
     """Evaluates one model, or two and their difference. Raises DataError, UserError, JudgeError."""
     args = parse_arguments(argv)
-    config = read_config(args)
     check_names(args.model, args.out)
+    configs = read_configs(args)
     train.reuse_memory()
     train.join_processes()
 
     # Both are judged by one judge, whose cache serves both.
-    judge = train.make_judge(config)
-    evaluations = [evaluate_one(config, name, judge) for name in args.model]
+    judge = train.make_judge(configs[0])
+    evaluations = []
+    for config, name in zip(configs, args.model):
+        evaluations.append(evaluate_one(config, name, judge))
     line = evaluations[0][0]
     if len(evaluations) == 2:
         line = compare_evaluations(args.model, evaluations)
