@@ -249,6 +249,50 @@ def test_a_model_judges_both(tiny, few, tmp_path, capsys, monkeypatch):
     assert line["difference"] == 0 and line["before"]["judge"] == "m"
 
 
+def test_no_evaluation_writes_over_another(tiny, few, tmp_path, capsys):
+    """Another judge, another limit, data or models of the same name: each has its own file."""
+    models = [tmp_path / top / "r" / "a" / "b" for top in ("p", "q")]
+    data = [tmp_path / top / "heldout.jsonl" for top in ("evalA", "evalB")]
+    for model, path in zip(models, data):
+        shutil.copytree(tiny, model)
+        path.parent.mkdir()
+        shutil.copy(few, path)
+    out = tmp_path / "answers"
+    first, second = map(str, models)
+    flags = ["--eval_data", str(data[0]), "--out", str(out)]
+    kept, files = {}, []
+    with JudgeServer() as server:
+        for more in (
+            [first, *flags, "--judge", "lexical"],
+            [first, *flags, "--judge", "lexical"],
+            [first, *flags, "--judge", server.url, "--judge_model", "m"],
+            [first, *flags, "--judge", "lexical", "--eval_data", str(data[1])],
+            [first, second, *flags, "--judge", "lexical"],
+        ):
+            assert compare.main([*more, "--max_new_tokens", str(3 + len(files))]) == 0
+            line = json.loads(capsys.readouterr().out)
+            line = line.get("after", line)
+            files.append(line["answers"])
+            for row in lines(files[-1]):
+                assert row["judge"] == line["judge"] == ("m" if "m" in more else "lexical")
+                assert row["max_new_tokens"] == line["max_new_tokens"]
+            kept = {path.name: path.read_bytes() for path in out.iterdir()} | kept
+    assert len(set(files)) == 5 and len(kept) == 6
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == kept
+
+    # What the two were made with is said where it differs.
+    assert compare.main([files[0], files[2]]) == 0
+    said = capsys.readouterr()
+    assert "not alike: judge 'lexical' and 'm'" in said.err and "max_new_tokens 3 and 5" in said.err
+    assert json.loads(said.out)["after"]["judge"] == "m"
+
+
+def test_a_judge_is_named_as_it_judges():
+    name = lambda **settings: compare.judge_name(train.Config(**settings))
+    assert name(judge="lexical,offline") == "lexical,offline"
+    assert name(judge="http://me:pw@h/v1,offline", judge_model="m") == "m,offline"
+
+
 def test_a_run_that_was_killed_before_its_first_checkpoint_cannot_be_evaluated(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     save(tmp_path / "run" / "metrics.jsonl", [{"step": 0}])
@@ -265,6 +309,7 @@ GOOD = '{"id": "a", "item": "a", "score": 0.5}\n'
         ("", "no answers"),
         ("{\n", "answers.jsonl:1"),
         ("[1]\n", "answers.jsonl:1: not an answer of an evaluation"),
+        (GOOD + GOOD, "answers.jsonl:2: a second answer to 'a'"),
         (GOOD + '{"id": "a"}\n', "answers.jsonl:2: not an answer of an evaluation"),
         (
             '{"id": "a", "item": "a", "score": "high"}\n',

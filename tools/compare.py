@@ -44,6 +44,8 @@ from tools.report import (
 
 # What a run's own evaluations are made with: its answers would be other ones without.
 OF_A_RUN = ("max_new_tokens", "template_kwargs", "dtype")
+# What two evaluations must share, or their difference is not one of the models alone.
+MADE_WITH = ("judge", *OF_A_RUN)
 
 # ----------------------------------------------------------------------------- saved answers
 
@@ -73,6 +75,7 @@ def result_rows(groups: list) -> list[dict]:
 def read_answers(path: str) -> list[dict]:
     """The rows that an earlier evaluation saved. Raises DataError."""
     rows = []
+    ids = set()
     for where, row in rar.read_rows(path):
         # Prompts are .jsonl as well, and easily named in the place of answers.
         if not isinstance(row, dict) or not {"id", "item", "score"} <= row.keys():
@@ -83,6 +86,14 @@ def read_answers(path: str) -> list[dict]:
         score = read_number(row, "score", where)
         answer = {"id": read_text(row, "id", where), "item": read_text(row, "item", where)}
         answer["score"] = math.nan if score is None else score
+        if answer["id"] in ids:
+            raise DataError(f"{where}: a second answer to {answer['id']!r}; leave one of them out")
+        ids.add(answer["id"])
+
+        # Answers of an older version do not say what they were made with.
+        for key in MADE_WITH:
+            if key in row:
+                answer[key] = row[key]
         rows.append(answer)
     if not rows:
         raise DataError(f"{path}: no answers; give a file that compare.py named")
@@ -154,6 +165,14 @@ def checkpoint_folder(name: str) -> Path:
     return checkpoint
 
 
+def judge_name(config: train.Config) -> str:
+    """The judges' names: of a server that of its model, which says more than its address."""
+    names = []
+    for address, model in train.named_urls(config.judge, config.judge_model):
+        names.append(model if "://" in address else address)
+    return ",".join(names)
+
+
 def answers_path(config: train.Config, name: str, folder: Path) -> Path:
     """Where the answers go: beside the checkpoint, or into runs/, unless --out says otherwise."""
     out = Path(config.out)
@@ -164,6 +183,32 @@ def answers_path(config: train.Config, name: str, folder: Path) -> Path:
     words = re.findall(r"[\w.]+", name)[-3:]
     data = Path(config.eval_data or "heldout").stem
     return out / "-".join(["eval", *words, f"{data}.jsonl"])
+
+
+def save_answers(wanted: Path, rows: list[dict]) -> Path:
+    """Writes a new file, with a number after its name where that is taken. Raises DataError."""
+    # Never over earlier answers: they may be another judge's, with another limit, or to data of the
+    # same name in another folder.
+    make_folder(wanted.parent)
+    path = wanted
+    number = 1
+    while True:
+        try:
+            with open(path, "x", encoding="utf8"):
+                break
+        except FileExistsError:
+            number += 1
+            path = wanted.with_stem(f"{wanted.stem}-{number}")
+        except OSError as error:
+            raise DataError(f"{path}: cannot be written ({error.strerror})") from None
+
+    # The name is ours now; without answers it is given back.
+    try:
+        write_file(path, train.json_lines(rows))
+    except DataError:
+        path.unlink()
+        raise
+    return path
 
 
 def make_folder(path: Path) -> None:
@@ -188,7 +233,9 @@ def is_answers(name: str) -> bool:
 def evaluate_one(config: train.Config, name: str, judge) -> tuple[dict, list[dict]]:
     """(metrics, one row per answer) of a model, or of answers that were saved."""
     if is_answers(name):
-        return {"answers": name}, read_answers(name)
+        answers = read_answers(name)
+        made_with = {key: answers[0][key] for key in MADE_WITH if key in answers[0]}
+        return {"answers": name} | made_with, answers
 
     # Data before the model: a bad row should cost no half minute.
     folder = checkpoint_folder(name)
@@ -198,26 +245,23 @@ def evaluate_one(config: train.Config, name: str, judge) -> tuple[dict, list[dic
     examples = train.fitting(examples, policy, config.max_new_tokens, "held-out")
     metrics, groups = train.evaluate(policy, judge, examples, config.max_new_tokens)
 
+    # A score without them cannot be compared with another one.
+    made_with = {"judge": judge_name(config)}
+    for key in OF_A_RUN:
+        made_with[key] = getattr(config, key)
+
     # Saved before anything is said of them: a model as judge is paid for.
-    answers = result_rows(groups)
+    answers = [row | made_with for row in result_rows(groups)]
     path = answers_path(config, name, folder)
     if train.is_first():
-        write_file(path, train.json_lines(answers))
+        path = save_answers(path, answers)
     data = config.eval_data or "data/heldout.jsonl"
     how = f"at most {config.max_new_tokens} tokens"
     if config.template_kwargs:
         how += f", template_kwargs {config.template_kwargs}"
     say(f"{name} on {data} ({how})\n{metrics_table(metrics)}\nanswers: {path}")
-    # A score without them cannot be compared with another one.
-    settings = {
-        "model": name,
-        "n": len(examples),
-        "judge": config.judge_model or config.judge,
-        "answers": str(path),
-    }
-    for key in OF_A_RUN:
-        settings[key] = getattr(config, key)
-    return settings | metrics, answers
+    settings = {"model": name, "n": len(examples), "answers": str(path)}
+    return settings | made_with | metrics, answers
 
 
 # ----------------------------------------------------------------------------- command line
@@ -336,8 +380,14 @@ def evaluate_all(argv: list[str] | None) -> None:
 
 def compare_evaluations(names: list[str], evaluations: list[tuple[dict, list[dict]]]) -> dict:
     """The line of a comparison; in words on stderr. Raises DataError."""
-    # Of the answers, not of the two scores: only they can be paired.
     before, after = evaluations
+    for key in MADE_WITH:
+        # Not refused: to compare two judges, or two limits, can be the purpose.
+        values = [part[key] for part, _ in evaluations if key in part]
+        if len(values) == 2 and values[0] != values[1]:
+            say(f"not alike: {key} {values[0]!r} and {values[1]!r}")
+
+    # Of the answers, not of the two scores: only they can be paired.
     difference = compare(before[1], after[1])
     interval = interval_text(*difference["difference_ci"], "+")
     prompts = f"{difference['n']} prompts, paired bootstrap"
