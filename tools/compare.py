@@ -35,6 +35,7 @@ from tools.report import (
     Parser,
     interval_text,
     printable,
+    question_means,
     read_config,
     read_number,
     read_text,
@@ -112,18 +113,14 @@ def compare(before: list[dict], after: list[dict]) -> dict:
     """
     # By id: the second evaluation may have had a longer context, and so more prompts.
     scores_before = {row["id"]: row["score"] for row in before}
-    gains: dict[str, list[float]] = {}
-    for row in after:
-        # nan wherever one of the two is missing, which must not count as 0.
-        gain = row["score"] - scores_before.get(row["id"], math.nan)
-        if not math.isnan(gain):
-            gains.setdefault(row["item"], []).append(gain)
-    if not gains:
-        advice = "evaluate both on the same --eval_data"
-        raise DataError(f"the two evaluations share no scored prompt; {advice}")
+    # nan wherever one of the two is missing, which must not count as 0.
+    gains = [row["score"] - scores_before.get(row["id"], math.nan) for row in after]
 
     # A question that is asked several times counts once: its runs are not independent.
-    differences = [rar.nanmean(values) for values in gains.values()]
+    differences = question_means(gains, [row["item"] for row in after])
+    if not differences:
+        advice = "evaluate both on the same --eval_data"
+        raise DataError(f"the two evaluations share no scored prompt; {advice}")
     return {
         "difference": rar.nanmean(differences),
         "difference_ci": rar.bootstrap(differences),

@@ -26,6 +26,7 @@ import re
 import statistics
 import sys
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rar import DataError, bootstrap, nanmean, satisfied
+from rar import DataError, Example, bootstrap, nanmean, satisfied
 
 # What is worth a look in every run: is it learning, does it carry over, at what length, how far
 # from where it started?
@@ -235,21 +236,38 @@ def read_interval(row: dict, where: str) -> tuple[float, float] | None:
 
 def read_prompts(folder: Path, wanted: set[str]) -> dict[str, str]:
     """Id -> prompt as text, of the prompts that are to be shown. Raises DataError."""
-    prompts: dict[str, str] = {}
+    rows = prompt_rows(folder, wanted)
+    return {row["id"]: prompt_text(row.get("prompt"), where) for where, row in rows}
+
+
+def read_questions(folder: Path, wanted: set[str]) -> dict[str, str]:
+    """Id -> what the prompts of one question share (rar.Example.question_id). Raises DataError."""
+    questions = {}
+    for where, row in prompt_rows(folder, wanted):
+        tags = row.get("tags", [])
+        if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+            raise DataError(f"{where}: tags must be a list of texts")
+        questions[row["id"]] = Example(row["id"], [], [], tags=tags).question_id
+    return questions
+
+
+def prompt_rows(folder: Path, wanted: set[str]) -> Iterator[tuple[str, dict]]:
+    """(where it stands, row) of each wanted prompt in prompts.jsonl. Raises DataError."""
     path = folder / "prompts.jsonl"
     # Runs of an older version saved no prompts; their ids must do.
     if not path.is_file():
-        return prompts
+        return
 
+    left = set(wanted)
     for where, line in whole_lines(path):
+        # The file holds all prompts of a data set; a page shows a handful.
+        if not left:
+            break
         row = parse_object(line, where)
         name = read_text(row, "id", where)
-        if name in wanted:
-            prompts[name] = prompt_text(row.get("prompt"), where)
-            # The file holds all prompts of a data set; a page shows a handful.
-            if len(prompts) == len(wanted):
-                break
-    return prompts
+        if name in left:
+            left.remove(name)
+            yield where, row
 
 
 def prompt_text(messages: object, where: str) -> str:
@@ -1079,7 +1097,7 @@ def write_run(folder: Path, picture: Path) -> None:
     title = f"{method}, seed {config.get('seed', '?')}: {folder.name}"
     caption = run_caption(config)
     parts = [f"<h1>{markup(title)}</h1>", f'<p class="soft">{markup(caption)}</p>']
-    for sentence in score_sentences(metrics, log):
+    for sentence in score_sentences(folder, metrics, log):
         parts.append(f"<p>{markup(sentence.replace('->', '→'))}</p>")
 
     experiments = [Experiment(method, [metrics])]
@@ -1339,29 +1357,51 @@ def interval_text(low: float, high: float, sign: str = "") -> str:
     return f"95 % interval {low:{sign}.3f} to {high:{sign}.3f}"
 
 
-def score_sentences(metrics: list[dict], log: SampleLog) -> list[str]:
+def score_sentences(folder: Path, metrics: list[dict], log: SampleLog) -> list[str]:
     """Before and after on the held-out prompts, and who says so; [] before there is an after."""
     pairs = pair_answers(log)
     if not pairs:
         return []
+    # A question that is asked several times counts once, as in rar.evaluate.
+    names = [last.id for _, last in pairs]
+    question_of = read_questions(folder, set(names))
+    questions = [question_of.get(name, name) for name in names]
+
     # nan, which nanmean leaves out, for what was not scored.
     before = []
     after = []
     for first, last in pairs:
         before.append(math.nan if first.reward is None else first.reward)
         after.append(math.nan if last.reward is None else last.reward)
+    score_before = score_text(nanmean(question_means(before, questions)))
+    score_after = score_text(nanmean(question_means(after, questions)))
 
-    # The interval is of the gain, prompt by prompt: prompts differ far more among themselves than
+    # The interval is of the gain, question by question: they differ far more among themselves than
     # one does before and after, so the intervals of the two scores overlap even where the gain is
     # certain.
-    gains = [gain_of(pair) for pair in pairs if not math.isnan(gain_of(pair))]
-    scores = f"held-out score  {score_text(nanmean(before))} -> {score_text(nanmean(after))}"
+    gains = question_means([gain_of(pair) for pair in pairs], questions)
+    scores = f"held-out score  {score_before} -> {score_after}"
     gain = "no prompt was scored both times"
     if gains:
         interval = interval_text(*bootstrap(gains), "+")
-        prompts = f"{len(gains)} prompts, paired bootstrap"
-        gain = f"gain {nanmean(gains):+.3f}, {interval} ({prompts})"
+        kind = "prompts" if len(set(questions)) == len(pairs) else "questions"
+        gain = f"gain {nanmean(gains):+.3f}, {interval} ({len(gains)} {kind}, paired bootstrap)"
     return [f"{scores}   {gain}", examiner_sentence(metrics)]
+
+
+def question_means(values: list[float], questions: list[str]) -> list[float]:
+    """The mean of each question's values; nan counts nowhere.
+
+    Prompts of one question are no independent values: an interval over them would be too narrow.
+
+    >>> question_means([0.5, 1.0, math.nan, math.nan], ["a", "a", "a", "b"])
+    [0.75]
+    """
+    values_of: dict[str, list[float]] = {}
+    for value, question in zip(values, questions, strict=True):
+        if not math.isnan(value):
+            values_of.setdefault(question, []).append(value)
+    return [statistics.fmean(values) for values in values_of.values()]
 
 
 def examiner_sentence(metrics: list[dict]) -> str:
@@ -1415,7 +1455,7 @@ def summarise(run_folder: Path) -> str:
     log = open_log(folder)
     pairs = pair_answers(log)
 
-    lines = ["", *score_sentences(metrics, log)]
+    lines = ["", *score_sentences(folder, metrics, log)]
     rewards = [row["reward"] for row in metrics if row["reward"] is not None]
     # With fewer steps the two means would share some.
     if len(rewards) >= 10:
