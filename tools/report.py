@@ -1571,8 +1571,8 @@ def report(argv: list[str] | None) -> None:
     parser.add_argument("--prompt", default="", help="its id [the prompt with most rubrics]")
     args = parser.parse_args(argv)
 
-    # The same folder twice is one run.
-    folders = list(dict.fromkeys(Path(name) for name in args.run))
+    # The same folder twice is one run, however it is spelt.
+    folders = list({Path(name).resolve(): Path(name) for name in args.run}.values())
     if args.rubrics:
         print_rubrics(folders[0], args.prompt)
         return
