@@ -1502,10 +1502,6 @@ def turn_end(tokenizer) -> int | None:
 
 def set_text(tokenizer, rollout: Rollout) -> None:
     """Sets the rollout's thoughts and text. A judge reads the text; the loss sees all ids."""
-    # Some templates open the thoughts in the prompt.
-    prompt_end = tokenizer.decode(rollout.prompt_ids[-8:])
-    is_open = "<think>" in prompt_end.rpartition("</think>")[2]
-
     # Both without special tokens; but in some vocabularies the thoughts' marks are among them.
     marked = tokenizer.decode(rollout.ids)
     text = tokenizer.decode(rollout.ids, skip_special_tokens=True)
@@ -1513,7 +1509,15 @@ def set_text(tokenizer, rollout: Rollout) -> None:
         text = marked
         for token in set(tokenizer.all_special_tokens) - {"<think>", "</think>"}:
             text = text.replace(token, "")
+    is_open = opens_thoughts(tokenizer, rollout.prompt_ids)
     rollout.thoughts, rollout.text = split_thoughts(text, is_open)
+
+
+def opens_thoughts(tokenizer, prompt_ids: list[int]) -> bool:
+    """Whether a prompt ends in <think>, as some chat templates end it: the completion goes on."""
+    # At the very end only: before that stand the user's words, which may be about the mark. A few
+    # ids: it need not be a token of its own.
+    return tokenizer.decode(prompt_ids[-16:]).rstrip().endswith("<think>")
 
 
 def split_thoughts(text: str, is_open: bool = False) -> tuple[str, str]:
@@ -2367,9 +2371,15 @@ def demo() -> None:
 
 
 def merge(folder: str, out: str) -> None:
-    """Writes the policy of a LoRA run as a model of its own: transformers and vLLM load it."""
+    """Writes the policy of a LoRA run as a model of its own: transformers and vLLM load it.
+
+    Raises ValueError for a checkpoint without adapters, or a folder that holds anything.
+    """
     if base_model(folder) == folder:
         raise ValueError(f"{folder}: no {ADAPTER_CONFIG} there; give the checkpoint of a LoRA run")
+    # It may be another model, and transformers writes over that without asking.
+    if os.path.lexists(out) and not (os.path.isdir(out) and not os.listdir(out)):
+        raise ValueError(f"{out}: is there already; name a folder that is new or empty")
     model, tokenizer = load_policy(folder)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

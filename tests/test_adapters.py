@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
+from transformers import AutoTokenizer
 
 import arlrr
 import grpo
@@ -118,6 +119,23 @@ ASKED = rar.Example(
 )
 def test_the_assistants_last_message_is_judged(completion, text):
     assert adapters.answer_text(completion) == text
+
+
+def test_thoughts_that_the_prompt_has_opened_and_the_limit_cut_off_are_no_answer(tiny):
+    """As in train.py: right words in thoughts are not paid for, by any of the three adapters."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.chat_template += "<think>\n"
+    is_open = grpo.opens_thoughts(tokenizer, grpo.encode(tokenizer, ASKED.prompt))
+    cut, whole = "Hm, rest and water", "Hm.</think>Rest and water."
+    make = (method_of("explicit"), [ASKED], [], is_open)
+    chats = [[{"role": "assistant", "content": text}] for text in (cut, whole)]
+    info = {"id": "asked"}
+    trl = adapters.as_trl_reward(*make)(chats, id=["asked"] * 2)
+    batch = adapters.as_verl_batch_reward(*make)([""] * 2, [cut, whole], [""] * 2, [info] * 2)
+    one = adapters.as_verl_reward(*make)
+    single = [asyncio.run(one("", text, "", info))["score"] for text in (cut, whole)]
+    assert trl == batch == single == [0.0, 1.0]
+    assert adapters.answer_text(cut) == cut
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ import grpo
 import rar
 import train
 from judge import LexicalJudge
-from tools import compare
+from tools import adapters, agreement, compare, memory, report, write_rubrics
 
 FLAGS = (
     "--steps 2 --prompts_per_step 2 --group_size 3 --max_new_tokens 6 --eval_every 2 "
@@ -117,9 +118,7 @@ def test_the_table_shows_each_figure_and_the_prompts_behind_it():
 
 
 def test_one_prompt_has_no_interval():
-    metrics = rar.evaluate(
-        LexicalJudge(), [rar.Group(example("colds"), [answer("Rest, water.")])]
-    )
+    metrics = rar.evaluate(LexicalJudge(), [rar.Group(example("colds"), [answer("Rest, water.")])])
     assert "one prompt: no interval" in compare.metrics_table(metrics)
     assert "n 0   nothing was scored" in compare.metrics_table(metrics | {"eval_n": 0})
 
@@ -179,6 +178,56 @@ def test_two_models_are_compared_from_the_command_line(tiny, few, tmp_path, caps
         assert Path(line["answers"]).parent == out
 
 
+TURNS = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n{% if enable_thinking is defined and not enable_thinking %}<think>"
+    "</think>{% else %}<think>{% endif %}"
+)
+
+
+def test_a_run_is_evaluated_as_it_evaluated_itself(tiny, few, tmp_path, capsys):
+    """Its template's arguments and its limit, unless a flag says otherwise; its start as well."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    (model / "chat_template.jinja").write_text(TURNS, encoding="utf8")
+    out = tmp_path / "run"
+    kwargs = '{"enable_thinking": false}'
+    flags = ["--model", str(model), "--eval_data", few, *SMALL, "--max_new_tokens", "9"]
+    assert train.main([*flags, "--template_kwargs", kwargs, "--lr", "0.05", "--out", str(out)]) == 0
+    rows = lines(out / "metrics.jsonl")
+    capsys.readouterr()
+
+    # From its folder or its checkpoint, and before it as well.
+    common = ["--eval_data", few, "--judge", "lexical", "--out", str(tmp_path / "answers")]
+    for name in (out, out / "checkpoint"):
+        assert compare.main([str(model), str(name), *common]) == 0
+        said = capsys.readouterr()
+        line = json.loads(said.out)
+        for part, logged in (("before", rows[0]), ("after", rows[-1])):
+            assert line[part]["eval_score"] == pytest.approx(logged["eval_score"], abs=1e-6)
+            assert line[part]["max_new_tokens"] == 9 and line[part]["template_kwargs"] == kwargs
+            assert all(row["text"] for row in lines(line[part]["answers"]))
+        assert said.err.count(f"(at most 9 tokens, template_kwargs {kwargs})") == 2
+
+    # Flags win: the thoughts of these answers are never closed. And a model alone takes them.
+    assert compare.main([str(out), *common, "--template_kwargs", "{}"]) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert line["max_new_tokens"] == 9 and not any(row["text"] for row in lines(line["answers"]))
+    flags = ["--template_kwargs", kwargs, "--max_new_tokens", "3"]
+    assert compare.main([str(model), *common, *flags]) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert line["max_new_tokens"] == 3 and all(row["text"] for row in lines(line["answers"]))
+
+    config = json.loads((out / "config.json").read_text())
+    for key, value in (("template_kwargs", "[1]"), ("max_new_tokens", "many"), ("dtype", 8)):
+        (out / "config.json").write_text(json.dumps(config | {key: value}))
+        assert compare.main([str(out), *common]) == 2
+        error = capsys.readouterr().err
+        assert key in error and error.count("\n") == 1
+    assert compare.main([str(model), *common, "--template_kwargs", "yes"]) == 2
+    assert "not a JSON object" in capsys.readouterr().err
+
+
 def test_a_model_judges_both(tiny, few, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with JudgeServer() as server:
@@ -200,9 +249,51 @@ def test_a_model_judges_both(tiny, few, tmp_path, capsys, monkeypatch):
     assert line["difference"] == 0 and line["before"]["judge"] == "m"
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_cannot_be_evaluated(
-    tmp_path, capsys
-):
+def test_no_evaluation_writes_over_another(tiny, few, tmp_path, capsys):
+    """Another judge, another limit, data or models of the same name: each has its own file."""
+    models = [tmp_path / top / "r" / "a" / "b" for top in ("p", "q")]
+    data = [tmp_path / top / "heldout.jsonl" for top in ("evalA", "evalB")]
+    for model, path in zip(models, data):
+        shutil.copytree(tiny, model)
+        path.parent.mkdir()
+        shutil.copy(few, path)
+    out = tmp_path / "answers"
+    first, second = map(str, models)
+    flags = ["--eval_data", str(data[0]), "--out", str(out)]
+    kept, files = {}, []
+    with JudgeServer() as server:
+        for more in (
+            [first, *flags, "--judge", "lexical"],
+            [first, *flags, "--judge", "lexical"],
+            [first, *flags, "--judge", server.url, "--judge_model", "m"],
+            [first, *flags, "--judge", "lexical", "--eval_data", str(data[1])],
+            [first, second, *flags, "--judge", "lexical"],
+        ):
+            assert compare.main([*more, "--max_new_tokens", str(3 + len(files))]) == 0
+            line = json.loads(capsys.readouterr().out)
+            line = line.get("after", line)
+            files.append(line["answers"])
+            for row in lines(files[-1]):
+                assert row["judge"] == line["judge"] == ("m" if "m" in more else "lexical")
+                assert row["max_new_tokens"] == line["max_new_tokens"]
+            kept = {path.name: path.read_bytes() for path in out.iterdir()} | kept
+    assert len(set(files)) == 5 and len(kept) == 6
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == kept
+
+    # What the two were made with is said where it differs.
+    assert compare.main([files[0], files[2]]) == 0
+    said = capsys.readouterr()
+    assert "not alike: judge 'lexical' and 'm'" in said.err and "max_new_tokens 3 and 5" in said.err
+    assert json.loads(said.out)["after"]["judge"] == "m"
+
+
+def test_a_judge_is_named_as_it_judges():
+    name = lambda **settings: compare.judge_name(train.Config(**settings))
+    assert name(judge="lexical,offline") == "lexical,offline"
+    assert name(judge="http://me:pw@h/v1,offline", judge_model="m") == "m,offline"
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_cannot_be_evaluated(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     save(tmp_path / "run" / "metrics.jsonl", [{"step": 0}])
     assert compare.main([str(tmp_path / "run")]) == 2
@@ -218,6 +309,7 @@ GOOD = '{"id": "a", "item": "a", "score": 0.5}\n'
         ("", "no answers"),
         ("{\n", "answers.jsonl:1"),
         ("[1]\n", "answers.jsonl:1: not an answer of an evaluation"),
+        (GOOD + GOOD, "answers.jsonl:2: a second answer to 'a'"),
         (GOOD + '{"id": "a"}\n', "answers.jsonl:2: not an answer of an evaluation"),
         (
             '{"id": "a", "item": "a", "score": "high"}\n',
@@ -236,10 +328,7 @@ def test_broken_answers_cost_one_line_and_status_2(tmp_path, capsys, content, wo
     assert compare.main([str(path), str(tmp_path / "good.jsonl")]) == 2
     said, error = capsys.readouterr()
     assert (
-        words in error
-        and error.startswith("compare.py: ")
-        and error.count("\n") == 1
-        and not said
+        words in error and error.startswith("compare.py: ") and error.count("\n") == 1 and not said
     )
 
 
@@ -267,10 +356,7 @@ def test_bad_flags_cost_one_line_and_status_2(tiny, few, capsys, flags, words):
     assert compare.main(flags) == 2
     said, error = capsys.readouterr()
     assert (
-        words in error
-        and error.startswith("compare.py: ")
-        and error.count("\n") == 1
-        and not said
+        words in error and error.startswith("compare.py: ") and error.count("\n") == 1 and not said
     )
 
 
@@ -323,3 +409,59 @@ def test_docstring_examples_and_help(capsys):
         compare.main(["--help"])
     assert left.value.code == 0
     assert "python tools/compare.py smollm2 RUN" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------- secrets
+
+
+LOGINS = [
+    "http://me:s3cretpw@localhost:9/v1",
+    "http://me:s3cretpw@localhost:9/v1\r",
+    "http://me:odd//s3cretpw\x1b@localhost:9",
+    "http://me:s3cretpw@one/v1,http://me:s3cretpw@two/v1",
+    "http://localhost:9/v1?key=s3cretpw",
+    "http://localhost:9/v1?key=a@s3cretpw",
+    "http://me:s3?s3cretpw@localhost",
+    "me:s3cretpw@localhost:9",
+]
+PLACES = [
+    (compare, ["smollm2", "--judge", "URL"]),
+    (compare, ["smollm2", "--judge", "URL", "--judge_model", "m\r"]),
+    (compare, ["URL"]),
+    (compare, ["URL", "a", "b"]),
+    (compare, ["smollm2", "--max_new_tokens=URL"]),
+    (compare, ["smollm2", "--eval_data", "URL"]),
+    (compare, ["smollm2", "--dtype", "URL"]),
+    (report, ["URL"]),
+    (report, ["nowhere", "--URL"]),
+    (report, ["nowhere", "--rubrics=URL"]),
+    (agreement, ["labels.jsonl", "URL", "--judge", "URL"]),
+    (agreement, ["URL"]),
+    (agreement, ["--cache", "URL"]),
+    (agreement, ["labels.jsonl", "--judge_k", "URL"]),
+    (memory, ["--cards", "URL"]),
+    (memory, ["--judge", "URL", "--stepps", "URL"]),
+    (memory, ["--judge", "URL", "--model", "URL"]),
+    (write_rubrics, ["URL", "--out", "o.jsonl", "--judge", "URL"]),
+    (write_rubrics, ["URL", "URL", "--out", "o.jsonl", "--judge", "URL", "--judge_model", "m"]),
+    (write_rubrics, ["q.jsonl", "--out", "URL", "--judge", "URL", "--judge_model", "m"]),
+    (adapters, ["URL", "--trainer", "trl", "--out", "o.jsonl"]),
+    (adapters, ["q.jsonl", "--trainer", "URL", "--out", "URL"]),
+]
+
+
+@pytest.mark.parametrize("login", LOGINS)
+@pytest.mark.parametrize(("tool", "words"), PLACES)
+def test_no_tool_prints_a_password_whatever_it_was_taken_for(
+    tool, words, login, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "q.jsonl").write_text('{"question": "Why?"}\n')
+    words = [word.replace("URL", login) for word in words]
+    try:
+        status = tool.main(words)
+    except SystemExit as ended:
+        status = ended.code
+    said, error = capsys.readouterr()
+    assert status == 2 and error.count("\n") == 1 and "s3cretpw" not in error + said

@@ -807,6 +807,22 @@ def test_prompts_end_where_the_assistant_begins(tiny):
     )
 
 
+@pytest.mark.parametrize("marks", [[], ["<think>", "</think>"]])
+def test_a_question_about_thoughts_opens_none(tiny, marks):
+    """Only the template can: its end is where the completion goes on, whatever the user wrote before."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.add_tokens([*marks, "assistant"])  # words are tokens, as in a real vocabulary
+    plain = tokenizer.chat_template
+    texts = []
+    for template in (plain, plain + "<think>\n", plain + "<think>\n\n</think>\n\n"):
+        tokenizer.chat_template = template
+        ids = grpo.encode(tokenizer, [{"role": "user", "content": "What is <think>"}])
+        rollout = grpo.Rollout(ids, tokenizer.encode("A mark."), [], "length")
+        grpo.set_text(tokenizer, rollout)
+        texts.append((rollout.thoughts, rollout.text))
+    assert texts == [("", "A mark."), ("A mark.", ""), ("", "A mark.")]
+
+
 def test_all_end_tokens_are_known(tiny):
     model, tokenizer = grpo.load_policy(str(tiny))
     assert grpo.end_tokens(model, tokenizer) == {1}

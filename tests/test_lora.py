@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 
 import pytest
 import torch
@@ -213,3 +214,27 @@ def test_two_processes_are_one(tiny, few, forms, tmp_path):
     assert one.keys() == two.keys()
     for name in one:  # after AdamW, which divides by the gradient's size
         assert float((one[name] - two[name]).abs().max()) < 2e-4, name
+
+
+def test_a_merge_never_writes_over_a_model(tiny, tmp_path, capsys):
+    """Another model, the checkpoint itself, and a file, for which transformers writes nothing and says so to nobody."""
+    model, tokenizer = grpo.load_policy(str(tiny), lora_rank=4)
+    checkpoint = tmp_path / "checkpoint"
+    grpo.save_adapters(model, checkpoint)
+    tokenizer.save_pretrained(checkpoint)
+    precious = tmp_path / "precious"
+    shutil.copytree(tiny, precious)
+    (tmp_path / "notes").write_text("mine")
+    kept = [precious / "model.safetensors", checkpoint / "adapter_model.safetensors", tmp_path / "notes"]
+    before = [path.read_bytes() for path in kept]
+    capsys.readouterr()
+    for out in (precious, checkpoint, tmp_path / "notes"):
+        assert grpo.main(["merge", str(checkpoint), str(out)]) == 2
+        error = capsys.readouterr().err
+        assert f"{out}: is there already" in error and error.count("\n") == 1
+    assert [path.read_bytes() for path in kept] == before
+
+    (tmp_path / "empty").mkdir()
+    for out in ("empty", "new"):
+        assert grpo.main(["merge", str(checkpoint), str(tmp_path / out)]) == 0
+        assert (tmp_path / out / "model.safetensors").is_file()

@@ -224,6 +224,10 @@ def test_the_tool_plans_for_a_machine_that_is_not_there(tiny, capsys):
     assert "a little too much" in capsys.readouterr().err
     assert memory.main(["--card_gb", "1", *flags]) == 2
     assert "vllm_sleep" in capsys.readouterr().err
+    for wrong in (["--cards", "-3"], ["--cards", "0"], ["--card_gb", "nan"], ["--card_gb", "inf"], ["--card_gb", "-1"], ["--card_gb", "0"]):
+        assert memory.main([*wrong, *flags]) == 2
+        said, error = capsys.readouterr()
+        assert f"memory.py: {wrong[0]} {wrong[1]}: give a" in error and error.count("\n") == 1 and not said
     for wrong in (["--model", "/nowhere"], ["--stepps", "3"], ["--cards", "two"], ["--data", "/nowhere.jsonl"]):
         assert memory.main(wrong) == 2
         [line] = capsys.readouterr().err.strip().split("\n")

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import random
 import re
 import resource
 import shutil
@@ -22,7 +23,7 @@ import rar
 import rler
 import train
 from judge import Verdict
-from tools import report
+from tools import compare, report
 
 FLAGS = (
     "--steps 3 --prompts_per_step 2 --group_size 3 --max_new_tokens 6 --eval_every 2 "
@@ -395,6 +396,20 @@ def test_seeds_are_one_line(tmp_path):
     }
 
 
+def test_a_run_that_is_named_twice_is_one(tmp_path, capsys, monkeypatch):
+    run = heldout_run(tmp_path / "r2", {"cold": ("worse", 0.2)}, {"cold": ("better", 0.7)})
+    other = heldout_run(
+        tmp_path / "r3", {"cold": ("worse", 0.2)}, {"cold": ("better", 0.7)}, seed=1
+    )
+    (tmp_path / "link").symlink_to(run)
+    monkeypatch.chdir(tmp_path)
+    assert report.main(["r2", str(run), "../" + tmp_path.name + "/r2", "link"]) == 0
+    assert capsys.readouterr().out.startswith("1 run: ")
+    assert report.main(["r2", str(other), str(run), "--out", "both.png"]) == 0
+    assert capsys.readouterr().out.startswith("2 runs: ")
+    assert "(2 seeds)" in (tmp_path / "both.html").read_text(encoding="utf8")
+
+
 def test_mean_and_band_over_seeds():
     row = {"reward_std": 0.3, "eval_ci": (0.1, 0.4)}
     assert report.band([{"reward": 1.0, **row}, {"reward": 2.0, **row}], "reward") == (1.0, 2.0)
@@ -517,6 +532,37 @@ def test_the_summary_tells_a_gain_from_a_loss(tmp_path):
     )
     assert said.index("worse") < said.index("better") and "  question: What helps?" in said
     assert "the payer is the examiner" in said and "Rest" in said
+
+
+def test_the_runs_of_a_question_are_one_value(tmp_path):
+    """Twelve questions, each asked four times: the interval is that of compare.py, for twelve."""
+    rng = random.Random(0)
+    before, after, rows = [], [], []
+    for question in range(12):
+        gain = float(rng.random() < 0.6)
+        for order in range(4):
+            name = f"q{question}-{order}"
+            asked = rar.Example(name, [{"role": "user", "content": "Which?"}], RUBRIC)
+            asked.tags = [f"question:q{question}"]
+            before.append((asked, [rollout("old", RUBRIC, [0.0, 0.0], 0.0)]))
+            after.append((asked, [rollout("new", RUBRIC, [1.0, 0.0], gain)]))
+            rows.append({"id": name, "item": f"q{question}", "score": gain})
+    steps = [(0, "heldout", before), (3, "heldout", after)]
+    said = report.summarise(write_run(tmp_path / "run", steps, [{"step": 0}]))
+    wanted = compare.compare([row | {"score": 0.0} for row in rows], rows)
+    low, high = wanted["difference_ci"]
+    assert wanted["n"] == 12
+    interval = f"gain {wanted['difference']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
+    assert f"{interval} (12 questions, paired bootstrap)" in said
+
+    row = {"id": "q0-0", "prompt": [], "tags": "question:q0"}
+    (tmp_path / "run" / "prompts.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(rar.DataError, match="prompts.jsonl:1: tags must be a list of texts"):
+        report.summarise(tmp_path / "run")
+
+    # Without the file, as older versions left it, the ids must do.
+    (tmp_path / "run" / "prompts.jsonl").unlink()
+    assert "(48 prompts, paired bootstrap)" in report.summarise(tmp_path / "run")
 
 
 def test_one_held_out_prompt_has_no_interval(tmp_path):

@@ -116,6 +116,13 @@ def test_t_is_the_textbooks():
     assert intervals.t_tail(0.0, 4) == 1 and intervals.t_tail(-2.0, 3) == intervals.t_tail(2.0, 3)
 
 
+@pytest.mark.parametrize("values", [[0.1] * 3, [0.1 + 0.2, 0.3, 0.3], [0.0] * 3, [1 / 3] * 7])
+def test_values_without_any_spread_are_no_test(values):
+    """Their standard deviation is 1e-17 by rounding, which made the smallest p-value of all."""
+    interval = t_interval(values)
+    assert math.isnan(interval.p) and interval.low == interval.high == round(values[0], 4)
+
+
 def test_the_larger_p_value_counts():
     """Three seeds that agree a little: a resampling is sure, Student's t is not."""
     base = [(prompt, seed, 0.0) for prompt in "abcd" for seed in range(3)]

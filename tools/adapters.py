@@ -41,6 +41,12 @@ What a trainer hands over decides which methods it can run:
    up nor down. max_missing=1.0 above lets it: in small batches a share of failures says little.
 4. Of a dialogue with tools TRL hands over the messages, and the assistant's last one is judged.
    verl hands over one text with all that the tools returned: use it for single turns.
+5. Thoughts are no answer, as in train.py; but no trainer says whether the chat template has opened
+   them in the prompt. Where it ends in <think>, give is_open=True, or thoughts that the length
+   limit cut off are judged as an answer. grpo.opens_thoughts(tokenizer, ids) knows it, with
+   ids = grpo.encode(tokenizer, examples[0].prompt, template_kwargs). Leave it out where the trainer
+   takes the thoughts away by itself, and mind that both decode without special tokens: of a
+   vocabulary whose <think> is one of them, no text shows where the thoughts end.
 
     python tools/adapters.py data/train.jsonl --trainer trl --out rows_trl.jsonl
     python tools/adapters.py data/train.jsonl --trainer verl --out rows_verl.jsonl
@@ -70,16 +76,18 @@ from rar import (
     read_examples,
 )
 from rler import RLER
+from tools.report import Parser, run_tool
 
 # ---------------------------------------------------------------------- what a completion says
 
 
-def answer_text(completion: object) -> str | None:
+def answer_text(completion: object, is_open: bool = False) -> str | None:
     """The text that a judge is shown; None where there is nothing to judge.
 
     completion: a text, a list of parts, or a chat, whose last message by the assistant counts:
-    what a tool returned is not the policy's answer. Thoughts are no answer either. Raises
-    DataError for anything else.
+    what a tool returned is not the policy's answer. Thoughts are no answer either. is_open: the
+    prompt has opened them, so that a text without </think> was cut off in them. Raises DataError
+    for anything else.
 
     >>> answer_text("<think>Rest, or fluids?</think>Rest.")
     'Rest.'
@@ -98,7 +106,7 @@ def answer_text(completion: object) -> str | None:
         content = message.get("content")
 
     # As in train.py: whoever is paid for right words in the thoughts need not answer.
-    _, answer = split_thoughts(content_text(content))
+    _, answer = split_thoughts(content_text(content), is_open)
     return answer
 
 
@@ -277,10 +285,16 @@ class Scorer:
 # ---------------------------------------------------------------------- TRL
 
 
-def as_trl_reward(method: RubricReward, examples: list[Example], heldout: list[Example] = ()):
+def as_trl_reward(
+    method: RubricReward,
+    examples: list[Example],
+    heldout: list[Example] = (),
+    is_open: bool = False,
+):
     """The method as a reward function of TRL's GRPOTrainer.
 
-    The data sets need the column "id", see `trl_rows`. Raises DataError where it is missing.
+    is_open: the chat template ends in <think>. The data sets need the column "id", see `trl_rows`.
+    Raises DataError where it is missing.
     """
     scorer = Scorer(method, examples, heldout)
 
@@ -301,7 +315,7 @@ def as_trl_reward(method: RubricReward, examples: list[Example], heldout: list[E
             step = trainer_state.global_step
 
         # None is TRL's word for "not scored": it stays out of the group's mean.
-        texts = [answer_text(completion) for completion in completions]
+        texts = [answer_text(completion, is_open) for completion in completions]
         rewards = []
         for reward in scorer.rewards(id, texts, step):
             rewards.append(None if math.isnan(reward) else reward)
@@ -369,11 +383,16 @@ class Call:
         self.result = None
 
 
-def as_verl_reward(method: RubricReward, examples: list[Example], heldout: list[Example] = ()):
+def as_verl_reward(
+    method: RubricReward,
+    examples: list[Example],
+    heldout: list[Example] = (),
+    is_open: bool = False,
+):
     """The method as verl's reward function of today: one rollout per call, many at a time.
 
-    The rows need the example's id in extra_info, see `verl_rows`. Raises DataError for a method
-    that needs whole steps, which no such call can see.
+    is_open: the chat template ends in <think>. The rows need the example's id in extra_info, see
+    `verl_rows`. Raises DataError for a method that needs whole steps, which no such call can see.
     """
     # One that does something before a step has steps, and state that follows them.
     if type(method).before_step is not RubricReward.before_step:
@@ -418,7 +437,7 @@ def as_verl_reward(method: RubricReward, examples: list[Example], heldout: list[
     ) -> dict:
         """verl's convention. "scored" is 0 where "score" is only the prompt's mean."""
         # A wrong id is the error of this row, not of all that are judged with it.
-        call = Call(row_id(extra_info), answer_text(solution_str))
+        call = Call(row_id(extra_info), answer_text(solution_str, is_open))
         scorer.example(call.name)
 
         # One by one, each would wait for the verdicts on the one before. So the first call of a
@@ -456,8 +475,12 @@ def as_verl_batch_reward(
     method: RubricReward,
     examples: list[Example],
     heldout: list[Example] = (),
+    is_open: bool = False,
 ):
-    """The method as the function of verl's older batch manager (reward_manager "batch")."""
+    """The method as the function of verl's older batch manager (reward_manager "batch").
+
+    is_open: the chat template ends in <think>.
+    """
     scorer = Scorer(method, examples, heldout)
 
     def compute_score(
@@ -470,7 +493,7 @@ def as_verl_batch_reward(
         """verl's convention: lists with one entry per rollout; returns the rewards."""
         # The manager hands over all rollouts of a step, so the groups are whole.
         ids = [row_id(extra_info) for extra_info in extra_infos]
-        texts = [answer_text(text) for text in solution_strs]
+        texts = [answer_text(text, is_open) for text in solution_strs]
 
         # The mean of this batch only: the policy was another one in the batches before.
         return PromptMeans().fill(ids, scorer.rewards(ids, texts))
@@ -483,21 +506,23 @@ def verl_rows(examples: list[Example], split: str = "train") -> list[dict]:
     # verl wants a ground truth in every row; the reward here is found by the id alone.
     rows = []
     for index, example in enumerate(examples):
-        rows.append({
-            "data_source": "rubrics",
-            "prompt": example.prompt,
-            "reward_model": {"style": "rule", "ground_truth": example.reference},
-            "extra_info": {"id": example.id, "split": split, "index": index},
-        })
+        rows.append(
+            {
+                "data_source": "rubrics",
+                "prompt": example.prompt,
+                "reward_model": {"style": "rule", "ground_truth": example.reference},
+                "extra_info": {"id": example.id, "split": split, "index": index},
+            }
+        )
     return rows
 
 
 # ---------------------------------------------------------------------- the command line
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Writes a data set for a trainer. Exit status 0, or 2 with one line on what is wrong."""
-    parser = argparse.ArgumentParser(
+def write_rows(argv: list[str] | None) -> None:
+    """Writes a data set for a trainer. Raises DataError, OSError."""
+    parser = Parser(
         prog="adapters.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -507,25 +532,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--split", default="train", help="verl: the name of the split [train]")
     parser.add_argument("--out", required=True, help="the JSONL file to write")
     args = parser.parse_args(argv)
-    try:
-        # Read first: a file with an error in it should leave nothing behind.
-        examples = read_examples(args.data)
 
+    # Read first: a file with an error in it should leave nothing behind.
+    examples = read_examples(args.data)
+    if args.trainer == "trl":
+        rows = trl_rows(examples)
+    else:
+        rows = verl_rows(examples, args.split)
+    try:
         # "x" never writes over a file that is there: it may be somebody's data.
-        if args.trainer == "trl":
-            rows = trl_rows(examples)
-        else:
-            rows = verl_rows(examples, args.split)
         with open(args.out, "x", encoding="utf8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     except FileExistsError:
-        print(f"adapters.py: {args.out}: is there already; name another file", file=sys.stderr)
-        return 2
-    except (DataError, OSError) as error:
-        print(f"adapters.py: {error}", file=sys.stderr)
-        return 2
+        raise DataError(f"{args.out}: is there already; name another file") from None
     print(f"{args.out}: {len(rows)} rows")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0, or 2 with one line that says what is wrong, where, and what to do."""
+    return run_tool("adapters.py", write_rows, argv)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ standard error the same as a table.
 import argparse
 import json
 import random
+import sqlite3
 import statistics
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from judge import (
     offline_judge,
     render_conversation,
 )
+from tools import report
 
 RESAMPLES = 2000
 
@@ -105,8 +107,11 @@ def kappa_interval(pairs: list[tuple[float | None, bool]], questions: list[str])
 
 
 def read_labels(path: str) -> list[dict]:
-    """Rows with `response`, `criterion`, `met`. Raises ValueError: file, line and what to do."""
-    kinds = {"response": str, "criterion": str, "met": bool}
+    """Rows with `response`, `criterion`, `met`, `question` ("" where a row has none).
+
+    Raises ValueError: file, line and what to do.
+    """
+    kinds = {"response": str, "criterion": str, "met": bool, "question": str}
     rows = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -121,11 +126,13 @@ def read_labels(path: str) -> list[dict]:
 
             # A label that is no true or false would be counted as one of them.
             is_row = isinstance(row, dict)
+            if is_row:
+                row = {"question": ""} | row
             for key, kind in kinds.items():
                 is_row = is_row and isinstance(row.get(key), kind)
             if not is_row:
                 message = "needs the keys response, criterion and met (true or false)"
-                raise ValueError(f"{where}: {message}")
+                raise ValueError(f"{where}: {message}; question, where there is one, is a text")
             rows.append(row)
     if not rows:
         raise ValueError(f"{path}: no rows; give one JSON object per line")
@@ -135,9 +142,10 @@ def read_labels(path: str) -> list[dict]:
 def judge_labels(judge, rows: list[dict]) -> dict:
     """Agreement of a judge with human labels, and how far it leans on length.
 
-    kappa_ci: 95 % interval over questions, where the rows have several. length_bias: correlation of "the judge says met, the human does not" (+1; -1 for the reverse)
-    with the length of the response. For a language model also repeatability: the share of rows
-    with the same verdict when it is asked again without the cache.
+    kappa_ci: 95 % interval over questions, where the rows have several. length_bias: correlation of
+    "the judge says met, the human does not" (+1; -1 for the reverse) with the length of the
+    response. For a language model also repeatability: the share of rows with the same verdict when
+    it is asked again without the cache.
     """
     # Asked as in training: the same prompt, one statement about one response.
     questions = []
@@ -198,21 +206,46 @@ def answers_of(cache: Cache) -> Iterator[dict]:
         yield values | json.loads(answer)
 
 
-def show_cache(path: str, export: str | None) -> list[dict]:
-    """One row per model of a cache: calls and tokens. Writes all answers to `export`.
+class SavedCache(Cache):
+    """A cache that is only looked at: the file may be anybody's, and its answers are paid for."""
 
-    Raises OSError when there is no such file.
+    def open(self) -> sqlite3.Connection:
+        """The database, which nothing is written to."""
+        return sqlite3.connect(f"{Path(self.path).absolute().as_uri()}?mode=ro", uri=True)
+
+
+def show_cache(path: str, export: str | None) -> list[dict]:
+    """One row per model of a cache: calls and tokens. Writes all answers to a new file `export`.
+
+    Raises OSError when there is no such cache, or such an export already; ValueError when the file
+    is no cache.
     """
     # A look must not make an empty cache.
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    cache = Cache(path)
+    try:
+        cache = SavedCache(path)
+        rows = costs_of(cache)
+        if export:
+            export_answers(cache, export)
+    except sqlite3.Error as error:
+        raise ValueError(f"--cache {path}: not a judge's cache ({error})") from None
+    return rows
 
-    # Written as it is read: a weekend's answers need no memory.
-    if export:
-        with open(export, "w", encoding="utf8") as file:
+
+def export_answers(cache: Cache, export: str) -> None:
+    """Writes all answers of a cache to a new file. Raises OSError."""
+    # "x" never writes over a file that is there: it may be the cache itself.
+    try:
+        # Written as it is read: a weekend's answers need no memory.
+        with open(export, "x", encoding="utf8") as file:
             file.writelines(json.dumps(row) + "\n" for row in answers_of(cache))
+    except FileExistsError:
+        raise FileExistsError(f"--export {export}: is there already; name another") from None
 
+
+def costs_of(cache: Cache) -> list[dict]:
+    """One row per model of a cache: calls and tokens."""
     # By model, because each has its own price.
     rows = []
     query = "SELECT model, COUNT(*), SUM(prompt_tokens), SUM(completion_tokens) FROM answers"
@@ -250,19 +283,18 @@ def make_judges(args: argparse.Namespace) -> list[tuple]:
     return judges
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(report.Parser):
     """A parser whose errors are one line."""
 
     def error(self, message: str) -> None:
         """Ends the program with status 2."""
+        message = report.without_secrets(message, self.words)
         self.exit(2, f"agreement.py: {message}; --help shows how\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("labels", nargs="?", metavar="FILE", help="JSONL with labels of people")
     parser.add_argument("--judge", nargs="+", default=[], metavar="URL", help="base URLs")
     parser.add_argument("--judge_model", nargs="+", default=[], metavar="NAME", help="their models")
@@ -272,8 +304,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 2 after one line about what is wrong."""
+def agree(argv: list[str] | None) -> None:
+    """What the command line asks for. Raises OSError, ValueError, JudgeError."""
     parser = make_parser()
     args = parser.parse_args(argv)
     # Exactly one of the two, so that no argument is quietly ignored.
@@ -281,20 +313,20 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("give a file with labels, or --cache FILE")
     if args.export and not args.cache:
         parser.error("--export writes what is in --cache FILE")
+    if args.cache:
+        print_rows(show_cache(args.cache, args.export))
+        return
+    rows = read_labels(args.labels)
+    results = []
+    for name, judge in make_judges(args):
+        results.append({"judge": name} | judge_labels(judge, rows))
+    print_rows(results)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0, or 2 with one line that says what is wrong, where, and what to do."""
     # What a user can mend is one line; anything else is a fault of ours and keeps its traceback.
-    try:
-        if args.cache:
-            print_rows(show_cache(args.cache, args.export))
-            return 0
-        rows = read_labels(args.labels)
-        results = []
-        for name, judge in make_judges(args):
-            results.append({"judge": name} | judge_labels(judge, rows))
-        print_rows(results)
-    except (OSError, ValueError, JudgeError) as error:
-        print(f"agreement.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return report.run_tool("agreement.py", agree, argv, (OSError, ValueError, JudgeError))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ paired differences. Answers are greedy: the same weights score the same every ti
     python tools/compare.py eval-a.jsonl eval-b.jsonl              # answers of earlier evaluations
 
 A name is smollm2, a run's folder, a checkpoint, a hub id, or answers (.jsonl) that an evaluation
-saved. Tables go to stderr; stdout holds the one line, for a script to read.
+saved. A run answers with its own --max_new_tokens, --template_kwargs and --dtype, and so does a
+model that is compared with it; a flag that is given counts for both. Tables go to stderr; stdout
+holds the one line, for a script to read.
 """
 
 import argparse
@@ -33,11 +35,18 @@ from tools.report import (
     Parser,
     interval_text,
     printable,
+    question_means,
+    read_config,
     read_number,
     read_text,
     run_tool,
     write_file,
 )
+
+# What a run's own evaluations are made with: its answers would be other ones without.
+OF_A_RUN = ("max_new_tokens", "template_kwargs", "dtype")
+# What two evaluations must share, or their difference is not one of the models alone.
+MADE_WITH = ("judge", *OF_A_RUN)
 
 # ----------------------------------------------------------------------------- saved answers
 
@@ -67,6 +76,7 @@ def result_rows(groups: list) -> list[dict]:
 def read_answers(path: str) -> list[dict]:
     """The rows that an earlier evaluation saved. Raises DataError."""
     rows = []
+    ids = set()
     for where, row in rar.read_rows(path):
         # Prompts are .jsonl as well, and easily named in the place of answers.
         if not isinstance(row, dict) or not {"id", "item", "score"} <= row.keys():
@@ -77,6 +87,14 @@ def read_answers(path: str) -> list[dict]:
         score = read_number(row, "score", where)
         answer = {"id": read_text(row, "id", where), "item": read_text(row, "item", where)}
         answer["score"] = math.nan if score is None else score
+        if answer["id"] in ids:
+            raise DataError(f"{where}: a second answer to {answer['id']!r}; leave one of them out")
+        ids.add(answer["id"])
+
+        # Answers of an older version do not say what they were made with.
+        for key in MADE_WITH:
+            if key in row:
+                answer[key] = row[key]
         rows.append(answer)
     if not rows:
         raise DataError(f"{path}: no answers; give a file that compare.py named")
@@ -95,18 +113,14 @@ def compare(before: list[dict], after: list[dict]) -> dict:
     """
     # By id: the second evaluation may have had a longer context, and so more prompts.
     scores_before = {row["id"]: row["score"] for row in before}
-    gains: dict[str, list[float]] = {}
-    for row in after:
-        # nan wherever one of the two is missing, which must not count as 0.
-        gain = row["score"] - scores_before.get(row["id"], math.nan)
-        if not math.isnan(gain):
-            gains.setdefault(row["item"], []).append(gain)
-    if not gains:
-        advice = "evaluate both on the same --eval_data"
-        raise DataError(f"the two evaluations share no scored prompt; {advice}")
+    # nan wherever one of the two is missing, which must not count as 0.
+    gains = [row["score"] - scores_before.get(row["id"], math.nan) for row in after]
 
     # A question that is asked several times counts once: its runs are not independent.
-    differences = [rar.nanmean(values) for values in gains.values()]
+    differences = question_means(gains, [row["item"] for row in after])
+    if not differences:
+        advice = "evaluate both on the same --eval_data"
+        raise DataError(f"the two evaluations share no scored prompt; {advice}")
     return {
         "difference": rar.nanmean(differences),
         "difference_ci": rar.bootstrap(differences),
@@ -148,6 +162,14 @@ def checkpoint_folder(name: str) -> Path:
     return checkpoint
 
 
+def judge_name(config: train.Config) -> str:
+    """The judges' names: of a server that of its model, which says more than its address."""
+    names = []
+    for address, model in train.named_urls(config.judge, config.judge_model):
+        names.append(model if "://" in address else address)
+    return ",".join(names)
+
+
 def answers_path(config: train.Config, name: str, folder: Path) -> Path:
     """Where the answers go: beside the checkpoint, or into runs/, unless --out says otherwise."""
     out = Path(config.out)
@@ -158,6 +180,32 @@ def answers_path(config: train.Config, name: str, folder: Path) -> Path:
     words = re.findall(r"[\w.]+", name)[-3:]
     data = Path(config.eval_data or "heldout").stem
     return out / "-".join(["eval", *words, f"{data}.jsonl"])
+
+
+def save_answers(wanted: Path, rows: list[dict]) -> Path:
+    """Writes a new file, with a number after its name where that is taken. Raises DataError."""
+    # Never over earlier answers: they may be another judge's, with another limit, or to data of the
+    # same name in another folder.
+    make_folder(wanted.parent)
+    path = wanted
+    number = 1
+    while True:
+        try:
+            with open(path, "x", encoding="utf8"):
+                break
+        except FileExistsError:
+            number += 1
+            path = wanted.with_stem(f"{wanted.stem}-{number}")
+        except OSError as error:
+            raise DataError(f"{path}: cannot be written ({error.strerror})") from None
+
+    # The name is ours now; without answers it is given back.
+    try:
+        write_file(path, train.json_lines(rows))
+    except DataError:
+        path.unlink()
+        raise
+    return path
 
 
 def make_folder(path: Path) -> None:
@@ -182,48 +230,86 @@ def is_answers(name: str) -> bool:
 def evaluate_one(config: train.Config, name: str, judge) -> tuple[dict, list[dict]]:
     """(metrics, one row per answer) of a model, or of answers that were saved."""
     if is_answers(name):
-        return {"answers": name}, read_answers(name)
+        answers = read_answers(name)
+        made_with = {key: answers[0][key] for key in MADE_WITH if key in answers[0]}
+        return {"answers": name} | made_with, answers
 
     # Data before the model: a bad row should cost no half minute.
     folder = checkpoint_folder(name)
     _, examples = train.read_data(config)
-    policy = train.Policy(str(folder), config.dtype)
+    template_kwargs = train.parse_template_kwargs(config.template_kwargs)
+    policy = train.Policy(str(folder), config.dtype, template_kwargs)
     examples = train.fitting(examples, policy, config.max_new_tokens, "held-out")
     metrics, groups = train.evaluate(policy, judge, examples, config.max_new_tokens)
 
+    # A score without them cannot be compared with another one.
+    made_with = {"judge": judge_name(config)}
+    for key in OF_A_RUN:
+        made_with[key] = getattr(config, key)
+
     # Saved before anything is said of them: a model as judge is paid for.
-    answers = result_rows(groups)
+    answers = [row | made_with for row in result_rows(groups)]
     path = answers_path(config, name, folder)
     if train.is_first():
-        write_file(path, train.json_lines(answers))
+        path = save_answers(path, answers)
     data = config.eval_data or "data/heldout.jsonl"
-    say(f"{name} on {data}\n{metrics_table(metrics)}\nanswers: {path}")
-    # A score without them cannot be compared with another one.
-    settings = {
-        "model": name,
-        "n": len(examples),
-        "judge": config.judge_model or config.judge,
-        "max_new_tokens": config.max_new_tokens,
-        "answers": str(path),
-    }
-    return settings | metrics, answers
+    how = f"at most {config.max_new_tokens} tokens"
+    if config.template_kwargs:
+        how += f", template_kwargs {config.template_kwargs}"
+    say(f"{name} on {data} ({how})\n{metrics_table(metrics)}\nanswers: {path}")
+    settings = {"model": name, "n": len(examples), "answers": str(path)}
+    return settings | made_with | metrics, answers
 
 
 # ----------------------------------------------------------------------------- command line
 
 
-def read_config(args: argparse.Namespace) -> train.Config:
-    """The settings of an evaluation, checked like those of a run. Raises DataError."""
-    settings = {name: value for name, value in vars(args).items() if name != "model"}
+def read_configs(args: argparse.Namespace) -> list[train.Config]:
+    """The settings of each evaluation, checked like those of a run. Raises DataError, UserError."""
+    # An empty text is a flag that was not given.
+    given = {name: value for name, value in vars(args).items() if value != ""}
+    names = given.pop("model")
     # train.py's rules, one by one: an evaluation has no others.
-    for name, value in settings.items():
-        # An empty text is a flag that was not given.
-        if value == "":
-            continue
+    for name, value in given.items():
         problem = train.setting_problem(name, value)
         if problem:
-            raise DataError(f"--{name} {value}: {problem}")
-    return train.Config(**settings)
+            raise DataError(f"--{name} {train.shown(name, value)}: {problem}")
+
+    of_names = [run_settings(name) for name in names]
+    runs = [settings for settings in of_names if settings]
+    configs = []
+    for settings in of_names:
+        # A model that is no run answers like the run that it is compared with.
+        if runs and not settings:
+            settings = runs[0]
+        config = train.Config(**(settings | given))
+        train.parse_template_kwargs(config.template_kwargs)
+        configs.append(config)
+    return configs
+
+
+def run_settings(name: str) -> dict:
+    """What a run is evaluated with, by its folder or a checkpoint; {} for all else.
+
+    Raises DataError.
+    """
+    folder = Path(name).absolute()
+    if folder.name.startswith("checkpoint") and (folder.parent / "metrics.jsonl").exists():
+        folder = folder.parent
+    # Only runs have a log.
+    if not (folder / "metrics.jsonl").exists():
+        return {}
+
+    saved = read_config(folder)
+    settings = {}
+    for key in OF_A_RUN:
+        # A run of an older version may lack one, whose default it then had.
+        if key in saved:
+            problem = train.setting_problem(key, saved[key])
+            if problem:
+                raise DataError(f"{folder / 'config.json'}: {key}: {problem}")
+            settings[key] = saved[key]
+    return settings
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -234,15 +320,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    # The trainer's defaults: a run's own evaluations are then repeated to the digit.
+    # The trainer's defaults; a run's own evaluations are repeated to the digit.
     defaults = train.Config()
+    of_a_run = {"default": argparse.SUPPRESS}
     add = parser.add_argument
     add("model", nargs="+", help="one model, run or file of answers, or two")
     add("--eval_data", default="", help="held-out prompts [data/heldout.jsonl]")
     add("--judge", default=defaults.judge, help="offline, lexical, or a server's URL [%(default)s]")
     add("--judge_model", default="", help="the model's name on that server")
-    add("--max_new_tokens", type=int, default=defaults.max_new_tokens, help="[%(default)s]")
-    add("--dtype", default=defaults.dtype, help="auto, float32 or bfloat16 [%(default)s]")
+    limit = f"length limit of an answer [the run's, or {defaults.max_new_tokens}]"
+    add("--max_new_tokens", type=int, help=limit, **of_a_run)
+    template = 'JSON for the chat template, such as {"enable_thinking": false} [the run\'s]'
+    add("--template_kwargs", help=template, **of_a_run)
+    dtype = f"auto, float32 or bfloat16 [the run's, or {defaults.dtype}]"
+    add("--dtype", help=dtype, **of_a_run)
     add("--out", default="", help="folder of the answers [beside the checkpoint, or runs]")
     args = parser.parse_args(argv)
     if len(args.model) > 2:
@@ -265,14 +356,16 @@ def check_names(names: list[str], out: str) -> None:
 def evaluate_all(argv: list[str] | None) -> None:
     """Evaluates one model, or two and their difference. Raises DataError, UserError, JudgeError."""
     args = parse_arguments(argv)
-    config = read_config(args)
     check_names(args.model, args.out)
+    configs = read_configs(args)
     train.reuse_memory()
     train.join_processes()
 
     # Both are judged by one judge, whose cache serves both.
-    judge = train.make_judge(config)
-    evaluations = [evaluate_one(config, name, judge) for name in args.model]
+    judge = train.make_judge(configs[0])
+    evaluations = []
+    for config, name in zip(configs, args.model):
+        evaluations.append(evaluate_one(config, name, judge))
     line = evaluations[0][0]
     if len(evaluations) == 2:
         line = compare_evaluations(args.model, evaluations)
@@ -284,8 +377,14 @@ def evaluate_all(argv: list[str] | None) -> None:
 
 def compare_evaluations(names: list[str], evaluations: list[tuple[dict, list[dict]]]) -> dict:
     """The line of a comparison; in words on stderr. Raises DataError."""
-    # Of the answers, not of the two scores: only they can be paired.
     before, after = evaluations
+    for key in MADE_WITH:
+        # Not refused: to compare two judges, or two limits, can be the purpose.
+        values = [part[key] for part, _ in evaluations if key in part]
+        if len(values) == 2 and values[0] != values[1]:
+            say(f"not alike: {key} {values[0]!r} and {values[1]!r}")
+
+    # Of the answers, not of the two scores: only they can be paired.
     difference = compare(before[1], after[1])
     interval = interval_text(*difference["difference_ci"], "+")
     prompts = f"{difference['n']} prompts, paired bootstrap"

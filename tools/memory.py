@@ -9,6 +9,7 @@ is given. Exit status 2 with one line that names the settings to change when the
 """
 
 import argparse
+import math
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -18,13 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import grpo
 import train
 from rar import DataError
-from tools.report import run_tool
+from tools.report import Parser, run_tool
 
 
 def plan(argv: list[str] | None) -> None:
     """Prints the memory line. Raises UserError when the run cannot fit."""
     names = " ".join(f"--{entry.name}" for entry in fields(train.Config))
-    parser = train.Parser(
+    parser = Parser(
         prog="memory.py",
         description=__doc__,
         epilog=f"and every flag of train.py, see there: {names}",
@@ -35,6 +36,11 @@ def plan(argv: list[str] | None) -> None:
     # What the driver and CUDA take of 80 GiB is not free.
     parser.add_argument("--card_gb", type=float, default=84.0, help="free GB (10^9) of each card")
     args, others = parser.parse_known_args(argv)
+    if args.cards < 1:
+        raise train.UserError(f"--cards {args.cards}: give at least 1")
+    # nan is compared as false, so that everything would fit.
+    if not 0 < args.card_gb < math.inf:
+        raise train.UserError(f"--card_gb {args.card_gb:g}: give a finite number above 0")
     config, _ = train.parse_config(others)
 
     examples, heldout = train.read_data(config)

@@ -26,6 +26,7 @@ import re
 import statistics
 import sys
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rar import DataError, bootstrap, nanmean, satisfied
+from rar import DataError, Example, bootstrap, nanmean, satisfied
 
 # What is worth a look in every run: is it learning, does it carry over, at what length, how far
 # from where it started?
@@ -235,21 +236,38 @@ def read_interval(row: dict, where: str) -> tuple[float, float] | None:
 
 def read_prompts(folder: Path, wanted: set[str]) -> dict[str, str]:
     """Id -> prompt as text, of the prompts that are to be shown. Raises DataError."""
-    prompts: dict[str, str] = {}
+    rows = prompt_rows(folder, wanted)
+    return {row["id"]: prompt_text(row.get("prompt"), where) for where, row in rows}
+
+
+def read_questions(folder: Path, wanted: set[str]) -> dict[str, str]:
+    """Id -> what the prompts of one question share (rar.Example.question_id). Raises DataError."""
+    questions = {}
+    for where, row in prompt_rows(folder, wanted):
+        tags = row.get("tags", [])
+        if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+            raise DataError(f"{where}: tags must be a list of texts")
+        questions[row["id"]] = Example(row["id"], [], [], tags=tags).question_id
+    return questions
+
+
+def prompt_rows(folder: Path, wanted: set[str]) -> Iterator[tuple[str, dict]]:
+    """(where it stands, row) of each wanted prompt in prompts.jsonl. Raises DataError."""
     path = folder / "prompts.jsonl"
     # Runs of an older version saved no prompts; their ids must do.
     if not path.is_file():
-        return prompts
+        return
 
+    left = set(wanted)
     for where, line in whole_lines(path):
+        # The file holds all prompts of a data set; a page shows a handful.
+        if not left:
+            break
         row = parse_object(line, where)
         name = read_text(row, "id", where)
-        if name in wanted:
-            prompts[name] = prompt_text(row.get("prompt"), where)
-            # The file holds all prompts of a data set; a page shows a handful.
-            if len(prompts) == len(wanted):
-                break
-    return prompts
+        if name in left:
+            left.remove(name)
+            yield where, row
 
 
 def prompt_text(messages: object, where: str) -> str:
@@ -687,9 +705,7 @@ def draw_rates(axes, rates: PassRates, labels: list[str]) -> None:
     # pcolormesh and not imshow: cells stay shapes in the page, where a picture would be blocked.
     # What is nan it leaves out, and the grey shows through.
     axes.set_facecolor(GREY)
-    axes.pcolormesh(
-        table, cmap=colour_scale(), vmin=0, vmax=1, edgecolors="white", linewidth=0.6
-    )
+    axes.pcolormesh(table, cmap=colour_scale(), vmin=0, vmax=1, edgecolors="white", linewidth=0.6)
     # The first row on top, as in a table.
     axes.invert_yaxis()
     if len(columns) <= 6:
@@ -1081,7 +1097,7 @@ def write_run(folder: Path, picture: Path) -> None:
     title = f"{method}, seed {config.get('seed', '?')}: {folder.name}"
     caption = run_caption(config)
     parts = [f"<h1>{markup(title)}</h1>", f'<p class="soft">{markup(caption)}</p>']
-    for sentence in score_sentences(metrics, log):
+    for sentence in score_sentences(folder, metrics, log):
         parts.append(f"<p>{markup(sentence.replace('->', '→'))}</p>")
 
     experiments = [Experiment(method, [metrics])]
@@ -1341,29 +1357,51 @@ def interval_text(low: float, high: float, sign: str = "") -> str:
     return f"95 % interval {low:{sign}.3f} to {high:{sign}.3f}"
 
 
-def score_sentences(metrics: list[dict], log: SampleLog) -> list[str]:
+def score_sentences(folder: Path, metrics: list[dict], log: SampleLog) -> list[str]:
     """Before and after on the held-out prompts, and who says so; [] before there is an after."""
     pairs = pair_answers(log)
     if not pairs:
         return []
+    # A question that is asked several times counts once, as in rar.evaluate.
+    names = [last.id for _, last in pairs]
+    question_of = read_questions(folder, set(names))
+    questions = [question_of.get(name, name) for name in names]
+
     # nan, which nanmean leaves out, for what was not scored.
     before = []
     after = []
     for first, last in pairs:
         before.append(math.nan if first.reward is None else first.reward)
         after.append(math.nan if last.reward is None else last.reward)
+    score_before = score_text(nanmean(question_means(before, questions)))
+    score_after = score_text(nanmean(question_means(after, questions)))
 
-    # The interval is of the gain, prompt by prompt: prompts differ far more among themselves than
+    # The interval is of the gain, question by question: they differ far more among themselves than
     # one does before and after, so the intervals of the two scores overlap even where the gain is
     # certain.
-    gains = [gain_of(pair) for pair in pairs if not math.isnan(gain_of(pair))]
-    scores = f"held-out score  {score_text(nanmean(before))} -> {score_text(nanmean(after))}"
+    gains = question_means([gain_of(pair) for pair in pairs], questions)
+    scores = f"held-out score  {score_before} -> {score_after}"
     gain = "no prompt was scored both times"
     if gains:
         interval = interval_text(*bootstrap(gains), "+")
-        prompts = f"{len(gains)} prompts, paired bootstrap"
-        gain = f"gain {nanmean(gains):+.3f}, {interval} ({prompts})"
+        kind = "prompts" if len(set(questions)) == len(pairs) else "questions"
+        gain = f"gain {nanmean(gains):+.3f}, {interval} ({len(gains)} {kind}, paired bootstrap)"
     return [f"{scores}   {gain}", examiner_sentence(metrics)]
+
+
+def question_means(values: list[float], questions: list[str]) -> list[float]:
+    """The mean of each question's values; nan counts nowhere.
+
+    Prompts of one question are no independent values: an interval over them would be too narrow.
+
+    >>> question_means([0.5, 1.0, math.nan, math.nan], ["a", "a", "a", "b"])
+    [0.75]
+    """
+    values_of: dict[str, list[float]] = {}
+    for value, question in zip(values, questions, strict=True):
+        if not math.isnan(value):
+            values_of.setdefault(question, []).append(value)
+    return [statistics.fmean(values) for values in values_of.values()]
 
 
 def examiner_sentence(metrics: list[dict]) -> str:
@@ -1417,7 +1455,7 @@ def summarise(run_folder: Path) -> str:
     log = open_log(folder)
     pairs = pair_answers(log)
 
-    lines = ["", *score_sentences(metrics, log)]
+    lines = ["", *score_sentences(folder, metrics, log)]
     rewards = [row["reward"] for row in metrics if row["reward"] is not None]
     # With fewer steps the two means would share some.
     if len(rewards) >= 10:
@@ -1440,12 +1478,45 @@ def summarise(run_folder: Path) -> str:
 # ----------------------------------------------------------------------------- command line
 
 
+def without_secrets(text: str, words: list[str]) -> str:
+    """The text without users, passwords and queries of the URLs in a command line's words.
+
+    >>> without_secrets("no 'http://me:p@ss@host/v1?key=x'", ["--out=http://me:p@ss@host/v1?key=x"])
+    "no 'http://host/v1'"
+    """
+    secrets = []
+    for word in map(str, words):
+        # Of "--flag=URL" a message may hold the URL alone. The last @: a password may hold others.
+        for address in (word, word.partition("=")[2]):
+            scheme, separator, rest = address.partition("://")
+            login, at, host = (rest or scheme).rpartition("@")
+            # A query may hold an @ and a password a question mark: which one it is, nobody knows.
+            if separator and "?" in login:
+                secrets.append(rest)
+            # A path may hold an @ as well, but no password.
+            elif at and (separator or ":" in login):
+                secrets.append(login + at)
+            if separator:
+                secrets.append("".join(host.partition("?")[1:]))
+
+    for secret in filter(None, secrets):
+        # As it stands, as messages spell control characters, and as a path.
+        for spelling in (secret, printable(secret), repr(secret)[1:-1], str(Path(secret))):
+            text = text.replace(spelling, "")
+    return text
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse, whose errors are one line like all others."""
+    """argparse, whose errors are one line like all others, and hold no password."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse's; keeps the words for `error`, whose messages repeat them."""
+        self.words = sys.argv[1:] if args is None else args
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
         """Raises DataError."""
-        raise DataError(f"{message}; see --help")
+        raise DataError(f"{without_secrets(message, self.words)}; see --help")
 
 
 # A package that is not there names itself.
@@ -1462,7 +1533,9 @@ def run_tool(name: str, work, argv: list[str] | None, errors: tuple = ERRORS) ->
         # The reader has seen enough (`| head -1`). Python must not try to write the rest at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except errors as error:
-        line = " ".join(printable(str(error)).split())
+        # Whatever word was taken for a model or a file: what is printed may be kept.
+        words = sys.argv[1:] if argv is None else argv
+        line = " ".join(printable(without_secrets(str(error), words)).split())
         print(f"{name}: {line}", file=sys.stderr)
         return 2
     return 0
@@ -1498,8 +1571,8 @@ def report(argv: list[str] | None) -> None:
     parser.add_argument("--prompt", default="", help="its id [the prompt with most rubrics]")
     args = parser.parse_args(argv)
 
-    # The same folder twice is one run.
-    folders = list(dict.fromkeys(Path(name) for name in args.run))
+    # The same folder twice is one run, however it is spelt.
+    folders = list({Path(name).resolve(): Path(name) for name in args.run}.values())
     if args.rubrics:
         print_rubrics(folders[0], args.prompt)
         return

@@ -67,6 +67,7 @@ from rar import (
     refuse,
 )
 from rler import criterion_id, one_line, read_entries
+from tools.report import Parser, run_tool
 
 BATCH = 64  # questions under way at a time, as many as the judge's client has workers
 NAMED = 10  # dropped questions that are named on the terminal
@@ -861,14 +862,6 @@ def ask(
 # ------------------------------------------------------------------------------------ command line
 
 
-class Parser(argparse.ArgumentParser):
-    """Flags whose mistakes are one line, as all others are."""
-
-    def error(self, message: str) -> None:
-        """Instead of the usage and an exit."""
-        raise DataError(f"{message}; see --help")
-
-
 def not_empty(text: str) -> str:
     """A flag's value. An empty one is most often an unset variable of a shell."""
     if not text.strip():
@@ -902,7 +895,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     return flags
 
 
-def run(argv: list[str] | None) -> int:
+def run(argv: list[str] | None) -> None:
     """Does what the flags say and prints one JSON line. Raises DataError, JudgeError, OSError."""
     flags = parse_flags(argv)
     if flags.search is None:
@@ -931,16 +924,12 @@ def run(argv: list[str] | None) -> int:
     # A script that goes on with the file must notice that there is none.
     if not report.written and not report.already_there:
         raise DataError(f"no question of {flags.questions} has a rubric now")
-    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0; 2 with one line that says what is wrong; 130 after Ctrl-C."""
     try:
-        return run(argv)
-    except (DataError, JudgeError, OSError) as error:
-        print(printable(f"write_rubrics.py: {error}"), file=sys.stderr)
-        return 2
+        return run_tool("write_rubrics.py", run, argv, (DataError, JudgeError, OSError))
     except KeyboardInterrupt:
         # Nothing to save: every rubric that arrived is in the file.
         print("write_rubrics.py: stopped; the same command goes on from here", file=sys.stderr)

@@ -35,6 +35,9 @@ T_QUANTILES = [
     2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423,
 ]  # fmt: skip
 
+# A spread up to here is none: equal values have one of 1e-17 by rounding (rar.py has the same).
+ZERO_STD = 1e-6
+
 Row = tuple[str, int, float]  # prompt, seed, score
 
 
@@ -157,11 +160,12 @@ def t_interval(values: list[float]) -> Interval:
     if n < 2:
         return Interval(mean, math.nan, math.nan, math.nan)
     quantile = T_QUANTILES[min(n - 1, len(T_QUANTILES)) - 1]
-    error = float(np.std(values, ddof=1)) / math.sqrt(n)
+    spread = float(np.std(values, ddof=1))
+    error = spread / math.sqrt(n)
 
     # Without any spread the values say that they are never another one: no test can use that.
     p = math.nan
-    if error > 0:
+    if spread > ZERO_STD:
         p = round(t_tail(mean / error, n - 1), 4)
     half = quantile * error
     return Interval(mean, round(mean - half, 4), round(mean + half, 4), p)
