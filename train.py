@@ -65,7 +65,13 @@ from judge import (
     progress_bar,
     without_password,
 )
-from tools.report import interval_text, printable, summarise, write_report
+from tools.report import (
+    interval_text,
+    printable,
+    summarise,
+    without_secrets,
+    write_report,
+)
 
 HERE = Path(__file__).resolve().parent
 
@@ -1036,10 +1042,15 @@ KNOWN_AS = {
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors that name the nearest flag."""
 
+    def parse_args(self, args=None, namespace=None):
+        """As argparse's; keeps the words for `error`, whose messages repeat them."""
+        self.words = args
+        return super().parse_args(args, namespace)
+
     def error(self, message: str):
         """Raises UserError."""
-        # The address of a judge, in a place where it is not expected, may hold a password or a key.
-        message = re.sub(r"\w+://.*@|\S*@|(?<=\?)\S+", "***", message)
+        # A judge's address may stand where it is not expected.
+        message = without_secrets(message, self.words)
         # A mistyped flag that passes costs a run of hours.
         if message.startswith("unrecognized arguments:"):
             flag = message.split(":", 1)[1].split()[0].split("=")[0]
@@ -2547,7 +2558,9 @@ def main(argv: list[str] | None = None) -> int:
             # prints its line and ends, and torchrun ends the others while they wait.
             if not is_first():
                 time.sleep(3)
-            write_line(sys.stderr, "train.py: " + " ".join(str(error).split()))
+            # Whatever word an address was taken for: what is printed may be kept.
+            line = without_secrets(str(error), argv)
+            write_line(sys.stderr, "train.py: " + " ".join(line.split()))
             status = 2
         except KeyboardInterrupt:
             status = 128 + signal.SIGINT

@@ -496,6 +496,10 @@ def test_the_default_model_is_real():
         ["--steps", "http://me:s3cret@b/v1?key=s3cret"],
         ["--method", "https://b/v1?key=s3cret"],
         ["http://me:s3 cret@b/v1"],
+        ["--steps", "http://b/v1?key=a@s3cret"],
+        ["--model", "http://me:s3cret@b/v1"],
+        ["--data", "http://me:s3cret@b/v1"],
+        ["--resume", "http://me:s3cret@b/v1"],
         ["--judge=http://me:s3cret@b/v1\r", "--judge_model", "m"],
     ],
 )
