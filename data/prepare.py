@@ -32,7 +32,8 @@ What the formats leave open, and what is done here:
 3. Axis and category stay empty where a format has none; ResearchRubrics' own axes are copied.
 4. Rules. RubricHub names checkers of instruction following ("length_constraints:number_words"),
    with the parameters of IFEval. One that a check of judge.py can express becomes that check; a row
-   with any other is skipped: many rows of that domain, so allow it with --max_bad.
+   with any other is skipped: many rows of that domain, so allow it with --max_bad. Rows of all
+   other formats are treated alike.
 5. Ids. A row without one is named after its place: path below SOURCE, a colon, the row's number.
 """
 
@@ -290,7 +291,17 @@ def signed_item(item: object) -> object:
         "axis": item.get("axis"),
         "tags": item.get("tags"),
         "check": item.get("check"),
-    }
+    } | verifier_of(item)
+
+
+def verifier_of(item: dict) -> dict:
+    """Who verifies a criterion, and with which parameters; empty where nothing says so."""
+    # RubricHub's tags are no labels but an object that says it. Rows of others in the same layout
+    # have labels there, and they stay; some have these entries beside.
+    tags = object_of(item.get("tags"))
+    if "verifier" in tags:
+        return {"verifier": tags["verifier"], "parameters": tags.get("parameters"), "tags": None}
+    return {key: item[key] for key in ("verifier", "parameters") if key in item}
 
 
 # ----------------------------------------------------------------------------- signed weights
@@ -316,8 +327,8 @@ def convert_ours(row: dict, place: Place) -> list[dict]:
     # reader must not take it for one of RaR's.
     rubric = []
     for item in list_of(first_value(row, "rubrics", "rubric")):
-        if isinstance(item, dict) and "description" in item:
-            item = item | {"description": None}
+        if isinstance(item, dict):
+            item = item | {"description": None} | verifier_of(item)
         rubric.append(item)
     return [
         {
@@ -387,7 +398,7 @@ def convert_reward_model(row: dict, place: Place) -> list[dict]:
             "reference": reference if is_text(reference) or is_number(reference) else None,
             "example_tags": tags_of(row, "ability", "topic"),
             "canary": row.get("canary"),
-            "rubric": [verified_item(item, place) for item in reward_model_items(row)],
+            "rubric": [signed_item(item) for item in reward_model_items(row)],
         }
     ]
 
@@ -397,31 +408,25 @@ CHECKER = re.compile(r"\s*([a-z_]+:[a-z0-9_]+)\s*")
 
 
 def verified_item(item: object, place: Place) -> object:
-    """One criterion of RubricHub; a rule becomes a check. Raises DataError where none fits."""
-    converted = signed_item(item)
-    if not isinstance(converted, dict):
-        return converted
-
-    # Its tags are no labels but an object that says who verifies: a model, or a function. Rows of
-    # others in the same layout have labels there, and they stay; some have these entries beside.
-    verifier = item
-    if isinstance(item.get("tags"), dict) and "verifier" in item["tags"]:
-        verifier = item["tags"]
-        converted["tags"] = None
+    """A criterion under our names; a rule becomes a check. Raises DataError where none fits."""
+    # One with a check of ours is decided by it.
+    if not isinstance(item, dict) or not is_missing(item.get("check")):
+        return item
 
     # A rule without its checker's name must not be judged as if it were a statement.
-    checker = CHECKER.fullmatch(str(converted["text"]))
+    text = str(first_value(item, "text", "criterion"))
+    checker = CHECKER.fullmatch(text)
     if not checker:
-        if verifier.get("verifier") == "rule":
-            raise DataError(f"{place}: rule {str(converted['text'])[:60]!r} is not known")
-        return converted
+        if item.get("verifier") == "rule":
+            raise DataError(f"{place}: rule {text[:60]!r} is not known")
+        return item
 
     # The name of a function tells a reader nothing, so the text says what it asks for.
     name = checker.group(1)
-    text, check = rule_check(name, object_of(verifier.get("parameters")))
+    text, check = rule_check(name, object_of(item.get("parameters")))
     if not check:
         raise DataError(f"{place}: rule {name!r} has no counterpart among the checks of judge.py")
-    return converted | {"title": name, "text": text, "check": check}
+    return item | {"title": name, "text": text, "check": check}
 
 
 OPERATORS = {"at least": ">=", "at most": "<=", "less than": "<", "more than": ">"}
@@ -527,7 +532,8 @@ def released_item(item: object) -> object:
     if category == "pitfall":
         is_good = rar.names_avoidance(text, title if is_text(title) else "")
         weight = abs(weight) if is_good else -abs(weight)
-    return {"title": title, "text": text, "category": category.capitalize(), "weight": weight}
+    released = {"title": title, "text": text, "category": category.capitalize(), "weight": weight}
+    return released | verifier_of(item)
 
 
 def split_prefix(description: str) -> tuple[str, str]:
@@ -591,7 +597,8 @@ def convert_ground_truth(row: dict, place: Place) -> list[dict]:
         else:
             text = item.get("description")
             weight = item.get("weight")
-            rubric.append({"title": item.get("title"), "text": text, "weight": weight})
+            signed = {"title": item.get("title"), "text": text, "weight": weight}
+            rubric.append(signed | verifier_of(item))
     return [
         {
             "id": id_of(row, place, "id"),
@@ -800,7 +807,11 @@ def convert_row(raw: object, place: Place) -> Converted:
     # The reader of our format checks all that is written: the two can never disagree.
     try:
         name = format_name(row, place)
-        examples = [rar.parse_example(own, where) for own in FORMATS[name].convert(row, place)]
+        examples = []
+        for own in FORMATS[name].convert(row, place):
+            # Whatever the format: the name of a checker is never judged as a statement.
+            own["rubric"] = [verified_item(item, place) for item in own["rubric"]]
+            examples.append(rar.parse_example(own, where))
         lines = [line_of(example) for example in examples]
     except DataError:
         raise

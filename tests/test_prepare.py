@@ -562,6 +562,62 @@ def test_a_checker_is_never_judged_as_a_statement(convert):
     )
 
 
+NAMES_OF_TEXTS = {
+    "HealthBench": "criterion",
+    "Professional": "criterion_text",
+    "RaR": "description",
+    "RubricHub": "criterion",
+    "verl": "criterion",
+    "own": "text",
+    "ResearchRubrics": "criterion",
+    "DR Tulu": "description",
+    "ResearchQA": "rubric_item",
+}
+
+
+def with_item(name, **entries):
+    """The row of a format with one more criterion, its text under the format's own name."""
+    row = json.loads(json.dumps(EVERY[name]))
+    truth = json.loads(row["ground_truth"]) if name == "DR Tulu" else {}
+    holder = truth or row.get("reward_model", row)
+    [column] = {"rubrics", "Rubrics", "rubric", "rubric_items"} & set(holder)
+    item = {"weight": 7, "points": 7} | entries
+    item[NAMES_OF_TEXTS[name]] = item.pop("said")
+    holder[column].append(item)
+    return row | {"ground_truth": json.dumps(truth)} if truth else row
+
+
+@pytest.mark.parametrize("name", NAMES_OF_TEXTS)
+def test_a_checker_is_no_statement_in_any_format(convert, name):
+    checker = "length_constraints:number_words"
+    limit = json.dumps({"num_words": 3, "relation": "at least"})
+    tags = {"verifier": "rule", "function": "c", "parameters": limit}
+    for beside in ({"tags": tags}, {"tags": json.dumps(tags)}, tags):
+        if name == "ResearchQA":
+            continue  # it has no place for parameters
+        [e] = convert(with_item(name, said=checker, **beside))
+        assert (e.rubric[-1].text, e.rubric[-1].check) == ("Has at least 3 words.", "words >= 3")
+        assert not [tag for tag in e.rubric[-1].tags if "verifier" in tag]
+        with pytest.raises(rar.DataError, match="rule 'Use no commas.' is not known"):
+            convert(with_item(name, said="Use no commas.", **beside))
+    with pytest.raises(rar.DataError, match="'change_case:english_capital' has no counterpart"):
+        convert(with_item(name, said="change_case:english_capital"))
+
+
+def test_a_checker_in_a_numbered_line_is_no_statement(convert):
+    with pytest.raises(rar.DataError, match="'punctuation:no_comma' has no counterpart"):
+        convert(OPEN_RUBRICS | {"rubric": "1. Is polite.\n2. punctuation:no_comma [Hard Rule]"})
+
+
+def test_what_has_a_check_of_ours_stays_as_it_is(convert, tmp_path):
+    """Rows that were converted once are converted again without a change."""
+    once = convert(rule_row("length_constraints:number_words", {"num_words": 3, "relation": "at least"}))
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert convert(*rows) == once
+    named = {"text": "keywords:existence", "weight": 1, "check": "words >= 3"}
+    assert convert(OWN | {"rubric": [named]})[0].rubric[0].text == "keywords:existence"
+
+
 # ----------------------------------------------------------------------------- values, never keys
 
 NULLS = [
