@@ -56,7 +56,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import judge
 import rar
-from rar import DataError, Example, first_value
+from rar import DataError, Example, first_value, is_empty
 
 # ----------------------------------------------------------------------------- where rows come from
 
@@ -206,12 +206,26 @@ def config_names(shown: str, name: str) -> list[str]:
 # ----------------------------------------------------------------------------- values
 
 
-def is_missing(value: object) -> bool:
-    """Whether a column says nothing: null, an empty cell or list."""
-    # Table libraries write nan for null.
-    if isinstance(value, float):
-        return math.isnan(value)
-    return rar.is_empty(value)
+def without_nan(value: object) -> object:
+    """The value with null for each nan, however deep: table libraries write nan for null.
+
+    >>> without_nan([{"text": math.nan, "criterion": "Says hi."}])
+    [{'text': None, 'criterion': 'Says hi.'}]
+    """
+    # In place, and with a list of what is still to be looked at instead of recursion: columns may
+    # be nested deep.
+    whole_value = [value]
+    waiting = [whole_value]
+    while waiting:
+        holder = waiting.pop()
+        keys = list(holder) if isinstance(holder, dict) else range(len(holder))
+        for key in keys:
+            inner = holder[key]
+            if isinstance(inner, float) and math.isnan(inner):
+                holder[key] = None
+            elif isinstance(inner, dict | list):
+                waiting.append(inner)
+    return whole_value[0]
 
 
 def is_text(value: object) -> bool:
@@ -235,7 +249,7 @@ def unpacked(value: object) -> object:
         return value
     # A text may begin with a bracket and be no JSON.
     try:
-        return json.loads(value)
+        return without_nan(json.loads(value))
     except (ValueError, RecursionError):
         return value
 
@@ -410,7 +424,7 @@ CHECKER = re.compile(r"\s*([a-z_]+:[a-z0-9_]+)\s*")
 def verified_item(item: object, place: Place) -> object:
     """A criterion under our names; a rule becomes a check. Raises DataError where none fits."""
     # One with a check of ours is decided by it.
-    if not isinstance(item, dict) or not is_missing(item.get("check")):
+    if not isinstance(item, dict) or not is_empty(item.get("check")):
         return item
 
     # A rule without its checker's name must not be judged as if it were a statement.
@@ -802,7 +816,7 @@ def convert_row(raw: object, place: Place) -> Converted:
     if not isinstance(row, dict):
         kind = type(row).__name__
         raise DataError(f"{where}: a {kind}, not an object; each line must hold one JSON object")
-    row = {column: value for column, value in row.items() if not is_missing(value)}
+    row = {column: value for column, value in without_nan(row).items() if not is_empty(value)}
 
     # The reader of our format checks all that is written: the two can never disagree.
     try:

@@ -650,7 +650,7 @@ COLUMNS = sorted(
 
 
 @pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize("nothing", [None, "", [], {}])
+@pytest.mark.parametrize("nothing", [None, "", [], {}, float("nan")])
 def test_empty_columns_change_nothing(convert, name, nothing):
     row = EVERY[name]
     more = {column: nothing for column in COLUMNS if column not in row}
@@ -659,16 +659,33 @@ def test_empty_columns_change_nothing(convert, name, nothing):
 
 @pytest.mark.parametrize(
     "name",
-    ["HealthBench", "Professional", "RaR", "RubricHub", "verl", "own", "ResearchRubrics"],
+    ["HealthBench", "Professional", "RaR", "RubricHub", "verl", "own", "ResearchRubrics", "DR Tulu"],
 )
-def test_null_columns_of_criteria_change_nothing(convert, name):
+@pytest.mark.parametrize("nothing", [None, float("nan")])
+def test_null_columns_of_criteria_change_nothing(convert, name, nothing):
     row = json.loads(json.dumps(EVERY[name]))
-    holder = row.get("reward_model", row)
-    [column] = [
-        key for key in ("rubrics", "Rubrics", "rubric", "rubric_items") if key in holder
-    ]
-    holder[column] = [dict.fromkeys(NULLS) | item for item in holder[column]]
+    truth = json.loads(row["ground_truth"]) if name == "DR Tulu" else {}
+    holder = truth or row.get("reward_model", row)
+    [column] = {"rubrics", "Rubrics", "rubric", "rubric_items"} & set(holder)
+    holder[column] = [dict.fromkeys(NULLS, nothing) | item for item in holder[column]]
+    if truth:
+        row["ground_truth"] = json.dumps(truth)
     assert convert(row) == convert(EVERY[name])
+
+
+def test_a_nan_anywhere_says_nothing(convert):
+    nan = float("nan")
+    item = {"text": nan, "criterion": "Says hi.", "points": 3, "tags": [nan, "axis:accuracy"]}
+    rubrics = [*HEALTHBENCH["rubrics"], item]
+    ideal = {"ideal_completion": nan}
+    row = HEALTHBENCH | {"rubrics": rubrics, "ideal_completions_data": ideal}
+    [e] = convert(row)
+    assert (e.rubric[-1].text, e.rubric[-1].axis, e.reference) == ("Says hi.", "accuracy", "")
+    # An option that a table has no text for, and a weight that is none.
+    options = MEDQA["options"] | {"D": nan}
+    assert convert(MEDQA | {"options": options}) == convert(MEDQA)
+    with pytest.raises(rar.DataError, match="weight None"):
+        convert(OWN | {"rubric": [{"text": "Says so.", "weight": nan}]})
 
 
 def test_a_null_description_does_not_turn_a_sign(convert):
