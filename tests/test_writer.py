@@ -514,7 +514,7 @@ def test_a_row_that_cannot_be_used_is_dropped_and_named(tmp_path, capsys):
         {"id": "tags", "question": "Why?", "example_tags": [3]},
         "text",
         {"id": "cold", "question": "The same id?"},
-        {"id": "rar", "question": "Why?", "reference_answer": "Because."},
+        {"id": "chat", "messages": [{"role": "user", "content": "Why?"}]},
         {"id": "esc\u001b[2J", "question": "\ud801"},
     ]
     path = write_rows(tmp_path / "q.jsonl", [COLD, SKY, *bad])
@@ -532,6 +532,17 @@ def test_a_row_that_cannot_be_used_is_dropped_and_named(tmp_path, capsys):
     assert captured.err.count("\n") == len(bad)
     assert "\x1b" not in captured.err + captured.out
     assert ids(out) == ["cold", "sky"]
+
+
+def test_a_reference_under_its_other_name_is_shown_to_the_writer(tmp_path):
+    """data/prepare.py sends questions without rubrics here: it must not be sent back."""
+    row = {"id": "cold", "question": COLD["question"], "reference_answer": COLD["reference"]}
+    path = write_rows(tmp_path / "q.jsonl", [row])
+    with Writer() as server:
+        assert write(server, path, tmp_path / "out.jsonl").written == 1
+        [body] = server.bodies
+    assert COLD["reference"] in body["messages"][0]["content"]
+    assert rar.read_examples(tmp_path / "out.jsonl")[0].reference == COLD["reference"]
 
 
 def test_many_dropped_rows_are_named_up_to_ten(tmp_path, capsys):

@@ -64,7 +64,6 @@ from rar import (
     parse_criterion,
     parse_example,
     read_rows,
-    refuse,
 )
 from rler import criterion_id, one_line, read_entries
 
@@ -690,9 +689,6 @@ def read_questions(source: str, report: Report) -> list[Example]:
     # A line that is no JSON ends this loop with an error: the file is not what the user thinks.
     for where, row in read_rows(source):
         try:
-            # Another format's name for the reference; without it the rubric would be a worse one.
-            if isinstance(row, dict) and row.get("reference_answer"):
-                refuse(where, "a reference under the name 'reference_answer'")
             example = parse_example(row, where, needs_rubric=False)
         except DataError as error:
             report.drop(where, str(error).removeprefix(f"{where}: "))
