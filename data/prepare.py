@@ -19,7 +19,11 @@ Formats, told apart by the values of a row; a column that is null or not named h
     RaR as released     question, rubric: title, description, weight
     ResearchQA          query, rubric: rubric_item, type
     OpenRubrics         instruction, rubric: one numbered text
-    multiple choice     MedQA: question, options, answer_idx; GPQA: Question, Correct Answer, ...
+    multiple choice     MedQA: question, options by letter, answer_idx
+                        ARC: question, choices (label and text: two lists), answerKey
+                        MMLU: question, choices or options: a list, answer: place in it from 0,
+                        letter or text of the right one
+                        GPQA: Question, Correct Answer, Incorrect Answer 1, ...
 
 What the formats leave open, and what is done here:
 
@@ -694,17 +698,33 @@ WRONG_OPTION = re.compile(r"Incorrect Answer( \d+)?")
 
 
 def is_medqa(row: dict) -> bool:
-    """The letter of the right option; rows that have a rubric as well are asked for before."""
-    return is_text(row.get("answer_idx"))
+    """Options to choose from; rows that have a rubric as well are asked for before."""
+    return first_value(row, "options", "choices", "answer_idx") is not None
 
 
 def convert_medqa(row: dict, place: Place) -> list[dict]:
-    """MedQA and its kin: a question, options by letter, the letter of the right one."""
-    options = object_of(row.get("options"))
+    """MedQA and its kin: a question, options by letter or in a list, and which one is right."""
+    options = unpacked(first_value(row, "options", "choices"))
+    answer = whole(first_value(row, "answer_idx", "answerKey", "answer"))
+    # true is no place in a list.
+    if not is_text(answer) and not is_number(answer):
+        answer = None
+    if isinstance(options, list):
+        # A number is a place from 0, as in MMLU.
+        labels = range(len(options)) if type(answer) is int else LETTERS
+        right = dict(zip(labels, options)).get(answer, answer)
+        # "B" may be the second of the list or the one that reads "B": nobody can tell.
+        if answer in options and right != answer:
+            right = None
+        return choice_rows(row, place, row.get("question"), options, right)
+
+    options = object_of(options)
+    # ARC has the labels in a list and the texts in another.
+    if isinstance(options.get("text"), list):
+        options = dict(zip(list_of(options.get("label")), options["text"], strict=True))
     # Tables write null for the letters that other questions use.
     texts = [text for text in options.values() if text is not None]
-    right = options.get(row["answer_idx"])
-    return choice_rows(row, place, row.get("question"), texts, right)
+    return choice_rows(row, place, row.get("question"), texts, options.get(answer))
 
 
 def is_gpqa(row: dict) -> bool:
@@ -742,7 +762,7 @@ def choice_rows(
     options = list(dict.fromkeys(texts)) if all_text else []
     if not 2 <= len(options) <= len(LETTERS) or right not in options or texts.count(right) > 1:
         need = "needs a question, at least two different options and the right one among them"
-        raise DataError(f"{place}: {need}")
+        raise DataError(f"{place}: multiple choice {need}")
 
     name = id_of(row, place, "id", "Record ID")
     rows = []
@@ -797,7 +817,7 @@ FORMATS = {
     "OpenRubrics": Format(is_open_rubrics, convert_open_rubrics),
     RELEASED: Format(is_released, convert_released),
     "GPQA": Format(is_gpqa, convert_gpqa),
-    "MedQA": Format(is_medqa, convert_medqa),
+    "MedQA, ARC or MMLU": Format(is_medqa, convert_medqa),
 }
 
 
@@ -844,8 +864,10 @@ def format_name(row: dict, place: Place) -> str:
     if ground_truth(row).get("rubrics") == []:
         raise DataError(f"{place}: its rubric has no items")
     # The columns tell a person at once which data set it is.
-    columns = ", ".join(sorted(map(str, row))[:12])
-    raise DataError(f"{place}: no rubric that data/prepare.py knows in its columns: {columns}")
+    columns = ", ".join(sorted(map(str, row))[:12])[:200]
+    writer = "questions without rubrics, as 'question' or 'prompt': python tools/write_rubrics.py"
+    known = f"no rubric that data/prepare.py knows ({writer})"
+    raise DataError(f"{place}: {known} in its columns: {columns}")
 
 
 def line_of(example: Example) -> bytes:
@@ -1042,7 +1064,7 @@ def check_share(source: str, report: Report, max_bad: float) -> None:
         advice = "mend the rows, or allow more with --max_bad"
         # Not a row: hardly a matter of single rows.
         if not report.written:
-            advice = "data/prepare.py lists the formats it reads at its top"
+            advice = "python data/prepare.py --help lists the formats"
         raise DataError(f"{source}: {bad}, {count} because: {reason}; {advice}")
 
 
@@ -1066,8 +1088,7 @@ def print_report(report: Report) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Command line. Exit status 0, or 2 with one line that says what is wrong."""
     parser = argparse.ArgumentParser(
-        description="Converts rows of published data sets into this project's own row format.",
-        epilog="example: python data/prepare.py medqa.jsonl --out medqa_rows.jsonl",
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("source", help="a file, a folder, or a data set of the hub: owner/name[:config][:split]")
