@@ -216,6 +216,48 @@ def test_more_than_a_batch_the_domain_and_the_canary(tmp_path):
     assert {example.canary for example in rar.read_examples(out)} == {"mark"}
 
 
+def test_nobody_is_a_physician_unless_asked(tmp_path):
+    path = write_rows(tmp_path / "q.jsonl", [{"question": "How do I brew tea?"}])
+    roles = {name: about["role"] for name, about in tool.domains().items()}
+    for flags, name in (([], "general"), (["--domain", "medicine"], "medicine")):
+        with Writer() as server:
+            assert main(server, path, tmp_path / f"{name}.jsonl", *flags) == 0
+            [body] = server.bodies
+        assert body["messages"][0]["content"].startswith(f"You are {roles[name]}.")
+    assert "physician" not in roles["general"]
+
+
+def test_a_domain_of_ones_own_is_one_more_entry(tmp_path, fork):
+    write_rows(tmp_path / "q.jsonl", [{"question": "How do I brew tea?"}])
+    place = fork / "data" / "rubric_domains.json"
+    entries = json.loads(place.read_text())
+    cook = {"role": "a cook who trains cooks", "look": "taste"}
+
+    def run(text):
+        place.write_text(text)
+        with Writer() as server:
+            command = [sys.executable, fork / "tools" / "write_rubrics.py", tmp_path / "q.jsonl"]
+            command += ["--out", tmp_path / "o.jsonl", "--domain", "cooking"]
+            command += ["--judge", server.url, "--judge_model", "m"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            return done, server.bodies
+
+    for text, words in (
+        ('{"cooking": {"role": "a cook",}}', "data/rubric_domains.json: not JSON"),
+        ("[1]", "not an object of names"),
+        ('{"cooking": {"role": "a cook"}}', "'cooking' needs \"role\" and \"look\""),
+        ('{"cooking": 3}', "'cooking' needs \"role\" and \"look\""),
+    ):
+        done, asked = run(text)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and not asked
+        assert words in done.stderr
+
+    done, asked = run(json.dumps(entries | {"cooking": cook}))
+    assert done.returncode == 0
+    prompt = asked[0]["messages"][0]["content"]
+    assert prompt.startswith("You are a cook who trains cooks.") and "Look at taste." in prompt
+
+
 # ---------------------------------------------------------------------------- the file it writes to
 
 
@@ -569,7 +611,11 @@ def test_many_dropped_rows_are_named_up_to_ten(tmp_path, capsys):
         (["q.jsonl", "--out", "o.jsonl", "--judge", ""], "--judge: an empty value"),
         (["q.jsonl", "--out", "o.jsonl", "--judge_model", " "], "--judge_model: an empty value"),
         (["q.jsonl", "--out", "o.jsonl", "--search", ""], "--search: an empty value"),
-        (["q.jsonl", "--out", "o.jsonl", "--domain", ""], "invalid choice: ''"),
+        (["q.jsonl", "--out", "o.jsonl", "--domain", ""], "'' is none of general, medicine, science"),
+        (
+            ["q.jsonl", "--out", "o.jsonl", "--domain", "cooking"],
+            "'cooking' is none of general, medicine, science; add one of your own to data/rubric_domains.json",
+        ),
         (["q.jsonl", "--out", "o.jsonl", "--domian", "science"], "unrecognized"),
     ],
 )
@@ -644,3 +690,4 @@ def test_help_has_a_worked_example():
     text = subprocess.run(command, capture_output=True, text=True, check=True, cwd=os.sep).stdout
     assert "python tools/write_rubrics.py QUESTIONS.jsonl --out FILE.jsonl" in text
     assert "--search data/corpus.jsonl" in text
+    assert "general, medicine, science" in text and "data/rubric_domains.json" in text

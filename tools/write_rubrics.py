@@ -7,6 +7,9 @@ search with the question as it stands, one call, every item resting on a snippet
 answer is checked; where it fails, the model is told why and asked once more, and a question that
 fails again is dropped and named.
 
+Who writes is --domain: an examiner of whatever the question is about (general), a physician
+(medicine), an examiner in science, or one of your own: one more entry of data/rubric_domains.json.
+
 Each rubric is written to --out as soon as it arrives. The same command goes on where it stopped.
 
     python tools/write_rubrics.py QUESTIONS.jsonl --out FILE.jsonl \\
@@ -107,7 +110,7 @@ FEWER = {
 }
 
 
-def writer_prompt(example: Example, domain: str = "medicine") -> str:
+def writer_prompt(example: Example, domain: str) -> str:
     """What the model is asked to write a rubric from its own knowledge.
 
     Without a reference its block and the ban on copying it are left out; the paper does not publish
@@ -139,8 +142,20 @@ def writer_prompt(example: Example, domain: str = "medicine") -> str:
 
 
 def domains() -> dict[str, dict]:
-    """name -> {"role", "look"}: the domains in which a rubric can be written."""
-    return json.loads(read_prompt("rubric_domains.json"))
+    """name -> {"role", "look"}: the domains in which a rubric can be written. Raises DataError."""
+    # People add their own.
+    where = "data/rubric_domains.json"
+    try:
+        entries = json.loads(read_prompt("rubric_domains.json"))
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON: {error}") from None
+    if not isinstance(entries, dict):
+        raise DataError(f'{where}: not an object of names, each with "role" and "look"')
+    for name, about in entries.items():
+        texts = [about.get("role"), about.get("look")] if isinstance(about, dict) else [None]
+        if not all(isinstance(text, str) for text in texts):
+            raise DataError(f'{where}: {name!r} needs "role" and "look", both text')
+    return entries
 
 
 def checked_rubric(example: Example, answer: dict) -> list[dict]:
@@ -872,6 +887,15 @@ def not_empty(text: str) -> str:
     return text
 
 
+def known_domain(text: str) -> str:
+    """A flag's value: the name of a domain."""
+    if text not in domains():
+        known = ", ".join(domains())
+        own = "add one of your own to data/rubric_domains.json"
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {known}; {own}")
+    return text
+
+
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     """The command's flags. Raises DataError."""
     parser = Parser(
@@ -885,7 +909,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--out", metavar="FILE", type=not_empty, required=True, help="goes on where the file ends")
     add("--judge", metavar="URL", type=not_empty, help="an OpenAI-compatible server's base URL")
     add("--judge_model", metavar="NAME", type=not_empty, help="the model's name on that server")
-    add("--domain", choices=list(domains()), help="wording of the prompt [medicine]")
+    known = f"who writes: {', '.join(domains())}, or an entry of yours [general]"
+    add("--domain", metavar="NAME", type=known_domain, help=known)
     add("--search", metavar="WHERE", type=not_empty, help="a file, a folder, web or scholar")
 
     flags = parser.parse_args(argv)
@@ -902,7 +927,7 @@ def run(argv: list[str] | None) -> int:
     """Does what the flags say and prints one JSON line. Raises DataError, JudgeError, OSError."""
     flags = parse_flags(argv)
     if flags.search is None:
-        task = writer_task("medicine" if flags.domain is None else flags.domain)
+        task = writer_task("general" if flags.domain is None else flags.domain)
     else:
         task = grounded_task(open_search(flags.search))
 
