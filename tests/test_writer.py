@@ -192,6 +192,22 @@ def test_a_broken_rubric_is_asked_for_once_more_then_dropped_and_reported(
     assert ids(out) == ["cold", "sky"]
 
 
+def test_an_answer_in_another_shape_is_dropped_with_its_reason(questions, tmp_path, capsys):
+    """A bare list of items, say: the user is told what the model was told, and what it had said."""
+    said = [json.dumps(rubric(item(0, title="T\u001b[2J" + "x" * 200), n=1))] * 2
+    with Writer({"What helps": said}) as server:
+        assert main(server, questions, tmp_path / "o.jsonl") == 0
+    error = capsys.readouterr().err
+    assert 'no usable answer (unparsable): "rubric" must be a list of 7 to 20 items, not 0' in error
+    assert '; read was {"title": "T\\u001b[2Jxxx' in error
+    assert error.count("\n") == 1 and len(error) < 300
+    assert "\x1b" not in error
+
+    with Writer({"What helps": ["I cannot."] * 2}) as server:
+        assert main(server, questions, tmp_path / "p.jsonl") == 0
+    assert "no usable answer (unparsable): it holds no JSON object\n" in capsys.readouterr().err
+
+
 def test_a_question_that_stands_twice_is_asked_once_and_written_twice(tmp_path):
     path = write_rows(tmp_path / "q.jsonl", [SKY, SKY | {"id": "air"}])
     with Writer() as server:

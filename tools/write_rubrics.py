@@ -72,6 +72,7 @@ from rler import criterion_id, one_line, read_entries
 
 BATCH = 64  # questions under way at a time, as many as the judge's client has workers
 NAMED = 10  # dropped questions that are named on the terminal
+SHOWN = 100  # characters of an answer that is no rubric, beside the reason
 
 # ------------------------------------------------------------------------------------ the writer
 
@@ -812,18 +813,24 @@ def write_batch(
                 report.drop(request.example.id, request.reason)
             else:
                 request.prompt = f"{request.prompt}\n\n{task.fewer}"
+                request.reason = ""
                 again.append(request)
         failed, stats = ask(judge, task, again, output, report)
 
-    # What the client counted, for the answers that held nothing to give a reason about.
+    # What the client counted, for the answers that held no whole object.
     kinds = []
     for name, number in stats.items():
         if name.startswith("judge_missing_") and number:
             kinds.append(name.removeprefix("judge_missing_"))
     for request in failed:
         reason = request.reason
-        if not reason:
+        if not request.was_whole:
             reason = f"no usable answer ({', '.join(kinds)})"
+            # The client tells the model so; what the answer was it does not hand on.
+            if not request.reason and kinds == ["unparsable"]:
+                request.reason = "it holds no JSON object"
+            if request.reason:
+                reason = f"{reason}: {request.reason}"
         report.drop(request.example.id, reason)
 
     # After minutes without any answer the next questions would only wait as long again.
@@ -847,11 +854,12 @@ def ask(
         try:
             rubric = task.read(request.example, request.context, answer)
         except ValueError as error:
+            request.reason = str(error)
             # In an answer that is cut off the client finds single items: that is no refusal.
-            request.reason = ""
             if request.was_whole:
-                request.reason = str(error)
                 report.refuse(request.reason)
+            else:
+                request.reason += f"; read was {json.dumps(answer)[:SHOWN]}"
             raise
 
         # In the file now, and not when all of the batch are there: a kill, or a judge that fails,
