@@ -187,15 +187,18 @@ def class_rewards(
 
 
 def clip_rewards(rewards: list[float], advantage: str) -> list[float]:
-    """Rewards [G], clipped to [-1, 1] unless advantages are divided by the std (decision 5).
+    """Rewards [G], clipped to [-1, 1] where advantages are left at their scale (decision 5).
+
+    advantage: "mean" and "none" leave it. Any other kind is taken for one that scales, as "std"
+    does, and gets the rewards as they are.
 
     >>> clip_rewards([0.5, -6.0, math.nan], "mean"), clip_rewards([-6.0], "std")
     ([0.5, -1.0, nan], [-6.0])
     """
-    if advantage == "std":
+    if advantage not in ("mean", "none"):
         return rewards
 
-    # Without the division, one answer with a reward of -6 would outweigh the rest of the batch.
+    # Without a division, one answer with a reward of -6 would outweigh the rest of the batch.
     clipped = []
     for reward in rewards:
         # nan is "not scored" and has to stay nan: min(1.0, nan) would make it 1.0, the best.

@@ -168,7 +168,7 @@ class Buffer:
         step: int,
         revive: bool = False,
     ) -> Counter:
-        """Adds proposals to the active criteria before they are judged; `prune` enforces the cap.
+        """Adds proposals to the active criteria before they are judged; `RLER.prune` cuts them.
 
         proposed: None where the writer failed. revive: a retired criterion proposed again comes
         back. Returns counts: proposed (before the cut at MAX_PROPOSALS), failed, new, revived,
@@ -201,27 +201,19 @@ class Buffer:
                 count["revived"] += 1
         return count
 
-    def prune(self, stds: list[float | None], step: int, rubrics_kept: int) -> int:
-        """Filters the active criteria after a visit (section 3.1). Returns the number retired.
+    def record(self, stds: list[float | None], step: int) -> list[EvolvingCriterion]:
+        """Notes a visit in the history of the criteria in use. Returns the active ones with spread.
 
-        stds: of `in_use`, in its order; None where fewer than two verdicts exist.
+        stds: of `in_use`, in its order; None where fewer than two verdicts exist, which shows no
+        lack of spread.
         """
+        with_spread = []
         for criterion, std in zip(self.in_use, stds, strict=True):
             criterion.seen.append([step, std])
-            # A fault that every response commits lowers all rewards of the group alike and so
-            # moves no advantage: it goes, however useful it once was.
-            if not criterion.is_initial and std is not None and std <= ZERO_STD:
-                criterion.retired = step
-                criterion.why = "no spread"
-
-        # Where this visit gave no std, that of the last visit with one stands in. The sort is
-        # stable: ties go to the criterion that has been active longer.
-        ranked = [criterion for criterion in self.active if criterion.retired is None]
-        ranked.sort(key=lambda criterion: criterion.last_std, reverse=True)
-        for criterion in ranked[rubrics_kept:]:
-            criterion.retired = step
-            criterion.why = f"crowded out: {len(ranked)} for {rubrics_kept} places"
-        return self.move_retired()
+            is_flat = std is not None and std <= ZERO_STD
+            if not criterion.is_initial and not is_flat:
+                with_spread.append(criterion)
+        return with_spread
 
     def move_retired(self) -> int:
         """Moves what has just been retired out of the active criteria. Returns the number."""
@@ -542,7 +534,7 @@ class RLER(RubricReward):
         for prompt_id, visit in self.visits.items():
             # Before pruning: the verdicts belong to the criteria in use until now.
             agreements.append(agreement(visit))
-            self.count["retired"] += self.select(visit)
+            self.count["retired"] += self.prune(visit)
             # The policy is updated: from here on the visit has happened (decision 5).
             self.buffers[prompt_id] = visit.buffer
             active += visit.buffer.active
@@ -557,14 +549,35 @@ class RLER(RubricReward):
         metrics["rubric_agreement"] = nanmean(agreements)
         return metrics
 
-    def select(self, visit: Visit) -> int:
-        """The paper's selection: the K active criteria of widest spread stay. Returns the number
-        retired.
+    def prune(self, visit: Visit) -> int:
+        """Filters the active criteria after a visit (section 3.1). Returns the number retired."""
+        buffer = visit.buffer
+        with_spread = buffer.record(spreads(visit), self.step)
+        kept = {criterion.id for criterion in self.select(visit, with_spread)}
 
-        A rule of its own, so that a study can put another one in its place
-        (tests/evidence/reproduce_rler.py keeps criteria at random).
+        crowded = f"crowded out: {len(with_spread)} for {self.config.rubrics_kept} places"
+        for criterion in buffer.active:
+            if criterion.id in kept:
+                continue
+            criterion.retired = self.step
+            # A rule of somebody's own may have said why. A fault that every response commits lowers
+            # all rewards alike and so moves no advantage: it goes, however useful it once was.
+            if not criterion.why:
+                criterion.why = crowded if criterion in with_spread else "no spread"
+        return buffer.move_retired()
+
+    def select(self, visit: Visit, with_spread: list[EvolvingCriterion]) -> list[EvolvingCriterion]:
+        """The active criteria that stay: by the paper's rule the K of widest spread.
+
+        with_spread: the active criteria but those whose verdicts were all alike at this visit, the
+        older ones first. The caller keeps their history and retires what is not returned here, so
+        that a study can put another rule in this place (tests/evidence/reproduce_rler.py keeps
+        criteria at random).
         """
-        return visit.buffer.prune(spreads(visit), self.step, self.config.rubrics_kept)
+        # Where this visit gave no std, that of the last visit with one stands in. The sort is
+        # stable: ties go to the criterion that has been active longer.
+        ranked = sorted(with_spread, key=lambda criterion: criterion.last_std, reverse=True)
+        return ranked[: self.config.rubrics_kept]
 
     def state_dict(self) -> dict:
         """All buffers as plain values, for a checkpoint. The step is the training loop's."""

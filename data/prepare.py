@@ -19,7 +19,11 @@ Formats, told apart by the values of a row; a column that is null or not named h
     RaR as released     question, rubric: title, description, weight
     ResearchQA          query, rubric: rubric_item, type
     OpenRubrics         instruction, rubric: one numbered text
-    multiple choice     MedQA: question, options, answer_idx; GPQA: Question, Correct Answer, ...
+    multiple choice     MedQA: question, options by letter, answer_idx
+                        ARC: question, choices (label and text: two lists), answerKey
+                        MMLU: question, choices or options: a list, answer: place in it from 0,
+                        letter or text of the right one
+                        GPQA: Question, Correct Answer, Incorrect Answer 1, ...
 
 What the formats leave open, and what is done here:
 
@@ -32,7 +36,8 @@ What the formats leave open, and what is done here:
 3. Axis and category stay empty where a format has none; ResearchRubrics' own axes are copied.
 4. Rules. RubricHub names checkers of instruction following ("length_constraints:number_words"),
    with the parameters of IFEval. One that a check of judge.py can express becomes that check; a row
-   with any other is skipped: many rows of that domain, so allow it with --max_bad.
+   with any other is skipped: many rows of that domain, so allow it with --max_bad. Rows of all
+   other formats are treated alike.
 5. Ids. A row without one is named after its place: path below SOURCE, a colon, the row's number.
 """
 
@@ -55,7 +60,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import judge
 import rar
-from rar import DataError, Example, first_value
+from rar import DataError, Example, first_value, is_empty
 
 # ----------------------------------------------------------------------------- where rows come from
 
@@ -205,12 +210,26 @@ def config_names(shown: str, name: str) -> list[str]:
 # ----------------------------------------------------------------------------- values
 
 
-def is_missing(value: object) -> bool:
-    """Whether a column says nothing: null, an empty cell or list."""
-    # Table libraries write nan for null.
-    if isinstance(value, float):
-        return math.isnan(value)
-    return rar.is_empty(value)
+def without_nan(value: object) -> object:
+    """The value with null for each nan, however deep: table libraries write nan for null.
+
+    >>> without_nan([{"text": math.nan, "criterion": "Says hi."}])
+    [{'text': None, 'criterion': 'Says hi.'}]
+    """
+    # In place, and with a list of what is still to be looked at instead of recursion: columns may
+    # be nested deep.
+    whole_value = [value]
+    waiting = [whole_value]
+    while waiting:
+        holder = waiting.pop()
+        keys = list(holder) if isinstance(holder, dict) else range(len(holder))
+        for key in keys:
+            inner = holder[key]
+            if isinstance(inner, float) and math.isnan(inner):
+                holder[key] = None
+            elif isinstance(inner, dict | list):
+                waiting.append(inner)
+    return whole_value[0]
 
 
 def is_text(value: object) -> bool:
@@ -234,7 +253,7 @@ def unpacked(value: object) -> object:
         return value
     # A text may begin with a bracket and be no JSON.
     try:
-        return json.loads(value)
+        return without_nan(json.loads(value))
     except (ValueError, RecursionError):
         return value
 
@@ -290,7 +309,17 @@ def signed_item(item: object) -> object:
         "axis": item.get("axis"),
         "tags": item.get("tags"),
         "check": item.get("check"),
-    }
+    } | verifier_of(item)
+
+
+def verifier_of(item: dict) -> dict:
+    """Who verifies a criterion, and with which parameters; empty where nothing says so."""
+    # RubricHub's tags are no labels but an object that says it. Rows of others in the same layout
+    # have labels there, and they stay; some have these entries beside.
+    tags = object_of(item.get("tags"))
+    if "verifier" in tags:
+        return {"verifier": tags["verifier"], "parameters": tags.get("parameters"), "tags": None}
+    return {key: item[key] for key in ("verifier", "parameters") if key in item}
 
 
 # ----------------------------------------------------------------------------- signed weights
@@ -316,8 +345,8 @@ def convert_ours(row: dict, place: Place) -> list[dict]:
     # reader must not take it for one of RaR's.
     rubric = []
     for item in list_of(first_value(row, "rubrics", "rubric")):
-        if isinstance(item, dict) and "description" in item:
-            item = item | {"description": None}
+        if isinstance(item, dict):
+            item = item | {"description": None} | verifier_of(item)
         rubric.append(item)
     return [
         {
@@ -387,7 +416,7 @@ def convert_reward_model(row: dict, place: Place) -> list[dict]:
             "reference": reference if is_text(reference) or is_number(reference) else None,
             "example_tags": tags_of(row, "ability", "topic"),
             "canary": row.get("canary"),
-            "rubric": [verified_item(item, place) for item in reward_model_items(row)],
+            "rubric": [signed_item(item) for item in reward_model_items(row)],
         }
     ]
 
@@ -397,31 +426,25 @@ CHECKER = re.compile(r"\s*([a-z_]+:[a-z0-9_]+)\s*")
 
 
 def verified_item(item: object, place: Place) -> object:
-    """One criterion of RubricHub; a rule becomes a check. Raises DataError where none fits."""
-    converted = signed_item(item)
-    if not isinstance(converted, dict):
-        return converted
-
-    # Its tags are no labels but an object that says who verifies: a model, or a function. Rows of
-    # others in the same layout have labels there, and they stay; some have these entries beside.
-    verifier = item
-    if isinstance(item.get("tags"), dict) and "verifier" in item["tags"]:
-        verifier = item["tags"]
-        converted["tags"] = None
+    """A criterion under our names; a rule becomes a check. Raises DataError where none fits."""
+    # One with a check of ours is decided by it.
+    if not isinstance(item, dict) or not is_empty(item.get("check")):
+        return item
 
     # A rule without its checker's name must not be judged as if it were a statement.
-    checker = CHECKER.fullmatch(str(converted["text"]))
+    text = str(first_value(item, "text", "criterion"))
+    checker = CHECKER.fullmatch(text)
     if not checker:
-        if verifier.get("verifier") == "rule":
-            raise DataError(f"{place}: rule {str(converted['text'])[:60]!r} is not known")
-        return converted
+        if item.get("verifier") == "rule":
+            raise DataError(f"{place}: rule {text[:60]!r} is not known")
+        return item
 
     # The name of a function tells a reader nothing, so the text says what it asks for.
     name = checker.group(1)
-    text, check = rule_check(name, object_of(verifier.get("parameters")))
+    text, check = rule_check(name, object_of(item.get("parameters")))
     if not check:
         raise DataError(f"{place}: rule {name!r} has no counterpart among the checks of judge.py")
-    return converted | {"title": name, "text": text, "check": check}
+    return item | {"title": name, "text": text, "check": check}
 
 
 OPERATORS = {"at least": ">=", "at most": "<=", "less than": "<", "more than": ">"}
@@ -527,7 +550,8 @@ def released_item(item: object) -> object:
     if category == "pitfall":
         is_good = rar.names_avoidance(text, title if is_text(title) else "")
         weight = abs(weight) if is_good else -abs(weight)
-    return {"title": title, "text": text, "category": category.capitalize(), "weight": weight}
+    released = {"title": title, "text": text, "category": category.capitalize(), "weight": weight}
+    return released | verifier_of(item)
 
 
 def split_prefix(description: str) -> tuple[str, str]:
@@ -591,7 +615,8 @@ def convert_ground_truth(row: dict, place: Place) -> list[dict]:
         else:
             text = item.get("description")
             weight = item.get("weight")
-            rubric.append({"title": item.get("title"), "text": text, "weight": weight})
+            signed = {"title": item.get("title"), "text": text, "weight": weight}
+            rubric.append(signed | verifier_of(item))
     return [
         {
             "id": id_of(row, place, "id"),
@@ -673,17 +698,33 @@ WRONG_OPTION = re.compile(r"Incorrect Answer( \d+)?")
 
 
 def is_medqa(row: dict) -> bool:
-    """The letter of the right option; rows that have a rubric as well are asked for before."""
-    return is_text(row.get("answer_idx"))
+    """Options to choose from; rows that have a rubric as well are asked for before."""
+    return first_value(row, "options", "choices", "answer_idx") is not None
 
 
 def convert_medqa(row: dict, place: Place) -> list[dict]:
-    """MedQA and its kin: a question, options by letter, the letter of the right one."""
-    options = object_of(row.get("options"))
+    """MedQA and its kin: a question, options by letter or in a list, and which one is right."""
+    options = unpacked(first_value(row, "options", "choices"))
+    answer = whole(first_value(row, "answer_idx", "answerKey", "answer"))
+    # true is no place in a list.
+    if not is_text(answer) and not is_number(answer):
+        answer = None
+    if isinstance(options, list):
+        # A number is a place from 0, as in MMLU.
+        labels = range(len(options)) if type(answer) is int else LETTERS
+        right = dict(zip(labels, options)).get(answer, answer)
+        # "B" may be the second of the list or the one that reads "B": nobody can tell.
+        if answer in options and right != answer:
+            right = None
+        return choice_rows(row, place, row.get("question"), options, right)
+
+    options = object_of(options)
+    # ARC has the labels in a list and the texts in another.
+    if isinstance(options.get("text"), list):
+        options = dict(zip(list_of(options.get("label")), options["text"], strict=True))
     # Tables write null for the letters that other questions use.
     texts = [text for text in options.values() if text is not None]
-    right = options.get(row["answer_idx"])
-    return choice_rows(row, place, row.get("question"), texts, right)
+    return choice_rows(row, place, row.get("question"), texts, options.get(answer))
 
 
 def is_gpqa(row: dict) -> bool:
@@ -721,7 +762,7 @@ def choice_rows(
     options = list(dict.fromkeys(texts)) if all_text else []
     if not 2 <= len(options) <= len(LETTERS) or right not in options or texts.count(right) > 1:
         need = "needs a question, at least two different options and the right one among them"
-        raise DataError(f"{place}: {need}")
+        raise DataError(f"{place}: multiple choice {need}")
 
     name = id_of(row, place, "id", "Record ID")
     rows = []
@@ -776,7 +817,7 @@ FORMATS = {
     "OpenRubrics": Format(is_open_rubrics, convert_open_rubrics),
     RELEASED: Format(is_released, convert_released),
     "GPQA": Format(is_gpqa, convert_gpqa),
-    "MedQA": Format(is_medqa, convert_medqa),
+    "MedQA, ARC or MMLU": Format(is_medqa, convert_medqa),
 }
 
 
@@ -795,12 +836,16 @@ def convert_row(raw: object, place: Place) -> Converted:
     if not isinstance(row, dict):
         kind = type(row).__name__
         raise DataError(f"{where}: a {kind}, not an object; each line must hold one JSON object")
-    row = {column: value for column, value in row.items() if not is_missing(value)}
+    row = {column: value for column, value in without_nan(row).items() if not is_empty(value)}
 
     # The reader of our format checks all that is written: the two can never disagree.
     try:
         name = format_name(row, place)
-        examples = [rar.parse_example(own, where) for own in FORMATS[name].convert(row, place)]
+        examples = []
+        for own in FORMATS[name].convert(row, place):
+            # Whatever the format: the name of a checker is never judged as a statement.
+            own["rubric"] = [verified_item(item, place) for item in own["rubric"]]
+            examples.append(rar.parse_example(own, where))
         lines = [line_of(example) for example in examples]
     except DataError:
         raise
@@ -819,8 +864,10 @@ def format_name(row: dict, place: Place) -> str:
     if ground_truth(row).get("rubrics") == []:
         raise DataError(f"{place}: its rubric has no items")
     # The columns tell a person at once which data set it is.
-    columns = ", ".join(sorted(map(str, row))[:12])
-    raise DataError(f"{place}: no rubric that data/prepare.py knows in its columns: {columns}")
+    columns = ", ".join(sorted(map(str, row))[:12])[:200]
+    writer = "questions without rubrics, as 'question' or 'prompt': python tools/write_rubrics.py"
+    known = f"no rubric that data/prepare.py knows ({writer})"
+    raise DataError(f"{place}: {known} in its columns: {columns}")
 
 
 def line_of(example: Example) -> bytes:
@@ -1017,7 +1064,7 @@ def check_share(source: str, report: Report, max_bad: float) -> None:
         advice = "mend the rows, or allow more with --max_bad"
         # Not a row: hardly a matter of single rows.
         if not report.written:
-            advice = "data/prepare.py lists the formats it reads at its top"
+            advice = "python data/prepare.py --help lists the formats"
         raise DataError(f"{source}: {bad}, {count} because: {reason}; {advice}")
 
 
@@ -1041,8 +1088,7 @@ def print_report(report: Report) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Command line. Exit status 0, or 2 with one line that says what is wrong."""
     parser = argparse.ArgumentParser(
-        description="Converts rows of published data sets into this project's own row format.",
-        epilog="example: python data/prepare.py medqa.jsonl --out medqa_rows.jsonl",
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("source", help="a file, a folder, or a data set of the hub: owner/name[:config][:split]")

@@ -394,6 +394,8 @@ class SilentJudge(LexicalJudge):
 
 
 def test_class_rewards_are_clipped_where_advantages_are_not_divided():
+    # Divided by the widest of the group, say: a fork's own kind.
+    assert arlrr.clip_rewards([0.5, -6.0], "range") == [0.5, -6.0]
     harsh = example("harsh", ("Mentions clouds.", 1, "accuracy"), ("Mentions cheese.", -6, "accuracy"))
     for advantage, expected in (("std", -6), ("mean", -1), ("none", -1)):
         method = alternating(advantage=advantage)

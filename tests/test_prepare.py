@@ -131,6 +131,13 @@ MEDQA = {
     "answer_idx": "B",
     "answer": "Lead",
 }
+ARC = {
+    "id": "arc-1",
+    "question": "Which metal?",
+    "choices": {"text": ["Iron", "Lead", "Tin"], "label": ["1", "2", "3"]},
+    "answerKey": "2",
+}
+MMLU = {"question": "Which metal?", "choices": ["Iron", "Lead", "Tin"], "answer": 1}
 GPQA = {
     "Question": "Which one?",
     "Correct Answer": "Lead",
@@ -151,6 +158,8 @@ EVERY = {
     "ResearchQA": RESEARCH_QA,
     "OpenRubrics": OPEN_RUBRICS,
     "MedQA": MEDQA,
+    "ARC": ARC,
+    "MMLU": MMLU,
     "GPQA": GPQA,
 }
 
@@ -307,7 +316,7 @@ def test_open_rubrics(convert):
 
 def test_every_row_of_a_mixture_is_told_apart(convert, tmp_path):
     examples = convert(*EVERY.values())
-    assert len(examples) == len(EVERY) - 2 + 2 * prepare.RUNS
+    assert len(examples) == len(EVERY) - 4 + 4 * prepare.RUNS
     assert next(e for e in examples if e.id == "own").tags == ["theme:life"]
     alone = [example for row in EVERY.values() for example in convert(row)]
     for one, other in zip(examples, alone):
@@ -354,7 +363,18 @@ def test_multiple_choice_is_asked_several_times_in_other_orders(convert, row, na
         MEDQA | {"answer_idx": "D"},
         MEDQA | {"options": {"A": "x"}},
         MEDQA | {"options": {"A": "x", "B": "x"}},
-        MEDQA | {"options": ["Iron", "Lead"]},
+        MEDQA | {"answer_idx": None, "answer": None},
+        MEDQA | {"answer_idx": ["A"]},
+        MEDQA | {"options": "Iron or lead"},
+        MMLU | {"answer": 3},
+        MMLU | {"answer": -1},
+        MMLU | {"answer": True},
+        MMLU | {"answer": "1"},
+        MMLU | {"answer": ["B"]},
+        MMLU | {"choices": [str(n) for n in range(27)], "answer": "B"},
+        # The second of the list, or the one that reads "B"?
+        MMLU | {"choices": ["B", "A", "C"], "answer": "B"},
+        ARC | {"answerKey": "D"},
         MEDQA | {"answer_idx": "B", "options": {"A": "Lead", "B": "Lead", "C": "Tin"}},
         GPQA | {"Question": None},
     ],
@@ -363,6 +383,29 @@ def test_broken_multiple_choice_is_one_line(convert, row):
     with pytest.raises(rar.DataError, match="needs a question") as caught:
         convert(row)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        MMLU,
+        MMLU | {"answer": "B"},
+        MMLU | {"answer": "Lead"},
+        MMLU | {"answer": 1.0, "choices": json.dumps(MMLU["choices"])},
+        {"question": "Which metal?", "options": MMLU["choices"], "answer": "B", "answer_index": 1},
+        MEDQA | {"answer_idx": None, "answer": "B"},
+        ARC | {"id": None},
+        ARC | {"id": None, "choices": json.dumps(ARC["choices"])},
+    ],
+)
+def test_other_layouts_of_multiple_choice_are_the_same_question(convert, row):
+    assert convert(row) == convert(MEDQA)
+
+
+def test_options_that_are_letters_and_agree(convert):
+    row = {"question": "Which vitamin?", "choices": ["A", "B", "C"], "answer": "C"}
+    assert convert(row)[0].reference.endswith("C")
+    assert len(convert(MEDQA | {"options": {"A": "B", "B": "C"}, "answer_idx": "B"})) == prepare.RUNS
 
 
 def test_a_wrong_option_listed_twice_is_taken_once(convert):
@@ -562,6 +605,62 @@ def test_a_checker_is_never_judged_as_a_statement(convert):
     )
 
 
+NAMES_OF_TEXTS = {
+    "HealthBench": "criterion",
+    "Professional": "criterion_text",
+    "RaR": "description",
+    "RubricHub": "criterion",
+    "verl": "criterion",
+    "own": "text",
+    "ResearchRubrics": "criterion",
+    "DR Tulu": "description",
+    "ResearchQA": "rubric_item",
+}
+
+
+def with_item(name, **entries):
+    """The row of a format with one more criterion, its text under the format's own name."""
+    row = json.loads(json.dumps(EVERY[name]))
+    truth = json.loads(row["ground_truth"]) if name == "DR Tulu" else {}
+    holder = truth or row.get("reward_model", row)
+    [column] = {"rubrics", "Rubrics", "rubric", "rubric_items"} & set(holder)
+    item = {"weight": 7, "points": 7} | entries
+    item[NAMES_OF_TEXTS[name]] = item.pop("said")
+    holder[column].append(item)
+    return row | {"ground_truth": json.dumps(truth)} if truth else row
+
+
+@pytest.mark.parametrize("name", NAMES_OF_TEXTS)
+def test_a_checker_is_no_statement_in_any_format(convert, name):
+    checker = "length_constraints:number_words"
+    limit = json.dumps({"num_words": 3, "relation": "at least"})
+    tags = {"verifier": "rule", "function": "c", "parameters": limit}
+    for beside in ({"tags": tags}, {"tags": json.dumps(tags)}, tags):
+        if name == "ResearchQA":
+            continue  # it has no place for parameters
+        [e] = convert(with_item(name, said=checker, **beside))
+        assert (e.rubric[-1].text, e.rubric[-1].check) == ("Has at least 3 words.", "words >= 3")
+        assert not [tag for tag in e.rubric[-1].tags if "verifier" in tag]
+        with pytest.raises(rar.DataError, match="rule 'Use no commas.' is not known"):
+            convert(with_item(name, said="Use no commas.", **beside))
+    with pytest.raises(rar.DataError, match="'change_case:english_capital' has no counterpart"):
+        convert(with_item(name, said="change_case:english_capital"))
+
+
+def test_a_checker_in_a_numbered_line_is_no_statement(convert):
+    with pytest.raises(rar.DataError, match="'punctuation:no_comma' has no counterpart"):
+        convert(OPEN_RUBRICS | {"rubric": "1. Is polite.\n2. punctuation:no_comma [Hard Rule]"})
+
+
+def test_what_has_a_check_of_ours_stays_as_it_is(convert, tmp_path):
+    """Rows that were converted once are converted again without a change."""
+    once = convert(rule_row("length_constraints:number_words", {"num_words": 3, "relation": "at least"}))
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert convert(*rows) == once
+    named = {"text": "keywords:existence", "weight": 1, "check": "words >= 3"}
+    assert convert(OWN | {"rubric": [named]})[0].rubric[0].text == "keywords:existence"
+
+
 # ----------------------------------------------------------------------------- values, never keys
 
 NULLS = [
@@ -594,7 +693,7 @@ COLUMNS = sorted(
 
 
 @pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize("nothing", [None, "", [], {}])
+@pytest.mark.parametrize("nothing", [None, "", [], {}, float("nan")])
 def test_empty_columns_change_nothing(convert, name, nothing):
     row = EVERY[name]
     more = {column: nothing for column in COLUMNS if column not in row}
@@ -603,16 +702,33 @@ def test_empty_columns_change_nothing(convert, name, nothing):
 
 @pytest.mark.parametrize(
     "name",
-    ["HealthBench", "Professional", "RaR", "RubricHub", "verl", "own", "ResearchRubrics"],
+    ["HealthBench", "Professional", "RaR", "RubricHub", "verl", "own", "ResearchRubrics", "DR Tulu"],
 )
-def test_null_columns_of_criteria_change_nothing(convert, name):
+@pytest.mark.parametrize("nothing", [None, float("nan")])
+def test_null_columns_of_criteria_change_nothing(convert, name, nothing):
     row = json.loads(json.dumps(EVERY[name]))
-    holder = row.get("reward_model", row)
-    [column] = [
-        key for key in ("rubrics", "Rubrics", "rubric", "rubric_items") if key in holder
-    ]
-    holder[column] = [dict.fromkeys(NULLS) | item for item in holder[column]]
+    truth = json.loads(row["ground_truth"]) if name == "DR Tulu" else {}
+    holder = truth or row.get("reward_model", row)
+    [column] = {"rubrics", "Rubrics", "rubric", "rubric_items"} & set(holder)
+    holder[column] = [dict.fromkeys(NULLS, nothing) | item for item in holder[column]]
+    if truth:
+        row["ground_truth"] = json.dumps(truth)
     assert convert(row) == convert(EVERY[name])
+
+
+def test_a_nan_anywhere_says_nothing(convert):
+    nan = float("nan")
+    item = {"text": nan, "criterion": "Says hi.", "points": 3, "tags": [nan, "axis:accuracy"]}
+    rubrics = [*HEALTHBENCH["rubrics"], item]
+    ideal = {"ideal_completion": nan}
+    row = HEALTHBENCH | {"rubrics": rubrics, "ideal_completions_data": ideal}
+    [e] = convert(row)
+    assert (e.rubric[-1].text, e.rubric[-1].axis, e.reference) == ("Says hi.", "accuracy", "")
+    # An option that a table has no text for, and a weight that is none.
+    options = MEDQA["options"] | {"D": nan}
+    assert convert(MEDQA | {"options": options}) == convert(MEDQA)
+    with pytest.raises(rar.DataError, match="weight None"):
+        convert(OWN | {"rubric": [{"text": "Says so.", "weight": nan}]})
 
 
 def test_a_null_description_does_not_turn_a_sign(convert):
@@ -646,7 +762,7 @@ def test_nobody_is_sent_in_a_circle(convert):
     ):
         with pytest.raises(rar.DataError, match="1 of 1 rows cannot be used") as caught:
             convert(row)
-        assert "--out" not in str(caught.value)
+        assert "--out" not in str(caught.value) and "write_rubrics" not in str(caught.value)
 
 
 def test_tags_as_an_object(convert):
@@ -1076,7 +1192,7 @@ def test_parquet_adds_a_null_for_every_column_of_every_format(tmp_path):
     assert report.skipped == 0 and report.formats == {
         "ours or HealthBench": 2,
         "RaR as released": 1,
-        "MedQA": 1,
+        "MedQA, ARC or MMLU": 1,
         "DR Tulu or open-instruct": 1,
     }
     by_name = {e.id: signed(e) for e in rar.read_examples(tmp_path / "out.jsonl")}
@@ -1171,6 +1287,23 @@ def test_a_question_in_two_files_is_reported(tmp_path, capsys):
         == 0
     )
     assert "in more than one" not in capsys.readouterr().err  # within one file it is no leak
+
+
+def test_help_lists_every_format_and_questions_alone_are_sent_to_the_writer(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        prepare.main(["--help"])
+    text = capsys.readouterr().out
+    for name in ("HealthBench", "RubricHub", "DR Tulu", "ResearchQA", "OpenRubrics", "MMLU", "GPQA"):
+        assert name in text
+    assert "\n    ResearchQA          query, rubric: rubric_item, type\n" in text
+
+    # Long names of columns push nothing out of the message.
+    row = {"question": "Why?"} | {f"c{n}" * 90: 1 for n in range(12)}
+    write(tmp_path / "a.jsonl", row)
+    assert prepare.main([str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out.jsonl")]) == 2
+    error = capsys.readouterr().err
+    assert "questions without rubrics, as 'question' or 'prompt': python tools/write_rubrics.py" in error
+    assert error.endswith("python data/prepare.py --help lists the formats\n") and error.count("\n") == 1
 
 
 # ----------------------------------------------------------------------------- bad rows
@@ -1705,9 +1838,9 @@ def test_values_of_the_wrong_kind_are_one_line(convert, change):
 
 def test_columns_of_the_wrong_kind_that_no_format_needs_change_nothing(convert):
     assert convert(HUB | {"reward_model": ["x"]}) == convert(HUB)
-    columns = "in its columns: answer, answer_idx, options, question"
+    columns = "in its columns: answer, query, question"
     with pytest.raises(rar.DataError, match=columns):
-        convert(MEDQA | {"answer_idx": ["A"]})
+        convert({"question": "Which metal?", "answer": ["A"], "query": 3})
 
 
 # ----------------------------------------------------------------------------- many rows

@@ -256,6 +256,34 @@ def test_the_arms_of_the_study_differ_in_one_hook_each():
     assert len(kept) == 3
 
 
+class Newest(RLER):
+    """A fork of three lines: the newest stay."""
+
+    def select(self, visit, with_spread):
+        ranked = sorted(with_spread, key=lambda criterion: criterion.born, reverse=True)
+        return ranked[: self.config.rubrics_kept]
+
+
+def test_a_rule_of_somebodys_own_only_ranks():
+    """The history that the report draws is kept, and what has no spread goes, whatever the rule."""
+    same = {"Same.": row(1, 1, 1, 1)}
+    proposals = [positive("A.", "B.", "Same."), positive("C.")]
+    method = Newest(Script(THREE | same, proposals), settings(rubrics_kept=2))
+    visit(method, ALL)
+    visit(method, ALL)
+    buffer = method.buffers["cold"]
+    assert texts(buffer.active) == ["A.", "C."]
+    assert {c.text: (c.retired, c.why) for c in buffer.retired} == {
+        "Same.": (1, "no spread"),
+        "B.": (2, "crowded out: 3 for 2 places"),
+    }
+    for criterion in buffer.by_birth:
+        first = max(criterion.born, 1)
+        last = criterion.retired or 2
+        assert [step for step, _ in criterion.seen] == list(range(first, last + 1))
+        assert all(isinstance(std, float) for _, std in criterion.seen)
+
+
 def test_unequal_initial_weights_keep_their_proportions_and_have_a_mean_of_one():
     rubric = [Criterion("A.", 5), Criterion("B.", 3), Criterion("C.", -4)]
     example = Example("w", COLD_PROMPT, rubric)
@@ -282,7 +310,7 @@ def test_it_is_a_rubric_reward_that_overrides_hooks_alone():
     assert issubclass(RLER, rar.RubricReward)
     own = {name for name in vars(RLER) if not name.startswith("_")}
     hooks = {"before_step", "rubric_for", "questions", "aggregate", "after_step"}
-    assert own - set(vars(rar.RubricReward)) == {"open_visits", "propose", "select"}
+    assert own - set(vars(rar.RubricReward)) == {"open_visits", "propose", "prune", "select"}
     assert hooks | {"score", "state_dict", "load_state_dict"} == own & set(vars(rar.RubricReward))
     assert RLER(LexicalJudge(), settings()).can_learn_from(EXAMPLE)
 
@@ -383,7 +411,7 @@ def test_equal_fractions_have_no_spread():
     assert rler.population_std([0.1] * 6) <= rler.ZERO_STD
     assert rler.population_std([0.35] * 7) <= rler.ZERO_STD
     buffer = rler.Buffer([], [EvolvingCriterion("Kind.", 1.0, id="k", born=1)])
-    assert buffer.prune([1.4e-17], step=1, rubrics_kept=5) == 1
+    assert buffer.record([1.4e-17], step=1) == []
 
 
 def test_an_empty_response_keeps_no_saturated_criterion_alive():

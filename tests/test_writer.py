@@ -192,6 +192,22 @@ def test_a_broken_rubric_is_asked_for_once_more_then_dropped_and_reported(
     assert ids(out) == ["cold", "sky"]
 
 
+def test_an_answer_in_another_shape_is_dropped_with_its_reason(questions, tmp_path, capsys):
+    """A bare list of items, say: the user is told what the model was told, and what it had said."""
+    said = [json.dumps(rubric(item(0, title="T\u001b[2J" + "x" * 200), n=1))] * 2
+    with Writer({"What helps": said}) as server:
+        assert main(server, questions, tmp_path / "o.jsonl") == 0
+    error = capsys.readouterr().err
+    assert 'no usable answer (unparsable): "rubric" must be a list of 7 to 20 items, not 0' in error
+    assert '; read was {"title": "T\\u001b[2Jxxx' in error
+    assert error.count("\n") == 1 and len(error) < 300
+    assert "\x1b" not in error
+
+    with Writer({"What helps": ["I cannot."] * 2}) as server:
+        assert main(server, questions, tmp_path / "p.jsonl") == 0
+    assert "no usable answer (unparsable): it holds no JSON object\n" in capsys.readouterr().err
+
+
 def test_a_question_that_stands_twice_is_asked_once_and_written_twice(tmp_path):
     path = write_rows(tmp_path / "q.jsonl", [SKY, SKY | {"id": "air"}])
     with Writer() as server:
@@ -214,6 +230,48 @@ def test_more_than_a_batch_the_domain_and_the_canary(tmp_path):
         assert all(role in body["messages"][0]["content"] for body in server.bodies)
     assert ids(out) == sorted(row["id"] for row in rows)
     assert {example.canary for example in rar.read_examples(out)} == {"mark"}
+
+
+def test_nobody_is_a_physician_unless_asked(tmp_path):
+    path = write_rows(tmp_path / "q.jsonl", [{"question": "How do I brew tea?"}])
+    roles = {name: about["role"] for name, about in tool.domains().items()}
+    for flags, name in (([], "general"), (["--domain", "medicine"], "medicine")):
+        with Writer() as server:
+            assert main(server, path, tmp_path / f"{name}.jsonl", *flags) == 0
+            [body] = server.bodies
+        assert body["messages"][0]["content"].startswith(f"You are {roles[name]}.")
+    assert "physician" not in roles["general"]
+
+
+def test_a_domain_of_ones_own_is_one_more_entry(tmp_path, fork):
+    write_rows(tmp_path / "q.jsonl", [{"question": "How do I brew tea?"}])
+    place = fork / "data" / "rubric_domains.json"
+    entries = json.loads(place.read_text())
+    cook = {"role": "a cook who trains cooks", "look": "taste"}
+
+    def run(text):
+        place.write_text(text)
+        with Writer() as server:
+            command = [sys.executable, fork / "tools" / "write_rubrics.py", tmp_path / "q.jsonl"]
+            command += ["--out", tmp_path / "o.jsonl", "--domain", "cooking"]
+            command += ["--judge", server.url, "--judge_model", "m"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            return done, server.bodies
+
+    for text, words in (
+        ('{"cooking": {"role": "a cook",}}', "data/rubric_domains.json: not JSON"),
+        ("[1]", "not an object of names"),
+        ('{"cooking": {"role": "a cook"}}', "'cooking' needs \"role\" and \"look\""),
+        ('{"cooking": 3}', "'cooking' needs \"role\" and \"look\""),
+    ):
+        done, asked = run(text)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and not asked
+        assert words in done.stderr
+
+    done, asked = run(json.dumps(entries | {"cooking": cook}))
+    assert done.returncode == 0
+    prompt = asked[0]["messages"][0]["content"]
+    assert prompt.startswith("You are a cook who trains cooks.") and "Look at taste." in prompt
 
 
 # ---------------------------------------------------------------------------- the file it writes to
@@ -514,7 +572,7 @@ def test_a_row_that_cannot_be_used_is_dropped_and_named(tmp_path, capsys):
         {"id": "tags", "question": "Why?", "example_tags": [3]},
         "text",
         {"id": "cold", "question": "The same id?"},
-        {"id": "rar", "question": "Why?", "reference_answer": "Because."},
+        {"id": "chat", "messages": [{"role": "user", "content": "Why?"}]},
         {"id": "esc\u001b[2J", "question": "\ud801"},
     ]
     path = write_rows(tmp_path / "q.jsonl", [COLD, SKY, *bad])
@@ -532,6 +590,17 @@ def test_a_row_that_cannot_be_used_is_dropped_and_named(tmp_path, capsys):
     assert captured.err.count("\n") == len(bad)
     assert "\x1b" not in captured.err + captured.out
     assert ids(out) == ["cold", "sky"]
+
+
+def test_a_reference_under_its_other_name_is_shown_to_the_writer(tmp_path):
+    """data/prepare.py sends questions without rubrics here: it must not be sent back."""
+    row = {"id": "cold", "question": COLD["question"], "reference_answer": COLD["reference"]}
+    path = write_rows(tmp_path / "q.jsonl", [row])
+    with Writer() as server:
+        assert write(server, path, tmp_path / "out.jsonl").written == 1
+        [body] = server.bodies
+    assert COLD["reference"] in body["messages"][0]["content"]
+    assert rar.read_examples(tmp_path / "out.jsonl")[0].reference == COLD["reference"]
 
 
 def test_many_dropped_rows_are_named_up_to_ten(tmp_path, capsys):
@@ -558,7 +627,11 @@ def test_many_dropped_rows_are_named_up_to_ten(tmp_path, capsys):
         (["q.jsonl", "--out", "o.jsonl", "--judge", ""], "--judge: an empty value"),
         (["q.jsonl", "--out", "o.jsonl", "--judge_model", " "], "--judge_model: an empty value"),
         (["q.jsonl", "--out", "o.jsonl", "--search", ""], "--search: an empty value"),
-        (["q.jsonl", "--out", "o.jsonl", "--domain", ""], "invalid choice: ''"),
+        (["q.jsonl", "--out", "o.jsonl", "--domain", ""], "'' is none of general, medicine, science"),
+        (
+            ["q.jsonl", "--out", "o.jsonl", "--domain", "cooking"],
+            "'cooking' is none of general, medicine, science; add one of your own to data/rubric_domains.json",
+        ),
         (["q.jsonl", "--out", "o.jsonl", "--domian", "science"], "unrecognized"),
     ],
 )
@@ -633,3 +706,4 @@ def test_help_has_a_worked_example():
     text = subprocess.run(command, capture_output=True, text=True, check=True, cwd=os.sep).stdout
     assert "python tools/write_rubrics.py QUESTIONS.jsonl --out FILE.jsonl" in text
     assert "--search data/corpus.jsonl" in text
+    assert "general, medicine, science" in text and "data/rubric_domains.json" in text

@@ -7,6 +7,9 @@ search with the question as it stands, one call, every item resting on a snippet
 answer is checked; where it fails, the model is told why and asked once more, and a question that
 fails again is dropped and named.
 
+Who writes is --domain: an examiner of whatever the question is about (general), a physician
+(medicine), an examiner in science, or one of your own: one more entry of data/rubric_domains.json.
+
 Each rubric is written to --out as soon as it arrives. The same command goes on where it stopped.
 
     python tools/write_rubrics.py QUESTIONS.jsonl --out FILE.jsonl \\
@@ -64,13 +67,13 @@ from rar import (
     parse_criterion,
     parse_example,
     read_rows,
-    refuse,
 )
 from rler import criterion_id, one_line, read_entries
 from tools.report import Parser, run_tool
 
 BATCH = 64  # questions under way at a time, as many as the judge's client has workers
 NAMED = 10  # dropped questions that are named on the terminal
+SHOWN = 100  # characters of an answer that is no rubric, beside the reason
 
 # ------------------------------------------------------------------------------------ the writer
 
@@ -109,7 +112,7 @@ FEWER = {
 }
 
 
-def writer_prompt(example: Example, domain: str = "medicine") -> str:
+def writer_prompt(example: Example, domain: str) -> str:
     """What the model is asked to write a rubric from its own knowledge.
 
     Without a reference its block and the ban on copying it are left out; the paper does not publish
@@ -141,8 +144,20 @@ def writer_prompt(example: Example, domain: str = "medicine") -> str:
 
 
 def domains() -> dict[str, dict]:
-    """name -> {"role", "look"}: the domains in which a rubric can be written."""
-    return json.loads(read_prompt("rubric_domains.json"))
+    """name -> {"role", "look"}: the domains in which a rubric can be written. Raises DataError."""
+    # People add their own.
+    where = "data/rubric_domains.json"
+    try:
+        entries = json.loads(read_prompt("rubric_domains.json"))
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON: {error}") from None
+    if not isinstance(entries, dict):
+        raise DataError(f'{where}: not an object of names, each with "role" and "look"')
+    for name, about in entries.items():
+        texts = [about.get("role"), about.get("look")] if isinstance(about, dict) else [None]
+        if not all(isinstance(text, str) for text in texts):
+            raise DataError(f'{where}: {name!r} needs "role" and "look", both text')
+    return entries
 
 
 def checked_rubric(example: Example, answer: dict) -> list[dict]:
@@ -691,9 +706,6 @@ def read_questions(source: str, report: Report) -> list[Example]:
     # A line that is no JSON ends this loop with an error: the file is not what the user thinks.
     for where, row in read_rows(source):
         try:
-            # Another format's name for the reference; without it the rubric would be a worse one.
-            if isinstance(row, dict) and row.get("reference_answer"):
-                refuse(where, "a reference under the name 'reference_answer'")
             example = parse_example(row, where, needs_rubric=False)
         except DataError as error:
             report.drop(where, str(error).removeprefix(f"{where}: "))
@@ -802,18 +814,24 @@ def write_batch(
                 report.drop(request.example.id, request.reason)
             else:
                 request.prompt = f"{request.prompt}\n\n{task.fewer}"
+                request.reason = ""
                 again.append(request)
         failed, stats = ask(judge, task, again, output, report)
 
-    # What the client counted, for the answers that held nothing to give a reason about.
+    # What the client counted, for the answers that held no whole object.
     kinds = []
     for name, number in stats.items():
         if name.startswith("judge_missing_") and number:
             kinds.append(name.removeprefix("judge_missing_"))
     for request in failed:
         reason = request.reason
-        if not reason:
+        if not request.was_whole:
             reason = f"no usable answer ({', '.join(kinds)})"
+            # The client tells the model so; what the answer was it does not hand on.
+            if not request.reason and kinds == ["unparsable"]:
+                request.reason = "it holds no JSON object"
+            if request.reason:
+                reason = f"{reason}: {request.reason}"
         report.drop(request.example.id, reason)
 
     # After minutes without any answer the next questions would only wait as long again.
@@ -837,11 +855,12 @@ def ask(
         try:
             rubric = task.read(request.example, request.context, answer)
         except ValueError as error:
+            request.reason = str(error)
             # In an answer that is cut off the client finds single items: that is no refusal.
-            request.reason = ""
             if request.was_whole:
-                request.reason = str(error)
                 report.refuse(request.reason)
+            else:
+                request.reason += f"; read was {json.dumps(answer)[:SHOWN]}"
             raise
 
         # In the file now, and not when all of the batch are there: a kill, or a judge that fails,
@@ -869,6 +888,15 @@ def not_empty(text: str) -> str:
     return text
 
 
+def known_domain(text: str) -> str:
+    """A flag's value: the name of a domain."""
+    if text not in domains():
+        known = ", ".join(domains())
+        own = "add one of your own to data/rubric_domains.json"
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {known}; {own}")
+    return text
+
+
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     """The command's flags. Raises DataError."""
     parser = Parser(
@@ -882,7 +910,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--out", metavar="FILE", type=not_empty, required=True, help="goes on where the file ends")
     add("--judge", metavar="URL", type=not_empty, help="an OpenAI-compatible server's base URL")
     add("--judge_model", metavar="NAME", type=not_empty, help="the model's name on that server")
-    add("--domain", choices=list(domains()), help="wording of the prompt [medicine]")
+    known = f"who writes: {', '.join(domains())}, or an entry of yours [general]"
+    add("--domain", metavar="NAME", type=known_domain, help=known)
     add("--search", metavar="WHERE", type=not_empty, help="a file, a folder, web or scholar")
 
     flags = parser.parse_args(argv)
@@ -899,7 +928,7 @@ def run(argv: list[str] | None) -> None:
     """Does what the flags say and prints one JSON line. Raises DataError, JudgeError, OSError."""
     flags = parse_flags(argv)
     if flags.search is None:
-        task = writer_task("medicine" if flags.domain is None else flags.domain)
+        task = writer_task("general" if flags.domain is None else flags.domain)
     else:
         task = grounded_task(open_search(flags.search))
 

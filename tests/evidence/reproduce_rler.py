@@ -72,20 +72,15 @@ class Fixed(rler.RLER):
 class AtRandom(rler.RLER):
     """The criteria that stay are drawn by lot, whatever their spread."""
 
-    def select(self, visit: rler.Visit) -> int:
-        """Retires all active criteria but K that are drawn. Returns the number retired."""
-        buffer = visit.buffer
-        for criterion, std in zip(buffer.in_use, rler.spreads(visit), strict=True):
-            criterion.seen.append([self.step, std])
-
+    def select(self, visit: rler.Visit, with_spread: list) -> list:
+        """K of all active criteria, drawn."""
         # From the seed, the step and the prompt: a resumed run draws the same.
         name = f"{self.config.seed}-{self.step}-{visit.example.id}"
-        drawn = list(buffer.active)
+        drawn = list(visit.buffer.active)
         random.Random(name).shuffle(drawn)
         for criterion in drawn[self.config.rubrics_kept :]:
-            criterion.retired = self.step
             criterion.why = "drawn by lot"
-        return buffer.move_retired()
+        return drawn[: self.config.rubrics_kept]
 
 
 ARMS = {"fixed": Fixed, "evolving": rler.RLER, "random": AtRandom}
