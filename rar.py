@@ -22,6 +22,7 @@ Where this file decides what the paper leaves open or contradicts:
     python train.py --method explicit      # or points, predefined, implicit, likert, ...
 """
 
+import difflib
 import gzip
 import json
 import math
@@ -34,6 +35,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -856,8 +858,11 @@ def read_examples(path: str | Path) -> list[Example]:
     examples = []
     place_of_id = {}
     files_of_question = defaultdict(set)
+    folder = f"{Path(path)}/"
     for where, row in read_rows(path):
-        example = parse_example(row, where)
+        # Two files below a folder may have one name.
+        place = where.removeprefix(folder) if where.startswith(folder) else ""
+        example = parse_example(row, where, place=place)
 
         # Rubrics that evolve, and answers that are compared, are kept by id.
         if example.id in place_of_id:
@@ -970,10 +975,13 @@ def flat_tags(tags: object, where: str) -> list[str]:
     return result
 
 
-def parse_example(row: object, where: str, needs_rubric: bool = True) -> Example:
+def parse_example(
+    row: object, where: str, needs_rubric: bool = True, place: str = ""
+) -> Example:
     """One row of our format or HealthBench's, checked. Raises DataError.
 
     where: "file:line", for the message. needs_rubric: False where a rubric is yet to be written.
+    place: the id of a row without one.
     """
     # A list, a text or a number is JSON too.
     if not isinstance(row, dict):
@@ -1007,7 +1015,7 @@ def parse_example(row: object, where: str, needs_rubric: bool = True) -> Example
     # Without an id, the place in the file is one that stays the same from run to run.
     name = as_text(first_value(row, "prompt_id", "id"), where, "id", allow_number=True)
     if not name:
-        name = where.rsplit("/", 1)[-1]
+        name = place or where.rpartition("/")[2]
 
     return Example(
         id=name,
@@ -1070,6 +1078,8 @@ def parse_rubric(row: dict, where: str) -> Rubric:
         # (decision 1), so they are never read as ours.
         if is_released(item):
             refuse(where, "items with 'description', as RaR's released data have them")
+        if is_checker(item):
+            refuse(where, f"criterion {number} is the name of a checker, not a statement")
         criteria.append(parse_criterion(item, f"{where}: criterion {number}"))
 
     # By Eq. 1 a category weighs at most 1.0: an item that weighs its points beside it would drown
@@ -1095,6 +1105,21 @@ def is_released(item: object) -> bool:
     return first_value(item, "text", "criterion") is None
 
 
+CHECKER = re.compile(r"\s*[a-z_]+:[a-z0-9_]+\s*")  # "change_case:english_capital"
+
+
+def is_checker(item: object) -> bool:
+    """Whether a program decides an item, so that its text says nothing to a judge."""
+    if not isinstance(item, dict) or not is_empty(item.get("check")):
+        return False
+    tags = item.get("tags")
+    verifier = item.get("verifier")
+    if isinstance(tags, dict):
+        verifier = verifier or tags.get("verifier")
+    text = first_value(item, "text", "criterion")
+    return verifier == "rule" or bool(isinstance(text, str) and CHECKER.fullmatch(text))
+
+
 def refuse(where: str, what: str) -> None:
     """Raises the DataError that names the command which converts the row's file."""
     file = where.rpartition(":")[0]
@@ -1103,12 +1128,27 @@ def refuse(where: str, what: str) -> None:
 
 def refuse_foreign(row: dict, where: str) -> None:
     """Raises DataError where the row's values show a format that data/prepare.py converts."""
-    # MedQA has the first two of these columns, GPQA the last.
-    if first_value(row, "answer_idx", "options", "Correct Answer") is not None:
+    # Of MedQA, MMLU, ARC, GPQA.
+    columns = ("answer_idx", "options", "choices", "answerKey", "Correct Answer")
+    if first_value(row, *columns) is not None:
         refuse(where, "a multiple-choice question")
     # RubricHub, verl, ResearchRubrics, chats of open-instruct.
     if first_value(row, "Rubrics", "reward_model", "rubric_items", "messages") is not None:
         refuse(where, "a row of another format")
+
+
+KEYS = ("text", "criterion", "weight", "points", "title", "category", "axis", "tags", "check")
+
+
+@lru_cache
+def nearest_key(key: str) -> str:
+    """The key of a criterion that another one was meant to be; "" for a key, and where none is.
+
+    >>> nearest_key("chek"), nearest_key("check"), nearest_key("source")
+    ('check', '', '')
+    """
+    near = difflib.get_close_matches(key.lower(), KEYS, 1, 0.8)
+    return near[0] if near and key not in KEYS else ""
 
 
 def parse_criterion(item: object, where: str) -> Criterion:
@@ -1116,6 +1156,11 @@ def parse_criterion(item: object, where: str) -> Criterion:
     if not isinstance(item, dict):
         kind = type(item).__name__
         raise DataError(f"{where}: a {kind}, not an object with text and weight")
+    for key in item:
+        # A misspelt check would be judged, not counted.
+        meant = nearest_key(key)
+        if meant and is_empty(item.get(meant)):
+            raise DataError(f"{where}: {shorten(key)} is no key; did you mean {meant!r}?")
     text = first_value(item, "text", "criterion")
     if not isinstance(text, str) or not text.strip():
         message = "no text; give the criterion as one sentence about the response"
@@ -1208,7 +1253,8 @@ AVOIDS = re.compile(
         |list|provide|discuss|explain|consider|acknowledge|emphasi[sz]e|recogni[sz]e|clarif
         |distinguish|differentiate|warn|advise|account|describe|define|give|show|verif|check|ask
         |cite|justif|outline|highlight|connect|appl))
-    |prevent(?:s|ing)?|ensur(?:es?|ing)|makes?\ sure|guards?\ against|steers?\ clear\ of
+    |prevent(?:s|ing)?|ensur(?:es?|ing)|makes?\ sure|guards?\ against
+    |(?:steer|stay|keep)s?\ (?:clear\ of|away\ from)
     |(?:warn|caution)s?\ against|takes?\ care|is\ careful)\b""",
     re.VERBOSE | re.IGNORECASE,
 )
@@ -1237,7 +1283,7 @@ FAULT_DENIED = re.compile(
 # X is wrong; "Recommends avoiding X" is good advice or bad.
 EITHER_WAY = re.compile(
     SUBJECT
-    + r"""(?:does\ not|doesn't|never
+    + r"""(?:does\ not|doesn't|cannot|can't|never
     |(?:recommend|advis|suggest|counsel)\w*\ (?:against|avoiding))\b""",
     re.VERBOSE | re.IGNORECASE,
 )

@@ -869,6 +869,8 @@ GOOD_WHEN_MET = [
     "Is free of arithmetic errors.",
     "Does not rely solely on imaging.",
     "Steers clear of jargon.",
+    "Stays clear of jargon.",
+    "Keeps away from jargon.",
     "Refrains from guessing.",
     "A response must not guess.",
     "The final answer should be rounded once.",

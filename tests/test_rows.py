@@ -159,6 +159,40 @@ def test_a_name_given_twice_is_refused_with_its_line(tmp_path, name):
     assert f"name '{name[:60]}' is given twice" in refusal(listed)
 
 
+CHECKERS = [
+    {"text": "change_case:english_capital"},
+    {"tags": {"verifier": "rule", "function": "c", "parameters": "{}"}},
+    {"verifier": "rule"},
+]
+
+
+@pytest.mark.parametrize("change", CHECKERS)
+def test_a_checker_is_no_statement(tmp_path, change):
+    assert "name of a checker" in refusal(write(tmp_path / "a.jsonl", json.dumps(with_criterion(**change))))
+    # With a check of ours it is decided by counting.
+    [criterion] = read_one(tmp_path / "b.jsonl", with_criterion(**change, check="words <= 9")).rubric
+    assert criterion.check == "words <= 9"
+
+
+@pytest.mark.parametrize("key, meant", [("chek", "check"), ("wieght", "weight"), ("tittle", "title"), ("Axis", "axis")])
+def test_a_misspelt_key_is_refused(tmp_path, key, meant):
+    """Without its check a criterion would be judged in place of counted."""
+    row = with_criterion(**{key: "words <= 9"})
+    row["rubric"][0].pop(meant, None)
+    assert f"'{key}' is no key; did you mean '{meant}'?" in refusal(write(tmp_path / "a.jsonl", json.dumps(row)))
+    # A column of another name is somebody's own.
+    assert read_one(tmp_path / "b.jsonl", with_criterion(source="x", weights=[1], checked=True, check="words <= 9", weight=1)).rubric
+
+
+def test_rows_without_an_id_are_called_by_their_place_below_the_folder(tmp_path):
+    line = json.dumps(with_criterion() | {"id": None})
+    for name in ("a/rows.jsonl", "b/rows.jsonl", "rows.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, line)
+    assert sorted(e.id for e in rar.read_examples(tmp_path)) == ["a/rows.jsonl:1", "b/rows.jsonl:1", "rows.jsonl:1"]
+    assert [e.id for e in rar.read_examples(tmp_path / "a" / "rows.jsonl")] == ["rows.jsonl:1"]
+
+
 def test_numbers_of_thousands_of_digits_are_refused(tmp_path):
     line = json.dumps(with_criterion(weight=77777)).replace("77777", "7" * 5000)
     assert "a.jsonl:1: " in refusal(write(tmp_path / "a.jsonl", line))
