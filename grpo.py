@@ -106,7 +106,7 @@ def advantages(rewards: torch.Tensor, kind: str = "std") -> torch.Tensor:
                                   (Dr. GRPO, arXiv 2503.20783)
     none   A = r                  no baseline: REINFORCE, for comparison
 
-    A nan reward (could not be scored) gets advantage 0.
+    A nan reward (could not be scored) gets advantage 0. Raises ValueError for another kind.
 
     >>> advantages(torch.tensor([[1.0, 0, 1, 0], [0.5, 0.5, 0.5, 0.5]]), "mean").tolist()
     [[0.5, -0.5, 0.5, -0.5], [0.0, 0.0, 0.0, 0.0]]
@@ -128,6 +128,8 @@ def advantages(rewards: torch.Tensor, kind: str = "std") -> torch.Tensor:
     scaled = centred
     if kind == "std":
         scaled = centred / std
+    elif kind != "mean":
+        raise ValueError(f"no advantage is called {kind!r}")
     # A group without spread teaches nothing. By a threshold: the mean of equal floats need not
     # equal them, and a rounding error divided by its own std would be an advantage of size 1.
     return torch.where(std > ZERO_STD, scaled, 0.0)
@@ -1500,30 +1502,58 @@ def turn_end(tokenizer) -> int | None:
     return None
 
 
+# What opens a model's thoughts, and what comes before its answer.
+THOUGHT_MARKS = (
+    ("<think>", "</think>"),  # Qwen, DeepSeek and most others
+    ("<thinking>", "</thinking>"),
+    ("<seed:think>", "</seed:think>"),  # Seed-OSS
+    ("[THINK]", "[/THINK]"),  # Magistral
+    ("<|channel>thought", "<channel|>"),  # Gemma 4
+    ("<|channel|>", "<|channel|>final<|message|>"),  # gpt-oss: analysis, commentary, final
+)
+
+
 def set_text(tokenizer, rollout: Rollout) -> None:
     """Sets the rollout's thoughts and text. A judge reads the text; the loss sees all ids."""
-    # Both without special tokens; but in some vocabularies the thoughts' marks are among them.
-    marked = tokenizer.decode(rollout.ids)
+    # Without special tokens; but in some vocabularies the thoughts' marks are among them.
     text = tokenizer.decode(rollout.ids, skip_special_tokens=True)
-    if "think>" in marked and "think>" not in text:
-        text = marked
-        for token in set(tokenizer.all_special_tokens) - {"<think>", "</think>"}:
-            text = text.replace(token, "")
+    marked = tokenizer.decode(rollout.ids)
+    special = []
+    for marks in THOUGHT_MARKS:
+        if any(mark in marked and mark not in text for mark in marks):
+            special = special_tokens(tokenizer)
+            text = marked
+            break
+
     is_open = opens_thoughts(tokenizer, rollout.prompt_ids)
-    rollout.thoughts, rollout.text = split_thoughts(text, is_open)
+    thoughts, answer = split_thoughts(text, is_open)
+    for token in special:
+        thoughts = thoughts.replace(token, "").strip()
+        answer = answer.replace(token, "").strip()
+    rollout.thoughts = thoughts
+    rollout.text = answer
+
+
+def special_tokens(tokenizer) -> list[str]:
+    """All that a decoding without special tokens leaves out."""
+    # all_special_tokens has those with a role, and lacks the other ones of a chat template.
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return [*tokenizer.all_special_tokens, *added]
 
 
 def opens_thoughts(tokenizer, prompt_ids: list[int]) -> bool:
     """Whether a prompt ends in <think>, as some chat templates end it: the completion goes on."""
     # At the very end only: before that stand the user's words, which may be about the mark. A few
     # ids: it need not be a token of its own.
-    return tokenizer.decode(prompt_ids[-16:]).rstrip().endswith("<think>")
+    end = tokenizer.decode(prompt_ids[-16:]).rstrip()
+    return end.endswith(tuple(opening for opening, _ in THOUGHT_MARKS))
 
 
 def split_thoughts(text: str, is_open: bool = False) -> tuple[str, str]:
     """What a completion thinks, and what it answers. is_open: its prompt has opened the thoughts.
 
-    Everything up to the last </think> is thoughts. Thoughts that are never closed have no answer.
+    Everything up to the last mark of their end is thoughts (THOUGHT_MARKS). Thoughts that are never
+    closed have no answer.
 
     >>> split_thoughts("<think>Two and two.</think>\\n\\nFour.")
     ('Two and two.', 'Four.')
@@ -1532,11 +1562,14 @@ def split_thoughts(text: str, is_open: bool = False) -> tuple[str, str]:
     >>> split_thoughts("<think>Two and")
     ('Two and', '')
     """
-    thoughts, end, answer = text.rpartition("</think>")
-    if end:
-        return thoughts.strip().removeprefix("<think>").strip(), answer.strip()
-    if is_open or text.lstrip().startswith("<think>"):
-        return text.strip().removeprefix("<think>").strip(), ""
+    for opening, closing in THOUGHT_MARKS:
+        thoughts, end, answer = text.rpartition(closing)
+        if end:
+            return thoughts.strip().removeprefix(opening).strip(), answer.strip()
+        if text.lstrip().startswith(opening):
+            return text.strip().removeprefix(opening).strip(), ""
+    if is_open:
+        return text.strip(), ""
     return "", text
 
 

@@ -297,6 +297,10 @@ def test_what_the_template_puts_after_a_turn_ends_it(tiny, tokenizer, capsys):
         ("<think>Hm. So", False, "Hm. So", ""),
         ("<think></think>", False, "", ""),
         ("A <think> in words.", False, "", "A <think> in words."),
+        ("[THINK]Hm.[/THINK]Four.", False, "Hm.", "Four."),
+        ("<seed:think>Hm.</seed:think>Four.", False, "Hm.", "Four."),
+        ("<thinking>\nHm.\n</thinking>\nFour.", False, "Hm.", "Four."),
+        ("<thinking>Hm. So", False, "Hm. So", ""),
     ],
 )
 def test_the_answer_is_what_follows_the_thoughts(text, is_open, thoughts, answer):
@@ -323,6 +327,32 @@ def test_a_rollouts_text_is_its_answer(tokenizer, special):
     rollout = grpo.Rollout(closed, tokenizer.encode(" Four.\n<|im_end|>"), [], "stop")
     grpo.set_text(tokenizer, rollout)
     assert (rollout.thoughts, rollout.text) == ("", " Four.\n")
+
+
+GPT_OSS = ["<|channel|>", "<|message|>", "<|end|>", "<|start|>", "<|return|>"]
+OTHER_MARKS = {
+    "gpt-oss": (GPT_OSS, "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Four.<|return|>", "Four."),
+    "gpt-oss cut off": (GPT_OSS, "<|channel|>analysis<|message|>Hm. It may be Four", ""),
+    "gpt-oss at once": (GPT_OSS, "<|channel|>final<|message|>Four.<|return|>", "Four."),
+    "Magistral": (["[THINK]", "[/THINK]"], "[THINK]Hm.[/THINK]Four.<|im_end|>", "Four."),
+    "Gemma 4": (["<|channel>", "<channel|>"], "<|channel>thought\nHm.\n<channel|>Four.<|im_end|>", "Four."),
+    "Gemma 4 cut off": (["<|channel>", "<channel|>"], "<|channel>thought\nHm. It may be Four", ""),
+    "Seed-OSS": (["<seed:think>", "</seed:think>"], "<seed:think>Hm.</seed:think>Four.<|im_end|>", "Four."),
+}
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("name", OTHER_MARKS)
+def test_thoughts_in_other_marks_are_no_answer(tokenizer, name, special):
+    """Whoever is paid for right words in the thoughts need not answer."""
+    marks, completion, answer = OTHER_MARKS[name]
+    tokenizer.add_tokens(marks, special_tokens=special)
+    rollout = grpo.Rollout(tokenizer.encode("user: Hi\n"), tokenizer.encode(completion), [], "stop")
+    grpo.set_text(tokenizer, rollout)
+    if not special:
+        answer += "<|return|>" * completion.endswith("<|return|>")
+    assert rollout.text == answer
+    assert ("Hm." in rollout.thoughts) == ("Hm." in completion)
 
 
 # ---------------------------------------------------------------------- precision
