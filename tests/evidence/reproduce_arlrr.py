@@ -302,6 +302,25 @@ def difference_tables(out: Path, runs: dict[str, list[int]], logs: dict) -> None
             print(f"\nSteps compared (last seed): {'; '.join(places)}.")
 
 
+def noise_table(out: Path, runs: dict[str, list[int]]) -> None:
+    """Every arm with wrong verdicts against itself without, at its end."""
+    pairs = {}
+    for arm, seeds in runs.items():
+        base, _, change = arm.partition(", ")
+        if "flip" not in change or base not in runs:
+            continue
+        before = []
+        after = []
+        for seed in sorted({*seeds} & {*runs[base]}):
+            before += held_out(folder_of(out, base, seed), seed, STEPS)
+            after += held_out(folder_of(out, arm, seed), seed, STEPS)
+        if after:
+            pairs[arm] = (before, after)
+    if pairs:
+        print("\nAgainst the same arm without wrong verdicts:\n")
+        print(comparison_table(compare_pairs(pairs)))
+
+
 def axis_table(runs: dict[str, list[int]], logs: dict) -> None:
     """Held-out score within each axis, before and after."""
     start = logs["scalar", runs["scalar"][0]][0]
@@ -383,6 +402,7 @@ def report(out: Path, runs: dict[str, list[int]]) -> None:
             logs[arm, seed] = trainer.read_log(folder_of(out, arm, seed) / "metrics.jsonl")
     arm_table(out, runs, logs)
     difference_tables(out, runs, logs)
+    noise_table(out, runs)
     axis_table(runs, logs)
     contraction_table(out, runs, logs)
 
