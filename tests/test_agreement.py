@@ -7,7 +7,7 @@ import sqlite3
 import pytest
 from judge_server import JudgeServer
 
-from judge import LLMJudge, Question
+from judge import LexicalJudge, LLMJudge, Question
 from tools import agreement
 
 
@@ -70,3 +70,21 @@ def test_a_question_is_a_text(question, tmp_path, capsys):
     path = tmp_path / "labels.jsonl"
     path.write_text(f"{json.dumps(row)}\n{json.dumps(row | {'question': question})}\n")
     ends_in_one_line(capsys, [path], "labels.jsonl:2: needs the keys")
+
+
+def test_labels_without_a_question_are_resampled_by_response():
+    """As one question they were one cluster, and the interval of two clusters meant nothing."""
+    rows = []
+    for n in range(12):
+        response = f"Drink water {n} times."
+        rows.append({"response": response, "criterion": "Mentions water.", "met": n % 4 > 0})
+        rows.append({"response": response, "criterion": "Mentions bread.", "met": n % 3 == 0})
+    got = agreement.judge_labels(LexicalJudge(), rows)
+    asked = [row | {"question": row["response"]} for row in rows]
+    # The same clusters by another name, up to what the judge makes of the question.
+    low, high = got["kappa_ci"]
+    assert low < got["kappa"] < high
+    assert got["kappa_ci"] == agreement.judge_labels(LexicalJudge(), asked)["kappa_ci"]
+    # A row that does have one changes nothing for the others.
+    rows[0]["question"] = "Thirst?"
+    assert agreement.judge_labels(LexicalJudge(), rows)["kappa_ci"] == pytest.approx((low, high), abs=0.2)

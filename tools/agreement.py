@@ -142,10 +142,10 @@ def read_labels(path: str) -> list[dict]:
 def judge_labels(judge, rows: list[dict]) -> dict:
     """Agreement of a judge with human labels, and how far it leans on length.
 
-    kappa_ci: 95 % interval over questions, where the rows have several. length_bias: correlation of
-    "the judge says met, the human does not" (+1; -1 for the reverse) with the length of the
-    response. For a language model also repeatability: the share of rows with the same verdict when
-    it is asked again without the cache.
+    kappa_ci: 95 % interval over questions (responses where a row has none), if there are several.
+    length_bias: correlation of "the judge says met, the human does not" (+1; -1 for the reverse)
+    with the length of the response. For a language model also repeatability: the share of rows with
+    the same verdict when it is asked again without the cache.
     """
     # Asked as in training: the same prompt, one statement about one response.
     questions = []
@@ -156,8 +156,8 @@ def judge_labels(judge, rows: list[dict]) -> dict:
     pairs = [(verdict.score, row["met"]) for verdict, row in zip(verdicts, rows)]
     result = judge_agreement(pairs)
 
-    # With one question there is nothing to resample.
-    asked = [row.get("question", "") for row in rows]
+    # With one question there is nothing to resample. Labels of one response hang together as well.
+    asked = [row.get("question") or row["response"] for row in rows]
     result["kappa_ci"] = None
     if len(set(asked)) > 1 and result["kappa"] is not None:
         result["kappa_ci"] = kappa_interval(pairs, asked)
@@ -274,7 +274,8 @@ def make_judges(args: argparse.Namespace) -> list[tuple]:
     if not args.judge:
         return [("offline", offline_judge()), ("lexical", LexicalJudge())]
     if len(args.judge) != len(args.judge_model):
-        raise JudgeError("--judge needs as many names in --judge_model as it has URLs")
+        advice = "offline and lexical are measured without --judge"
+        raise JudgeError(f"--judge needs as many names in --judge_model as it has URLs; {advice}")
     # One after the other, so that each has the machine for itself.
     judges = []
     for url, model in zip(args.judge, args.judge_model):

@@ -45,8 +45,8 @@ PANELS = {
     "kl": "KL to the starting model, per token",
 }
 HEAT_MAPS = {
-    "train": "pass rate in training rollouts, %",
-    "heldout": "pass rate in held-out answers, %",
+    "train": "pass rate in training rollouts, % (of a fault: absent)",
+    "heldout": "pass rate in held-out answers, % (of a fault: absent)",
 }
 # Settings that do not make two runs two experiments.
 NOT_AN_EXPERIMENT = ("seed", "out", "resume")
