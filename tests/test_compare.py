@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from judge_server import JudgeServer
+from test_train import good_rows, write_rows
 
 import grpo
 import rar
@@ -226,6 +227,32 @@ def test_a_run_is_evaluated_as_it_evaluated_itself(tiny, few, tmp_path, capsys):
         assert key in error and error.count("\n") == 1
     assert compare.main([str(model), *common, "--template_kwargs", "yes"]) == 2
     assert "not a JSON object" in capsys.readouterr().err
+
+
+def test_a_run_is_evaluated_on_its_own_held_out_prompts(tiny, few, tmp_path, capsys):
+    """The tenth of its rows that it was not trained on, which is in no file of its own."""
+    rows = write_rows(tmp_path / "rows.jsonl", good_rows(30))
+    runs = []
+    for name, more in (("own", ["--data", rows]), ("other", ["--eval_data", few])):
+        runs.append(str(tmp_path / name))
+        assert train.main(["--model", str(tiny), *SMALL, *more, "--lr", "0.05", "--out", runs[-1]]) == 0
+    logged = lines(tmp_path / "own" / "metrics.jsonl")
+    capsys.readouterr()
+
+    common = ["--judge", "lexical", "--out", str(tmp_path / "answers")]
+    assert compare.main([str(tiny), runs[0], *common]) == 0
+    said = capsys.readouterr()
+    line = json.loads(said.out)
+    assert said.err.count(f"on the held-out tenth of {rows} (") == 2
+    for part, row in (("before", logged[0]), ("after", logged[-1])):
+        assert line[part]["n"] == 3
+        assert line[part]["eval_score"] == pytest.approx(row["eval_score"], abs=1e-6)
+
+    assert compare.main([*runs, *common]) == 2
+    error = capsys.readouterr().err
+    assert "other held-out prompts; give --eval_data for both" in error and error.count("\n") == 1
+    assert compare.main([*runs, *common, "--eval_data", few]) == 0
+    assert json.loads(capsys.readouterr().out)["before"]["n"] == 2
 
 
 def test_a_model_judges_both(tiny, few, tmp_path, capsys, monkeypatch):

@@ -6,14 +6,16 @@ Prompts differ far more among themselves than two checkpoints do, so the interva
 paired differences. Answers are greedy: the same weights score the same every time.
 
     python tools/compare.py smollm2                                # default model, built-in prompts
-    python tools/compare.py smollm2 RUN --eval_data FILE.jsonl     # before and after a run, paired
+    python tools/compare.py smollm2 RUN                            # before and after a run, paired
+    python tools/compare.py smollm2 RUN --eval_data FILE.jsonl     # on other prompts
     python tools/compare.py RUN --judge http://localhost:8000/v1 --judge_model NAME
     python tools/compare.py eval-a.jsonl eval-b.jsonl              # answers of earlier evaluations
 
 A name is smollm2, a run's folder, a checkpoint, a hub id, or answers (.jsonl) that an evaluation
-saved. A run answers with its own --max_new_tokens, --template_kwargs and --dtype, and so does a
-model that is compared with it; a flag that is given counts for both. Tables go to stderr; stdout
-holds the one line, for a script to read.
+saved. A run answers its own held-out prompts with its own --max_new_tokens, --template_kwargs and
+--dtype, and so does a model that is compared with it; a flag that is given counts for both. The
+judge is offline unless --judge names another. Tables go to stderr; stdout holds the one line, for a
+script to read.
 """
 
 import argparse
@@ -45,6 +47,8 @@ from tools.report import (
 
 # What a run's own evaluations are made with: its answers would be other ones without.
 OF_A_RUN = ("max_new_tokens", "template_kwargs", "dtype")
+# Where its held-out prompts are.
+PROMPTS = ("data", "eval_data")
 # What two evaluations must share, or their difference is not one of the models alone.
 MADE_WITH = ("judge", *OF_A_RUN)
 
@@ -178,7 +182,7 @@ def answers_path(config: train.Config, name: str, folder: Path) -> Path:
 
     # The end of a path tells runs apart; all of it would be too long for a file's name.
     words = re.findall(r"[\w.]+", name)[-3:]
-    data = Path(config.eval_data or "heldout").stem
+    data = Path(config.eval_data or config.data or "heldout").stem
     return out / "-".join(["eval", *words, f"{data}.jsonl"])
 
 
@@ -252,11 +256,10 @@ def evaluate_one(config: train.Config, name: str, judge) -> tuple[dict, list[dic
     path = answers_path(config, name, folder)
     if train.is_first():
         path = save_answers(path, answers)
-    data = config.eval_data or "data/heldout.jsonl"
     how = f"at most {config.max_new_tokens} tokens"
     if config.template_kwargs:
         how += f", template_kwargs {config.template_kwargs}"
-    say(f"{name} on {data} ({how})\n{metrics_table(metrics)}\nanswers: {path}")
+    say(f"{name} on {heldout_name(config)} ({how})\n{metrics_table(metrics)}\nanswers: {path}")
     settings = {"model": name, "n": len(examples), "answers": str(path)}
     return settings | made_with | metrics, answers
 
@@ -282,10 +285,21 @@ def read_configs(args: argparse.Namespace) -> list[train.Config]:
         # A model that is no run answers like the run that it is compared with.
         if runs and not settings:
             settings = runs[0]
+        if "eval_data" in given:
+            settings = settings | {"data": ""}
         config = train.Config(**(settings | given))
         train.parse_template_kwargs(config.template_kwargs)
         configs.append(config)
+    if len({heldout_name(config) for config in configs}) > 1:
+        raise DataError("the two runs have other held-out prompts; give --eval_data for both")
     return configs
+
+
+def heldout_name(config: train.Config) -> str:
+    """Where the held-out prompts are, in words."""
+    if config.data and not config.eval_data:
+        return f"the held-out tenth of {config.data}"
+    return config.eval_data or "data/heldout.jsonl"
 
 
 def run_settings(name: str) -> dict:
@@ -302,7 +316,7 @@ def run_settings(name: str) -> dict:
 
     saved = read_config(folder)
     settings = {}
-    for key in OF_A_RUN:
+    for key in (*OF_A_RUN, *PROMPTS):
         # A run of an older version may lack one, whose default it then had.
         if key in saved:
             problem = train.setting_problem(key, saved[key])
@@ -325,7 +339,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     of_a_run = {"default": argparse.SUPPRESS}
     add = parser.add_argument
     add("model", nargs="+", help="one model, run or file of answers, or two")
-    add("--eval_data", default="", help="held-out prompts [data/heldout.jsonl]")
+    add("--eval_data", default="", help="held-out prompts [the run's, or data/heldout.jsonl]")
     add("--judge", default=defaults.judge, help="offline, lexical, or a server's URL [%(default)s]")
     add("--judge_model", default="", help="the model's name on that server")
     limit = f"length limit of an answer [the run's, or {defaults.max_new_tokens}]"
