@@ -6,9 +6,10 @@
 The held-out answers before and after training, from samples.jsonl, are scored again (HealthBench's
 points) by each examiner: the judges without a network on the whole rubric, the checks alone, which
 no judge decides, and the judged criteria alone. The difference is paired by prompt. A row per run
-has the bootstrap over its prompts; the last row resamples prompts and runs (intervals.py). Below
-the table, per run: rewards, time, length, the forms that were learned, and whether what is judged
-is met more often on the training prompts.
+has the bootstrap over its prompts; the last row resamples prompts and runs, and has Student's t
+interval over the runs: believe the wider (intervals.py). Below the table, per run: rewards, time,
+length, the forms that were learned, and whether what is judged is met more often on the training
+prompts.
 """
 
 import argparse
@@ -23,7 +24,13 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests" / "evidence"))
 
-from intervals import crossed_bootstrap, paired_differences, score_table
+from intervals import (
+    crossed_bootstrap,
+    paired_differences,
+    score_table,
+    seed_means,
+    t_interval,
+)
 
 import rar
 from judge import LexicalJudge, Verdict, offline_judge
@@ -162,6 +169,9 @@ def main() -> None:
             table = score_table([gain for gain in gains if number in (gain[1], None)])
             gain = crossed_bootstrap(table)
             shown = f"{gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})"
+            if number is None and len(folders) > 1:
+                over_runs = t_interval(seed_means(gains))
+                shown += f"; over runs {over_runs.low:+.3f} to {over_runs.high:+.3f}"
             label = "all" if number is None else folders[number].name
             print(f"| {name} | {label} | {means[0]} | {means[1]} | {shown} |")
     trained = {e.id: e for e in rar.read_examples(ROOT / "data" / "train.jsonl")}

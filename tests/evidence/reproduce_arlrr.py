@@ -51,6 +51,7 @@ from intervals import (
     compare_pairs,
     comparison_table,
     crossed_bootstrap,
+    paired_differences,
     score_table,
 )
 from runs import flags_of_run, is_finished
@@ -88,6 +89,14 @@ for name in ARMS:
         base = f"scalar, {change}"
     if name != base:
         BASES[name] = base
+# Comparisons within turn-taking: by the length of a stage, and by who chooses.
+OTHERS = {
+    "cyclic 5": "cyclic 1",
+    "cyclic 5, mean": "cyclic 1, mean",
+    "random": "cyclic 5",
+    "lowest_score": "cyclic 5",
+    "search": "cyclic 5",
+}
 STEPS = 25
 GROUP_SIZE = 8
 FLAGS = (
@@ -302,23 +311,60 @@ def difference_tables(out: Path, runs: dict[str, list[int]], logs: dict) -> None
             print(f"\nSteps compared (last seed): {'; '.join(places)}.")
 
 
-def noise_table(out: Path, runs: dict[str, list[int]]) -> None:
-    """Every arm with wrong verdicts against itself without, at its end."""
-    pairs = {}
-    for arm, seeds in runs.items():
-        base, _, change = arm.partition(", ")
-        if "flip" not in change or base not in runs:
+def at_end(out: Path, runs: dict[str, list[int]], arm: str) -> list[Row]:
+    """(prompt, seed, held-out score) of an arm's last step."""
+    rows = []
+    for seed in runs[arm]:
+        rows += held_out(folder_of(out, arm, seed), seed, STEPS)
+    return rows
+
+
+def more_tables(out: Path, runs: dict[str, list[int]]) -> None:
+    """At the ends of runs: arms against others than the scalar, and what a change changes."""
+    others = {}
+    for arm, other in OTHERS.items():
+        if arm in runs and other in runs:
+            others[f"{arm} - {other}"] = (at_end(out, runs, other), at_end(out, runs, arm))
+
+    # An arm under a change against itself without; and the difference to the scalar, likewise.
+    without = {}
+    differences = {}
+    for arm in runs:
+        plain, _, change = arm.partition(", ")
+        scalar = f"scalar, {change}"
+        if not change or not {plain, "scalar"} <= runs.keys():
             continue
-        before = []
-        after = []
-        for seed in sorted({*seeds} & {*runs[base]}):
-            before += held_out(folder_of(out, base, seed), seed, STEPS)
-            after += held_out(folder_of(out, arm, seed), seed, STEPS)
-        if after:
-            pairs[arm] = (before, after)
-    if pairs:
-        print("\nAgainst the same arm without wrong verdicts:\n")
-        print(comparison_table(compare_pairs(pairs)))
+        changed = at_end(out, runs, arm)
+        unchanged = at_end(out, runs, plain)
+        without[arm] = (unchanged, changed)
+        if plain != "scalar" and scalar in runs:
+            before = paired_differences(unchanged, at_end(out, runs, "scalar"))
+            after = paired_differences(changed, at_end(out, runs, scalar))
+            differences[arm] = (before, after)
+
+    titles = {
+        "Arms against one another, equal updates": others,
+        "Each arm against itself without its change": without,
+        "What the change adds to the difference to the scalar": differences,
+    }
+    for title, pairs in titles.items():
+        if pairs:
+            print(f"\n{title}:\n")
+            print(comparison_table(compare_pairs(pairs)))
+
+
+def alike_table(runs: dict[str, list[int]], logs: dict) -> None:
+    """The share of groups whose rollouts all earn the same, by the class that is optimised."""
+    shares = defaultdict(list)
+    for arm, seeds in runs.items():
+        for seed in seeds:
+            for row in logs[arm, seed]:
+                if row["step"] > 0 and "class" in row:
+                    alike = row["zero_std_groups"] * GROUP_SIZE / row["rollouts"]
+                    shares[arm, row["class"]].append(alike)
+    print("\nGroups alike by class (updates of it in all seeds):\n")
+    for (arm, name), values in sorted(shares.items()):
+        print(f"{arm}, {name}: {statistics.fmean(values):.0%} ({len(values)})")
 
 
 def axis_table(runs: dict[str, list[int]], logs: dict) -> None:
@@ -402,7 +448,8 @@ def report(out: Path, runs: dict[str, list[int]]) -> None:
             logs[arm, seed] = trainer.read_log(folder_of(out, arm, seed) / "metrics.jsonl")
     arm_table(out, runs, logs)
     difference_tables(out, runs, logs)
-    noise_table(out, runs)
+    more_tables(out, runs)
+    alike_table(runs, logs)
     axis_table(runs, logs)
     contraction_table(out, runs, logs)
 
