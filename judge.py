@@ -617,7 +617,7 @@ class LLMJudge:
         reading = read(second, reading.value)
         if not reading.is_usable:
             kind = "truncated" if second.finish == "length" else "unparsable"
-            beginning = printable(second.text)[:100]
+            beginning = self.server.hide(printable(second.text))[:100]
             self.server.last_problem = f"the judge answered without a verdict: {beginning!r}"
             return Outcome(reading.value, kind, second)
         # An answer that was only too short says nothing against the schema.
@@ -950,15 +950,16 @@ def refuse_constant(name: str) -> None:
 
 
 def refuse_repeats(pairs: list[tuple[str, object]]) -> dict:
-    """The object of these names and values. Raises ValueError for a name given twice.
+    """The object of these names and values. Raises ValueError for a name with two values.
 
     For `object_pairs_hook`: Python's reader would take the last one, and which was meant is open.
+    Two reasons contradict nothing.
     """
     value = dict(pairs)
     if len(value) < len(pairs):
-        names = Counter(name for name, _ in pairs)
-        name = names.most_common(1)[0][0]
-        raise ValueError(f"the name {printable(name)[:60]!r} is given twice in one object")
+        for name, other in pairs:
+            if value[name] != other and name != "reason":
+                raise ValueError(f"the name {printable(name)[:60]!r} is given twice in one object")
     return value
 
 
@@ -1206,8 +1207,8 @@ FORMAT_PATIENCE = 2  # the same while it is asked for structured output
 RESCUES = 8  # answers in a row that only plain text gave: then structured output is not used
 REJECTIONS = 20  # things in a row, without an answer between them: then the judge is at fault
 ODD_REPLIES = 3  # in a row to one request
-SCHEMA_ERRORS = 3  # replies of status 500 to one request: then it is asked in plain text
-SAID_AFTER = 10  # seconds without an answer, until that is said
+SCHEMA_PATIENCE = 20  # seconds of faults until a status of 500 is taken for the schema's
+SAID_AFTER = 10  # seconds of faults without an answer, until they are said
 LONGEST_WAIT = 30  # seconds between two tries, also where the server asks for more
 SHORTEST_SECRET = 8  # characters; a shorter one is a stand-in, and may be a part of any word
 # "context length is 4096 tokens", "context size (4096 tokens)"; not "context length (128k tokens)",
@@ -1256,8 +1257,10 @@ class ChatServer:
         proxy = find_proxy(self.address)
         passwords = self.address.passwords + (proxy.passwords if proxy else [])
         secrets = [self.key] + self.address.secrets + (proxy.secrets if proxy else [])
+        words = self.address.words + (proxy.words if proxy else [])
         long = [secret for secret in secrets + passwords if len(secret) >= SHORTEST_SECRET]
         self.in_answers = any_form(long)
+        long += [word for word in words if len(word) >= SHORTEST_SECRET]
         self.in_lines = any_form(long + passwords)
 
         # What the first call finds out about the server.
@@ -1275,12 +1278,6 @@ class ChatServer:
         self.rescues = 0
         self.last_problem = ""
 
-        # Whether the server lives: without a reply for as long as the patience it is given up.
-        self.last_reply_at = time.monotonic()
-        self.silent_since = None
-        self.is_given_up = False
-        self.is_said = False
-
         # Connections outlive a batch: between two steps the server keeps them open.
         self.connections = []
         self.idle = deque()
@@ -1288,16 +1285,21 @@ class ChatServer:
         self.lock = threading.Lock()
         self.stats = Counter()
         self.latency = []
+        self.forget_silence()
 
     # ---- a batch of calls in threads
+
+    def forget_silence(self) -> None:
+        """Begins anew to ask whether the server lives: by the patience, for a batch at a time."""
+        self.last_reply_at = time.monotonic()
+        self.silent_since = None  # when the first request was sent that no reply has followed
+        self.is_given_up = False
+        self.is_said = False
 
     def run(self, work: Callable, calls: list, show_progress: bool) -> None:
         """work(call) for all calls, `workers` at a time; the first error ends the batch."""
         self.stopping = threading.Event()
-        self.last_reply_at = time.monotonic()
-        self.silent_since = None
-        self.is_given_up = False
-        self.is_said = False
+        self.forget_silence()
         self.last_problem = ""
 
         # All workers take from one iterator: results handed from thread to thread, one for each
@@ -1391,7 +1393,6 @@ class ChatServer:
         started = None
         wait = 0.1
         odd = 0
-        errors = 0
         while True:
             # To wait for our own limits is no sign of a fault, and costs no patience.
             if not self.wait_for_turn(body):
@@ -1420,11 +1421,11 @@ class ChatServer:
                 body[self.token_field] //= 2
                 continue
 
-            # Some fail at a schema that is larger than the probe's, and do not say that it is why.
-            if reply.status == 500:
-                errors += 1
-                if errors == SCHEMA_ERRORS and self.profile:
-                    body.pop("response_format", None)
+            # Some break at a schema that is larger than the probe's, and do not say that it is why.
+            # Not at once: an outage looks alike, and is over sooner.
+            is_long = sent - started > SCHEMA_PATIENCE
+            if reply.status == 500 and self.profile and is_long:
+                body.pop("response_format", None)
 
             # A proxy's error page may be gone at the next try; a wrong address stays wrong.
             if reply.kind == "odd":
@@ -1442,12 +1443,8 @@ class ChatServer:
 
             # Patience runs from this question's start, or from the first fault since the last
             # reply to anybody where that is older.
-            silent_since = self.note_fault(sent)
             until = time.monotonic() + pause
-            if until - silent_since > SAID_AFTER:
-                self.say_silent(patience)
-            if until - silent_since > self.patience:
-                self.is_given_up = True
+            silent_since = self.note_fault(sent, until)
             if until - min(started, silent_since) > patience:
                 return reply._replace(kind="transport")
             if self.stopping.wait(pause):
@@ -1608,8 +1605,7 @@ class ChatServer:
             again = self.ask_probe(min(FORMAT_PATIENCE, patience))
             self.structured = is_readable_probe(again)
             # It lives, whatever became of that question.
-            self.silent_since = None
-            self.is_given_up = False
+            self.forget_silence()
 
         # Nothing that was given up has helped.
         if reply.kind in ("rejected", "unparsable"):
@@ -1732,23 +1728,26 @@ class ChatServer:
             guess = estimate_tokens(body["messages"], 4) + body[self.token_field]
             self.limiter.correct(reply.prompt_tokens + reply.completion_tokens - guess)
 
-    def note_fault(self, sent: float) -> float:
-        """Since when nobody was answered, given that a request sent at this time was not."""
+    def note_fault(self, sent: float, until: float) -> float:
+        """Since when nobody was answered, given that a request sent at this time was not.
+
+        until: when it is asked again. Gives the server up for the batch where that is too late.
+        """
         with self.lock:
             if self.silent_since is None:
                 # Others may have been answered while this request was on its way.
                 self.silent_since = max(sent, self.last_reply_at)
-            return self.silent_since
+            silent_since = self.silent_since
+            if until - silent_since > self.patience:
+                self.is_given_up = True
+            is_to_say = not self.is_said and until - silent_since > SAID_AFTER
+            self.is_said = self.is_said or is_to_say
 
-    def say_silent(self, patience: float) -> None:
-        """Says, once per batch, why nothing moves."""
-        with self.lock:
-            is_said = self.is_said
-            self.is_said = True
-        if not is_said:
-            what = f"asking again for up to {patience:.0f} s"
+        if is_to_say:
+            what = f"asking again for up to {self.patience:.0f} s"
             # Through tqdm: a line in the middle of a bar would be drawn over.
             tqdm.write(f"the judge at {self.shown}: {self.last_problem}; {what}", file=sys.stderr)
+        return silent_since
 
     def count(self, name: str, number: int = 1) -> None:
         """Adds to one of the step's counters; many workers call it."""
@@ -1856,6 +1855,9 @@ def without_password(url: str) -> str:
     return scheme + separator + rest.rpartition("@")[2].partition("?")[0]
 
 
+SECRET_NAMES = re.compile(r"key|token|secret|sig|auth|pass|code|cred", re.IGNORECASE)
+
+
 class Address:
     """Where a server is: its URL taken apart, its credentials apart from what may be shown."""
 
@@ -1898,11 +1900,25 @@ class Address:
 
         # Some servers take their key as the user or in the query, and repeat it as it came or
         # without its escapes.
-        hidden = [credentials, user, parts.query]
+        hidden = [credentials, parts.query]
+        # Beside a password a user is a name, and most values of a query are no keys: words, which
+        # an answer may hold as well.
+        words = []
+        if password:
+            words.append(user)
+        else:
+            hidden.append(user)
         for part in parts.query.split("&"):
-            hidden.append(part.split("=", 1)[-1])
+            name, separator, value = part.partition("=")
+            if not separator:
+                hidden.append(part)
+            elif SECRET_NAMES.search(name):
+                hidden.append(value)
+            else:
+                words.append(value)
         self.secrets = hidden + [urllib.parse.unquote(text) for text in hidden]
         self.passwords = [password, urllib.parse.unquote(password), self.basic]
+        self.words = words + [urllib.parse.unquote(text) for text in words]
 
 
 def find_proxy(address: Address) -> Address | None:

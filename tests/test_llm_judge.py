@@ -767,8 +767,8 @@ def test_a_server_that_is_still_starting_up_is_asked_for_structured_output_all_t
         assert all("response_format" in body for body in server.bodies)
 
 
-@pytest.mark.parametrize("status, tries", [(400, 1), (422, 1), (500, judge.SCHEMA_ERRORS)])
-def test_a_schema_that_is_not_taken_for_several_statements_is_left_out(status, tries):
+@pytest.mark.parametrize("status", [400, 422, 500])
+def test_a_schema_that_is_not_taken_for_several_statements_is_left_out(monkeypatch, status):
     """Although the probe's, for one statement, was taken. Some servers break at it and do not say why."""
 
     class NoArrays(JudgeServer):
@@ -777,13 +777,51 @@ def test_a_schema_that_is_not_taken_for_several_statements_is_left_out(status, t
                 return http(status, {"error": {"message": "this schema is too deep for us"}})
             return await super().answer(head, body)
 
+    monkeypatch.setattr(judge, "SCHEMA_PATIENCE", 0.2)
     with NoArrays() as server:
         asked = questions(64)
         asking = client(server, k=0, workers=1)
         assert right(asked, asking.ask(asked)) == (True, 0)
-        assert len(server.bodies) == 8 * tries + 8
-        assert asking.take_stats()["judge_retries"] == (8 * tries if status == 500 else 0)
+        if status == 500:
+            assert len(server.bodies) > 8 + 8
+        else:
+            assert len(server.bodies) == 8 + 8
         assert not asking.server.structured
+
+
+def test_an_outage_says_nothing_against_the_schema():
+    """A second of errors, as of a server that is restarted: structured output is asked for as before."""
+
+    class Restarts(JudgeServer):
+        began = None
+
+        async def answer(self, head, body):
+            if self.began is None and not is_probe(body):
+                self.began = time.monotonic()
+            if self.began and time.monotonic() - self.began < 1:
+                return http(500, {"error": {"message": "no worker"}})
+            return await super().answer(head, body)
+
+    with Restarts() as server:
+        asked = questions(64)
+        asking = client(server, workers=16)
+        assert right(asked, asking.ask(asked)) == (True, 0)
+        assert asking.server.structured and all("response_format" in body for body in server.bodies[-32:])
+
+
+@pytest.mark.parametrize("url, said", [("http://physician:pw@{}", "physician"), ("http://{}?deployment=reasoning-judge", "reasoning-judge")])
+def test_words_of_the_address_stay_in_answers(url, said):
+    """Neither the name of a user beside a password nor a deployment's is a secret, but both stay out of our lines."""
+
+    class Says(JudgeServer):
+        def verdict(self, body):
+            return json.dumps({"reason": f"It tells to see a {said}.", "met": True})
+
+    with Says() as server:
+        asking = LLMJudge(url.format(server.url.removeprefix("http://")), "m")
+        [verdict] = asking.ask([Question("Q", "r", "s")])
+        assert verdict == (1.0, f"It tells to see a {said}.")
+        assert asking.server.hide(f"at {said}") == "at ***"
 
 
 @pytest.mark.parametrize("key", ["EMPTY", "x", "true", "e"])
@@ -869,17 +907,17 @@ def test_a_server_that_falls_silent_on_the_way_costs_its_patience_once(monkeypat
         def pick_fault(self, body):
             return "slow" if len(self.bodies) > self.least else "ok"
 
-    with FallsSilent(slow=30) as server:
-        asking = client(server, workers=2, timeout=(10, 0.3), patience=0.5, max_missing=1.0)
+    with FallsSilent(slow=60) as server:
+        asking = client(server, workers=2, timeout=(10, 1), patience=1.5, max_missing=1.0)
         asked = questions(160)
         started = time.monotonic()
         correct, missing = right(asked, asking.ask(asked))
-        # 70 rounds of two workers get no answer.
+        # 70 rounds of two workers get no answer, and each would wait for a second.
         assert correct and missing >= 140
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 30
         # Said once: nobody shall wonder why nothing moves.
         said = capsys.readouterr().err
-        assert said.startswith(f"the judge at {server.url}: ") and "asking again for up to 0 s" in said
+        assert said.startswith(f"the judge at {server.url}: ") and "asking again for up to 2 s" in said
         assert said.count("\n") == 1
 
         # The next batch finds it alive.
@@ -1351,7 +1389,9 @@ def test_a_first_answer_without_a_verdict_is_quoted_on_one_line():
         ('{"met": NaN}', None),
         ("{'met': true}", None),
         ('{"met": true, "met": false}', None),
-        ('{"met": true, "why": "a", "met": true}', None),
+        # Twice the same, or two reasons, contradicts nothing.
+        ('{"met": true, "why": "a", "met": true}', 1.0),
+        ('{"reason": "a", "reason": "b", "met": true}', 1.0),
         ('{"met": true}. Rather: {"met": true, "met": false}', None),
         ('{"met": true, "met": false, "why": {"met": true}}', None),
         ('{"result": {"met": true}, "result": {"met": false}}', None),
@@ -1445,7 +1485,7 @@ def test_an_answer_that_contradicts_itself_is_asked_for_again():
     class Wavers(JudgeServer):
         def verdict(self, body):
             text = super().verdict(body)
-            return text.replace('"met"', '"met": true, "met"', 1) if len(self.bodies) < 2 else text
+            return text.replace('"met"', '"met": null, "met"', 1) if len(self.bodies) < 2 else text
 
     for k in (1, 0):
         with Wavers() as server:
