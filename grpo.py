@@ -1563,10 +1563,13 @@ def split_thoughts(text: str, is_open: bool = False) -> tuple[str, str]:
     ('Two and', '')
     """
     for opening, closing in THOUGHT_MARKS:
+        begins = text.lstrip().startswith(opening)
         thoughts, end, answer = text.rpartition(closing)
-        if end:
+        # Some leave the first mark out where the template has set it; other answers may speak of
+        # marks.
+        if end and (begins or is_open or opening == "<think>"):
             return thoughts.strip().removeprefix(opening).strip(), answer.strip()
-        if text.lstrip().startswith(opening):
+        if begins:
             return text.strip().removeprefix(opening).strip(), ""
     if is_open:
         return text.strip(), ""

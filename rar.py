@@ -1079,7 +1079,8 @@ def parse_rubric(row: dict, where: str) -> Rubric:
         if is_released(item):
             refuse(where, "items with 'description', as RaR's released data have them")
         if is_checker(item):
-            refuse(where, f"criterion {number} is the name of a checker, not a statement")
+            what = f"criterion {number} is the name of a checker; write it as a sentence"
+            refuse(where, what)
         criteria.append(parse_criterion(item, f"{where}: criterion {number}"))
 
     # By Eq. 1 a category weighs at most 1.0: an item that weighs its points beside it would drown
@@ -1113,11 +1114,12 @@ def is_checker(item: object) -> bool:
     if not isinstance(item, dict) or not is_empty(item.get("check")):
         return False
     tags = item.get("tags")
-    verifier = item.get("verifier")
-    if isinstance(tags, dict):
-        verifier = verifier or tags.get("verifier")
+    if item.get("verifier") == "rule":
+        return True
+    if isinstance(tags, dict) and tags.get("verifier") == "rule":
+        return True
     text = first_value(item, "text", "criterion")
-    return verifier == "rule" or bool(isinstance(text, str) and CHECKER.fullmatch(text))
+    return isinstance(text, str) and CHECKER.fullmatch(text) is not None
 
 
 def refuse(where: str, what: str) -> None:
@@ -1138,17 +1140,22 @@ def refuse_foreign(row: dict, where: str) -> None:
 
 
 KEYS = ("text", "criterion", "weight", "points", "title", "category", "axis", "tags", "check")
+SAME = {"text": "criterion", "criterion": "text", "weight": "points", "points": "weight"}
 
 
 @lru_cache
-def nearest_key(key: str) -> str:
-    """The key of a criterion that another one was meant to be; "" for a key, and where none is.
+def misspelt_key(key: str) -> str:
+    """The key of a criterion that another one was meant to be; "" for a key of its own.
 
-    >>> nearest_key("chek"), nearest_key("check"), nearest_key("source")
-    ('check', '', '')
+    >>> misspelt_key("chek"), misspelt_key("Axis"), misspelt_key("check"), misspelt_key("checker")
+    ('check', 'axis', '', '')
     """
     near = difflib.get_close_matches(key.lower(), KEYS, 1, 0.8)
-    return near[0] if near and key not in KEYS else ""
+    if key in KEYS or not near:
+        return ""
+    # "subcategory", "criterion_id" and "tag" are names too, and no slips.
+    is_longer = near[0] in key.lower() or key.lower() in near[0]
+    return "" if is_longer and key.lower() != near[0] else near[0]
 
 
 def parse_criterion(item: object, where: str) -> Criterion:
@@ -1156,10 +1163,12 @@ def parse_criterion(item: object, where: str) -> Criterion:
     if not isinstance(item, dict):
         kind = type(item).__name__
         raise DataError(f"{where}: a {kind}, not an object with text and weight")
-    for key in item:
+    for key, value in item.items():
         # A misspelt check would be judged, not counted.
-        meant = nearest_key(key)
-        if meant and is_empty(item.get(meant)):
+        meant = misspelt_key(key)
+        if not meant or is_empty(value):
+            continue
+        if first_value(item, meant, SAME.get(meant, meant)) is None:
             raise DataError(f"{where}: {shorten(key)} is no key; did you mean {meant!r}?")
     text = first_value(item, "text", "criterion")
     if not isinstance(text, str) or not text.strip():

@@ -41,7 +41,7 @@ import threading
 import time
 from collections import defaultdict
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -256,34 +256,41 @@ def read_data(config: Config) -> tuple[list[rar.Example], list[rar.Example]]:
 def hold_back(
     examples: list[rar.Example], size: int
 ) -> tuple[list[rar.Example], list[rar.Example]]:
-    """(the rows of the first questions, `size` of them or a few less, all other rows)."""
+    """(the rows of the first questions, as many as fit into `size`, all other rows)."""
     # A question may have several rows, its options in other orders: it goes to one side whole.
     rows_of = defaultdict(list)
     for example in examples:
         rows_of[rar.question_key(example)].append(example)
     held = set()
     for rows in rows_of.values():
-        if held and len(held) + len(rows) > size:
-            break
-        held.update(example.id for example in rows)
+        if len(held) + len(rows) <= size:
+            held.update(example.id for example in rows)
+    # Where no question is so small, the smallest one.
+    if not held:
+        held.update(example.id for example in min(rows_of.values(), key=len))
     chosen = [example for example in examples if example.id in held]
     rest = [example for example in examples if example.id not in held]
     return chosen, rest
 
 
-def refuse_trained_on(
+def separate(
     config: Config, examples: list[rar.Example], heldout: list[rar.Example]
-) -> None:
-    """Raises UserError for a held-out prompt that is trained on, or has the id of one that is."""
-    ids = {example.id for example in examples}
+) -> list[rar.Example]:
+    """The held-out prompts, with ids of their own. Raises UserError where some are trained on."""
     questions = {rar.question_key(example) for example in examples}
+    both = [example for example in heldout if rar.question_key(example) in questions]
+    if both:
+        which = f"{len(both)} of its prompts, {both[0].id!r:.100} for one, are in --data as well"
+        raise UserError(f"--eval_data {config.eval_data}: {which}; take them out of one of the two")
+
+    # Samples, and a report, name prompts by their ids: both files may count from 0, or have none.
+    ids = {example.id for example in examples}
+    separated = []
     for example in heldout:
-        where = f"--eval_data {config.eval_data}: prompt {example.id!r:.100}"
-        if rar.question_key(example) in questions:
-            raise UserError(f"{where} is in --data as well; take it out of one of the two")
-        # Samples, and a report, name prompts by their ids.
         if example.id in ids:
-            raise UserError(f"{where}: --data has another of this id; give each its own")
+            example = replace(example, id=f"held out {example.id}")
+        separated.append(example)
+    return separated
 
 
 def next_batch(examples: list[rar.Example], config: Config, step: int) -> list[rar.Example]:
@@ -766,14 +773,15 @@ def begin(config: Config, folder: Path, state: dict | None) -> Run:
     """A run in memory, new or as its checkpoint has it. Raises UserError, DataError, JudgeError."""
     # What is cheap to check comes first: a wrong flag should not cost the loading of a model.
     examples, heldout = read_data(config)
-    refuse_trained_on(config, examples, heldout)
+    heldout = separate(config, examples, heldout)
     digests = {name: digest(path) for name, path in data_files(config).items()}
     digests["model"] = model_digest(config)
     if state:
         check_data(config, digests, state["data"])
     if config.method in ("arlrr", "axis_mean", "gdpo"):
         arlrr.check_classes(examples, config.class_by)
-        refuse_few(examples, config)
+    if config.method == "arlrr":
+        hold_back_last(examples, config)
     template_kwargs = parse_template_kwargs(config.template_kwargs)
     judge = make_judge(config)
     eval_judge = make_eval_judge(config)
@@ -974,7 +982,7 @@ def show_step(bar, config: Config, log: dict, score: float) -> None:
         n_groups = log["rollouts"] // config.group_size
         note["groups alike"] = f"{log['zero_std_groups']}/{n_groups}"
     if "class" in log:
-        note["class"] = log["class"]
+        note["class"] = printable(log["class"])
     bar.set_postfix(note)
     bar.update()
     if bar.disable:
@@ -1044,7 +1052,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         """As argparse's; keeps the words for `error`, whose messages repeat them."""
-        self.words = args
+        self.words = sys.argv[1:] if args is None else args
         return super().parse_args(args, namespace)
 
     def error(self, message: str):
@@ -1186,9 +1194,6 @@ def named_urls(urls: str, models: str) -> list[tuple[str, str]]:
         names = names * len(addresses)
     if len(names) != len(addresses):
         raise UserError(f"{len(addresses)} judges and {len(names)} names of models: give one each")
-    if models and not set(addresses) - {*WITHOUT_CALLS}:
-        # Perhaps the URL was forgotten, and a stand-in would pay.
-        raise UserError(f"the model {models} is to judge, and {urls} asks no model; give its URL")
     return list(zip(addresses, names))
 
 
@@ -1216,8 +1221,12 @@ def judge_at(config: Config, urls: str, models: str):
         "rpm": config.judge_rpm,
         "tpm": config.judge_tpm,
     }
+    addresses = named_urls(urls, models)
+    # Perhaps the URL was forgotten, and a stand-in would pay. A run of an earlier version goes on.
+    if models and not config.resume and set(split_urls(urls)) <= {*WITHOUT_CALLS}:
+        raise UserError(f"the model {models} is to judge, and {urls} asks no model; give its URL")
     judges = []
-    for address, name in named_urls(urls, models):
+    for address, name in addresses:
         if address == "offline":
             judges.append(offline_judge())
         elif address == "lexical":
@@ -1425,10 +1434,7 @@ def choose_prompts(
     # Held back for every schedule, so that all of them train on the same prompts.
     validation = []
     if config.method == "arlrr":
-        refuse_few(examples, config)
-        last_first, rest = hold_back(examples[::-1], config.validation)
-        validation = last_first[::-1]
-        examples = rest[::-1]
+        validation, examples = hold_back_last(examples, config)
 
     # Few prompts that come back often show learning in ten minutes; own data are used in full.
     size = config.prompts
@@ -1443,11 +1449,15 @@ def choose_prompts(
     return chosen, validation
 
 
-def refuse_few(examples: list[rar.Example], config: Config) -> None:
-    """Raises UserError when nothing would be left to train on."""
-    if config.method == "arlrr" and len(examples) <= config.validation:
+def hold_back_last(
+    examples: list[rar.Example], config: Config
+) -> tuple[list[rar.Example], list[rar.Example]]:
+    """(the last --validation prompts, all others). Raises UserError when no other is left."""
+    last_first, rest = hold_back(examples[::-1], config.validation)
+    if not rest:
         why = f"only {len(examples)} training prompts, of which some must be left"
         raise UserError(f"--validation {config.validation}: {why}; give fewer, or more rows")
+    return last_first[::-1], rest[::-1]
 
 
 def start_engine(policy: Policy, config: Config, examples: list[rar.Example]) -> None:
@@ -1536,9 +1546,11 @@ class RunFolder:
             taken = files_of_a_run(path)
         if taken:
             self.release()
-            what = f"holds a run already, or files with the names of a run's ({taken[0]})"
-            advice = f"continue it with --resume {path}, or choose another --out"
-            raise UserError(f"{path}: {what}; {advice}")
+            if "config.json" in taken:
+                advice = f"continue it with --resume {path}, or choose another --out"
+                raise UserError(f"{path}: holds a run already; {advice}")
+            what = f"holds {taken[0]} already, which is a name of a run's file"
+            raise UserError(f"{path}: {what}; choose another --out")
         return path
 
     def take_lock(self, path: Path) -> None:
@@ -1690,9 +1702,8 @@ class RunFolder:
         # Only now the older ones, and what a kill has left half written; nothing that somebody else
         # has put there.
         for other in self.path.glob("checkpoint-*"):
-            is_half = re.fullmatch(r"checkpoint-\d+\.tmp", other.name)
-            is_ours = CHECKPOINT.fullmatch(other.name) and (other / "trainer.pt").is_file()
-            if other != target and (is_half or is_ours):
+            is_ours = other.suffix == ".tmp" or (other / "trainer.pt").is_file()
+            if other != target and is_ours and CHECKPOINT.fullmatch(other.name):
                 with suppress(OSError):
                     remove(other)
 
@@ -1712,7 +1723,7 @@ class RunFolder:
                 replace_file(path, b"".join(lines))
 
 
-CHECKPOINT = re.compile(r"checkpoint(-\d+)?")
+CHECKPOINT = re.compile(r"checkpoint(?:-\d+(?:\.tmp)?)?")
 FILES = (
     "config.json",
     "metrics.jsonl",
@@ -2117,6 +2128,8 @@ def check_data(config: Config, now: dict[str, str], then: dict[str, str]) -> Non
     """now, then: digests by setting. Raises UserError where prompts or the model have changed."""
     # With others the steps to come would be another experiment in the same log.
     changed = []
+    # Checkpoints of earlier versions do not have the model's.
+    then = {"model": now["model"]} | then
     files = data_files(config) | {"model": Path(config.model)}
     for name, path in files.items():
         if now[name] != then.get(name):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import sqlite3
 
 import pytest
@@ -49,6 +50,16 @@ def test_a_cache_is_only_looked_at(cache, tmp_path, capsys):
     assert agreement.main(["--cache", str(cache)]) == 0
     assert json.loads(capsys.readouterr().out)["calls"] == 3
     assert digest(cache) == before
+
+    # Of a run that has ended there is no log, and then nothing new stands beside the file.
+    with sqlite3.connect(cache) as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    alone = tmp_path / "alone" / "cache.sqlite"
+    alone.parent.mkdir()
+    shutil.copy(cache, alone)
+    assert agreement.main(["--cache", str(alone)]) == 0
+    assert json.loads(capsys.readouterr().out)["calls"] == 3
+    assert list(alone.parent.iterdir()) == [alone]
 
     # Somebody else's database, and a file that is none.
     theirs = tmp_path / "theirs.sqlite"

@@ -301,6 +301,9 @@ def test_what_the_template_puts_after_a_turn_ends_it(tiny, tokenizer, capsys):
         ("<seed:think>Hm.</seed:think>Four.", False, "Hm.", "Four."),
         ("<thinking>\nHm.\n</thinking>\nFour.", False, "Hm.", "Four."),
         ("<thinking>Hm. So", False, "Hm. So", ""),
+        ("Hm.[/THINK]Four.", True, "Hm.", "Four."),
+        ("Put it between <thinking> and </thinking> tags.", False, "", "Put it between <thinking> and </thinking> tags."),
+        ("Close it with [/THINK] and go on.", False, "", "Close it with [/THINK] and go on."),
     ],
 )
 def test_the_answer_is_what_follows_the_thoughts(text, is_open, thoughts, answer):

@@ -180,8 +180,12 @@ def test_a_misspelt_key_is_refused(tmp_path, key, meant):
     row = with_criterion(**{key: "words <= 9"})
     row["rubric"][0].pop(meant, None)
     assert f"'{key}' is no key; did you mean '{meant}'?" in refusal(write(tmp_path / "a.jsonl", json.dumps(row)))
-    # A column of another name is somebody's own.
-    assert read_one(tmp_path / "b.jsonl", with_criterion(source="x", weights=[1], checked=True, check="words <= 9", weight=1)).rubric
+
+
+def test_a_column_of_ones_own_is_no_misspelt_key(tmp_path):
+    columns = {"source": "x", "criterion_id": 3, "criteria": "safety", "subcategory": "x", "category_id": 3, "checked": True}
+    columns |= {"checker": "model", "tag": "x", "weighted": True, "point": None, "chek": None, "texts": []}
+    assert read_one(tmp_path / "a.jsonl", with_criterion(**columns)).rubric
 
 
 def test_rows_without_an_id_are_called_by_their_place_below_the_folder(tmp_path):

@@ -230,7 +230,7 @@ def test_a_kill_around_the_link_of_a_checkpoint_loses_nothing(tiny, few, tmp_pat
     assert (out / "checkpoint" / "trainer.pt").exists()
 
 
-@pytest.mark.parametrize("name", ["prompts.jsonl", "samples.jsonl", "report.html", "checkpoint-500/model.safetensors", "checkpoint/config.json"])
+@pytest.mark.parametrize("name", ["prompts.jsonl", "samples.jsonl", "report.html", "checkpoint-500/model.safetensors", "checkpoint-500.tmp/x", "checkpoint/config.json"])
 def test_a_folder_with_files_of_such_names_is_not_taken(tiny, few, tmp_path, capsys, name):
     """Rows of one's own, or the checkpoints of another trainer, from which the run may begin."""
     theirs = tmp_path / "out" / name
@@ -239,6 +239,7 @@ def test_a_folder_with_files_of_such_names_is_not_taken(tiny, few, tmp_path, cap
     assert run(tiny, few, tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert name.partition("/")[0] in error and "choose another --out" in error and error.count("\n") == 1
+    assert "--resume" not in error  # there is no run to go on with
     assert theirs.read_text() == "precious"
     (tmp_path / "out" / name.partition("/")[0]).rename(tmp_path / "elsewhere")
     assert list((tmp_path / "out").iterdir()) == []
@@ -292,9 +293,16 @@ def test_resume_refuses_another_base_model(tiny, few, tmp_path, capsys, flags):
     status = train.main(["--resume", str(tmp_path / "run"), "--steps", "4"])
     if flags == ["--beta", "-1"]:
         assert status == 0
-    else:
-        error = capsys.readouterr().err
-        assert status == 2 and f"--model {base}: changed since the run began" in error and error.count("\n") == 1
+        return
+    error = capsys.readouterr().err
+    assert status == 2 and f"--model {base}: changed since the run began" in error and error.count("\n") == 1
+
+    # A checkpoint of an earlier version does not know what the model was.
+    path = tmp_path / "run" / "checkpoint" / "trainer.pt"
+    state = torch.load(path, weights_only=True)
+    del state["data"]["model"]
+    torch.save(state, path)
+    assert train.main(["--resume", str(tmp_path / "run"), "--steps", "4"]) == 0
 
 
 def test_a_panel_keeps_its_judges(tmp_path):
@@ -638,20 +646,40 @@ def test_a_question_in_several_orders_is_held_back_whole(tiny, tmp_path):
         train.read_data(train.Config(data=path))
 
 
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        ({"id": "other"}, "prompt 'other' is in --data as well"),
-        ({"question": "And what else?"}, "prompt '0': --data has another of this id"),
-    ],
-)
-def test_a_held_out_prompt_is_none_that_is_trained_on(tiny, tmp_path, capsys, change, words):
+def test_a_question_that_is_too_large_is_not_held_out(tmp_path):
+    """What does not fit is passed over, and where nothing fits the smallest question is held out."""
+    large = [row | {"question": "What is large?"} for row in good_rows(90)]
+    small = [row | {"id": f"s{number}"} for number, row in enumerate(good_rows(10))]
+    path = write_rows(tmp_path / "rows.jsonl", large + small)
+    training, heldout = train.read_data(train.Config(data=path))
+    assert len(training) == 90 and {example.question[:14] for example in heldout} == {"What helps aga"}
+    training, heldout = train.hold_back(rar.read_examples(path), 5)[::-1]
+    assert len(heldout) == 5
+    chosen, rest = train.hold_back(rar.read_examples(write_rows(tmp_path / "a.jsonl", rows_in_orders(2) + large)), 3)
+    assert (len(chosen), len(rest)) == (4, 94)
+
+    examples = rar.read_examples(write_rows(tmp_path / "b.jsonl", rows_in_orders(1)))
+    with pytest.raises(train.UserError, match="--validation 2: only 4 training prompts"):
+        train.hold_back_last(examples, train.Config(method="arlrr", validation=2))
+
+
+def test_a_held_out_prompt_is_none_that_is_trained_on(tiny, tmp_path, capsys):
     rows = good_rows(3)
     data = write_rows(tmp_path / "rows.jsonl", rows)
-    held = write_rows(tmp_path / "held.jsonl", [{**GOOD, "id": "x", "question": "Why?"}, rows[0] | change])
-    assert train.main(["--model", str(tiny), "--data", data, "--eval_data", held, *SMALL, "--out", str(tmp_path / "run")]) == 2
+    flags = ["--model", str(tiny), *SMALL, "--steps", "1", "--data", data, "--out", str(tmp_path / "run"), "--eval_data"]
+    again = write_rows(tmp_path / "again.jsonl", [{**GOOD, "id": "x", "question": "Why?"}, rows[0] | {"id": "other"}])
+    assert train.main([*flags, again]) == 2
     error = capsys.readouterr().err
-    assert words in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+    assert "1 of its prompts, 'other' for one, are in --data as well" in error
+    assert error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+    # Both may count from 0: the held-out ones have names of their own in all that is written.
+    other = write_rows(tmp_path / "other.jsonl", [rows[0] | {"question": "And what else?"}])
+    assert train.main([*flags, other]) == 0
+    asked = {row["id"]: row["prompt"][0]["content"] for row in lines(tmp_path / "run" / "prompts.jsonl")}
+    assert asked["0"] == rows[0]["question"] and asked["held out 0"] == "And what else?"
+    ids = {row["id"] for row in lines(tmp_path / "run" / "samples.jsonl") if row["split"] == "heldout"}
+    assert ids == {"held out 0"}
 
 
 def test_what_a_run_trains_on(tiny, forms, tmp_path):

@@ -211,7 +211,11 @@ class SavedCache(Cache):
 
     def open(self) -> sqlite3.Connection:
         """The database, which nothing is written to."""
-        return sqlite3.connect(f"{Path(self.path).absolute().as_uri()}?mode=ro", uri=True)
+        address = f"{Path(self.path).absolute().as_uri()}?mode=ro"
+        # Without a log nobody writes, and then SQLite need make no files of its own beside it.
+        if not Path(f"{self.path}-wal").exists():
+            address += "&immutable=1"
+        return sqlite3.connect(address, uri=True)
 
 
 def show_cache(path: str, export: str | None) -> list[dict]:

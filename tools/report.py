@@ -1478,6 +1478,29 @@ def summarise(run_folder: Path) -> str:
 # ----------------------------------------------------------------------------- command line
 
 
+def secrets_of(address: str) -> list[str]:
+    """What a URL has that is not to be shown: user and password, and its query.
+
+    >>> secrets_of("http://me:p@ss@host/v1?key=x"), secrets_of("me:p@host"), secrets_of("a/1:2@b")
+    (['me:p@ss@', '?key=x'], ['me:p@'], [])
+    """
+    scheme, separator, rest = address.partition("://")
+    # The last @: a password may hold others.
+    login, at, host = (rest if separator else address).rpartition("@")
+    # A query may hold an @ and a password a question mark: which one it is, nobody knows.
+    if separator and "?" in login:
+        return [rest]
+
+    secrets = []
+    # A path may hold an @ as well: without http it is one, unless it begins as a login does.
+    if at and (scheme.startswith("http") or ":" in login.partition("/")[0]):
+        secrets.append(login + at)
+    query = host.partition("?")[2]
+    if separator and query:
+        secrets.append("?" + query)
+    return secrets
+
+
 def without_secrets(text: str, words: list[str]) -> str:
     """The text without users, passwords and queries of the URLs in a command line's words.
 
@@ -1486,20 +1509,12 @@ def without_secrets(text: str, words: list[str]) -> str:
     """
     secrets = []
     for word in map(str, words):
-        # Of "--flag=URL" a message may hold the URL alone. The last @: a password may hold others.
-        for address in (word, word.partition("=")[2]):
-            scheme, separator, rest = address.partition("://")
-            login, at, host = (rest or scheme).rpartition("@")
-            # A query may hold an @ and a password a question mark: which one it is, nobody knows.
-            if separator and "?" in login:
-                secrets.append(rest)
-            # A path may hold an @ as well, but no password.
-            elif at and (separator or ":" in login):
-                secrets.append(login + at)
-            if separator:
-                secrets.append("".join(host.partition("?")[1:]))
+        # Of "--flag=URL" a message may hold the URL alone, of "URL,URL" one of them.
+        for value in (word, word.partition("=")[2]):
+            for address in (value, *re.split(r",(?=https?://)", value)):
+                secrets += secrets_of(address)
 
-    for secret in filter(None, secrets):
+    for secret in secrets:
         # As it stands, as messages spell control characters, and as a path.
         for spelling in (secret, printable(secret), repr(secret)[1:-1], str(Path(secret))):
             text = text.replace(spelling, "")

@@ -1,9 +1,9 @@
 """Forty prompts whose rubric is five meta-classes of five checks each, decided by counting.
 
 For the study of reproduce_arlrr.py: every class has graded rewards, nobody can fake one, and no
-judge stands between the method and its result. In a group of eight answers of SmolLM2-135M nearly
-every class tells some apart (README.md beside this file has the shares). Two classes pull against
-each other: a list of three items costs words.
+judge stands between the method and its result. Closing, register and length tell most groups of
+eight answers of SmolLM2-135M apart, structure and wording few (README.md beside this file). Two
+classes pull against each other: a list of three items costs words.
 
     python tests/evidence/five_classes.py FOLDER     # writes train.jsonl and heldout.jsonl there
 """
