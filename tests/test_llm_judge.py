@@ -777,7 +777,7 @@ def test_a_schema_that_is_not_taken_for_several_statements_is_left_out(monkeypat
                 return http(status, {"error": {"message": "this schema is too deep for us"}})
             return await super().answer(head, body)
 
-    monkeypatch.setattr(judge, "SCHEMA_PATIENCE", 0.2)
+    monkeypatch.setattr(judge, "SCHEMA_PATIENCE", 0.05)
     with NoArrays() as server:
         asked = questions(64)
         asking = client(server, k=0, workers=1)
@@ -877,6 +877,7 @@ def test_rejected_questions_among_answered_ones_end_no_run_however_many():
         assert right(asked, verdicts) == (True, 40)
 
 
+@pytest.mark.long
 def test_a_fault_late_in_a_long_batch_is_waited_for_like_an_early_one():
     # The batch has lasted for longer than the patience by then.
     with JudgeServer(delay=0.1, script=["ok"] * 35 + ["error"]) as server:
@@ -1949,6 +1950,7 @@ def test_no_more_requests_per_minute_than_allowed():
         assert 0.85 < time.monotonic() - started < 10
 
 
+@pytest.mark.long
 def test_waiting_for_our_own_limits_costs_no_patience():
     """The last of 40 waits for four seconds, and fails once after that."""
     with JudgeServer(script=["ok"] * 39 + ["error"]) as server:
@@ -1957,9 +1959,9 @@ def test_waiting_for_our_own_limits_costs_no_patience():
 
 
 def test_a_pause_for_our_own_limits_is_no_silence_of_the_server():
-    """A second between two requests is more than the patience; the third one fails once."""
+    """Half a second between two requests is more than the patience; the third one fails once."""
     with JudgeServer(script=["ok", "ok", "error"]) as server:
-        asking = client(server, rpm=60, workers=1, patience=0.8)
+        asking = client(server, rpm=120, workers=1, patience=0.4)
         assert right(questions(4), asking.ask(questions(4))) == (True, 0)
 
 

@@ -199,7 +199,7 @@ def test_every_step_draws_anew_and_the_held_out_answers_are_greedy(tiny, few, tm
 # ---------------------------------------------------------------------- resuming
 
 
-@pytest.mark.parametrize("method", ["explicit", "points"])
+@pytest.mark.parametrize("method", ["explicit", pytest.param("points", marks=pytest.mark.long)])
 def test_resumed_equals_uninterrupted_bit_for_bit(tiny, few, tmp_path, monkeypatch, method):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     flags = ["--steps", "4", "--method", method]
