@@ -1140,6 +1140,7 @@ def refuse_foreign(row: dict, where: str) -> None:
 
 
 KEYS = ("text", "criterion", "weight", "points", "title", "category", "axis", "tags", "check")
+KNOWN = frozenset(KEYS)
 SAME = {"text": "criterion", "criterion": "text", "weight": "points", "points": "weight"}
 
 
@@ -1163,10 +1164,10 @@ def parse_criterion(item: object, where: str) -> Criterion:
     if not isinstance(item, dict):
         kind = type(item).__name__
         raise DataError(f"{where}: a {kind}, not an object with text and weight")
-    for key, value in item.items():
+    for key in item.keys() - KNOWN:
         # A misspelt check would be judged, not counted.
         meant = misspelt_key(key)
-        if not meant or is_empty(value):
+        if not meant or is_empty(item[key]):
             continue
         if first_value(item, meant, SAME.get(meant, meant)) is None:
             raise DataError(f"{where}: {shorten(key)} is no key; did you mean {meant!r}?")
