@@ -511,7 +511,8 @@ def test_the_default_model_is_real():
         ["--judge=http://me:s3cret@b/v1\r", "--judge_model", "m"],
     ],
 )
-def test_a_judges_address_in_the_wrong_place_is_not_printed(capsys, flags):
+def test_a_judges_address_in_the_wrong_place_is_not_printed(tmp_path, monkeypatch, capsys, flags):
+    monkeypatch.chdir(tmp_path)
     assert train.main(flags) == 2
     error = capsys.readouterr().err
     assert "s3" not in error and "cret" not in error and error.count("\n") == 1 and len(error) > 30
