@@ -189,9 +189,14 @@ def test_a_full_disk_while_saving_leaves_the_last_checkpoint(tiny, few, tmp_path
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_while_logging_is_one_line(tiny, few, tmp_path, capsys):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "samples.jsonl").symlink_to("/dev/full")
+def test_a_full_disk_while_logging_is_one_line(tiny, few, tmp_path, capsys, monkeypatch):
+    original = train.RunFolder.write_start
+
+    def fills_up(folder, made):
+        original(folder, made)
+        (folder.path / "samples.jsonl").symlink_to("/dev/full")
+
+    monkeypatch.setattr(train.RunFolder, "write_start", fills_up)
     assert run(tiny, few, tmp_path / "run") == 2
     printed = capsys.readouterr().err.strip().split("\n")[-1]
     assert "samples.jsonl: cannot be written (No space left on device)" in printed and "--resume" in printed
