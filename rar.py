@@ -975,9 +975,7 @@ def flat_tags(tags: object, where: str) -> list[str]:
     return result
 
 
-def parse_example(
-    row: object, where: str, needs_rubric: bool = True, place: str = ""
-) -> Example:
+def parse_example(row: object, where: str, needs_rubric: bool = True, place: str = "") -> Example:
     """One row of our format or HealthBench's, checked. Raises DataError.
 
     where: "file:line", for the message. needs_rubric: False where a rubric is yet to be written.
@@ -1106,7 +1104,8 @@ def is_released(item: object) -> bool:
     return first_value(item, "text", "criterion") is None
 
 
-CHECKER = re.compile(r"\s*[a-z_]+:[a-z0-9_]+\s*")  # "change_case:english_capital"
+# "change_case:english_capital": no spaces, and no criterion is a single word with a colon in it.
+CHECKER = re.compile(r"\s*([a-z_]+:[a-z0-9_]+)\s*")
 
 
 def is_checker(item: object) -> bool:

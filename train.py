@@ -65,6 +65,7 @@ from judge import (
     progress_bar,
     without_password,
 )
+from tools import report
 from tools.report import (
     interval_text,
     printable,
@@ -1047,13 +1048,8 @@ KNOWN_AS = {
 }
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(report.Parser):
     """argparse with one-line errors that name the nearest flag."""
-
-    def parse_args(self, args=None, namespace=None):
-        """As argparse's; keeps the words for `error`, whose messages repeat them."""
-        self.words = sys.argv[1:] if args is None else args
-        return super().parse_args(args, namespace)
 
     def error(self, message: str):
         """Raises UserError."""

@@ -421,10 +421,6 @@ def convert_reward_model(row: dict, place: Place) -> list[dict]:
     ]
 
 
-# The name of a checker has no spaces, and no criterion is a single word with a colon in it.
-CHECKER = re.compile(r"\s*([a-z_]+:[a-z0-9_]+)\s*")
-
-
 def verified_item(item: object, place: Place) -> object:
     """A criterion under our names; a rule becomes a check. Raises DataError where none fits."""
     # One with a check of ours is decided by it.
@@ -433,7 +429,7 @@ def verified_item(item: object, place: Place) -> object:
 
     # A rule without its checker's name must not be judged as if it were a statement.
     text = str(first_value(item, "text", "criterion"))
-    checker = CHECKER.fullmatch(text)
+    checker = rar.CHECKER.fullmatch(text)
     if not checker:
         if item.get("verifier") == "rule":
             raise DataError(f"{place}: rule {text[:60]!r} is not known")
